@@ -1,0 +1,57 @@
+# The commands of this repository; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow check format lint types docs bench-step browser clean
+
+STAMP := .venv/.complete
+BIN := .venv/bin
+# One thread and no network, so that results repeat and nothing waits for a hub.
+TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## make .venv with every package pinned (PYTHON=... picks the interpreter)
+
+$(STAMP): pyproject.toml constraints.txt tools/env.sh
+	@tools/env.sh
+	@touch $@
+
+demo: env ## fine-tune real models with methods of every branch and open a report
+	$(BIN)/peftree demo
+
+test: env ## the quick test suite
+	$(TESTING) $(BIN)/python -m pytest -q
+
+test-slow: env ## the tests marked slow
+	$(TESTING) $(BIN)/python -m pytest -q -m slow
+
+check: lint types docs $(if $(TESTED),,test) ## format, lint, types, docs, tests and budgets (TESTED=1: tests just ran)
+
+format: env ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: env
+	$(TESTING) $(BIN)/mypy
+
+docs: env ## build the documentation into site/, with no network
+	$(TESTING) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
+	$(BIN)/python benchmarks/step.py
+
+browser: ## install Debian's Chromium for the tests of the report, where that is possible
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing Chromium" && \
+	  apt-get update -qq >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	echo "Chromium could not be installed; the tests that need it are skipped."
+
+clean: ## remove what the commands made, .venv too
+	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

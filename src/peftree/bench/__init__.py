@@ -1,0 +1,1 @@
+"""The benchmark: run records, statistics, and later suites and runs."""

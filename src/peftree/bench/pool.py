@@ -1,0 +1,380 @@
+"""A local runner of cells: each run is a process of its own, done once, resumable after any kill.
+
+A cell is named by what defines its run (`record.run_key`). It is done when its record lies in the
+records folder with status ``ok``; whatever stopped the runner before, calling it again does what is
+missing. A cell that fails, is killed or hangs becomes a record with status ``failed`` and the error.
+On Linux the processes are forked from one that has imported what all of them need and run nothing,
+which saves each its seconds of imports. No process outlives its runner.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from peftree.bench.record import RunRecord, file_name, read_record, run_key
+from peftree.errors import ConfigError, DataError, PeftreeError
+
+POLL = 0.1  # seconds between two looks at the processes
+TAIL = 4000  # characters of a failed run's output that its record keeps
+IDENTITY = (
+    *("suite", "task", "dataset", "model", "method"),
+    *("fields", "budget", "learning_rate", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to do.
+
+    Attributes:
+        facts: the fields of its `RunRecord` that are known before it starts, the identity among them.
+        target: `module:function`; called with `job` in a process of its own, it writes the record.
+        job: what the function is told, as plain data.
+        seconds: how long it took elsewhere, for the estimate.
+        memory: bytes that it takes at its peak.
+    """
+
+    facts: Mapping[str, Any]
+    target: str
+    job: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 1.0
+    memory: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The content address of its record."""
+        return run_key(**{name: self.facts[name] for name in IDENTITY})
+
+    @property
+    def label(self) -> str:
+        """What it is, for people."""
+        return f"{self.facts['task']}, {self.facts['method']}, seed {self.facts['seed']}"
+
+
+@dataclass
+class _Child:
+    """A started cell."""
+
+    cell: Cell
+    process: BaseProcess
+    output: Path
+    lock: FileLock
+    clock: float
+    started: datetime
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.clock
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Return how processes start; forking is safe only where the system's libraries allow it."""
+    if sys.platform == "linux":
+        return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
+
+
+def _child(target: str, job: Mapping[str, Any], output: str, threads: int) -> None:
+    """Run in the new process: call the target; what it prints goes to the file `output`."""
+    os.setpgid(0, 0)  # Ctrl-C is for the runner, which ends its children itself
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ |= _settings(threads)
+    threading.Thread(target=_watch, daemon=True).start()
+    module, _, function = target.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(dict(job))
+    except PeftreeError as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        sys.exit(1)
+    except Exception:  # noqa: BLE001  whatever it is, its text becomes the record's error
+        os.write(2, traceback.format_exc().encode())
+        sys.exit(1)
+
+
+def _watch() -> None:
+    """End this process when its runner is gone."""
+    runner = multiprocessing.parent_process()
+    assert runner is not None
+    multiprocessing.connection.wait([runner.sentinel])
+    os._exit(1)
+
+
+def _settings(threads: int) -> dict[str, str]:
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return counts | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def finished(cell: Cell, folder: Path) -> RunRecord | None:
+    """Return the record of `cell` if it is done; a failed or damaged one does not count."""
+    try:
+        record = read_record(folder / file_name(cell.key))
+    except DataError:
+        return None
+    return record if record.status == "ok" else None
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    folder: str | Path,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    memory: float = math.inf,
+    timeout: float = 3600.0,
+    preload: Sequence[str] = (),
+    console: Console | None = None,
+    describe: Callable[[RunRecord], str] | None = None,
+) -> list[RunRecord]:
+    """Do every cell that has no finished record in `folder`; return all records, in the order of cells.
+
+    Two runners may work on one folder: a cell is done by whichever starts it first. Failed cells
+    are tried again by the next call.
+
+    Args:
+        cells: in the order in which to start them; no two of one key.
+        folder: where records lie; is made.
+        workers: processes at a time.
+        threads: CPU threads of each.
+        memory: bytes that the cells at work may take together; one alone is always let run.
+        timeout: seconds after which a cell has failed.
+        preload: modules that every cell needs, imported once where processes are forked.
+        console: where lines and the bar go; none: standard error.
+        describe: one line about a record; none: its task, method, seed and score.
+
+    Raises:
+        ConfigError: two cells have one key, or a number is below 1.
+    """
+    if len({cell.key for cell in cells}) != len(cells):
+        raise ConfigError("Two cells define the same run.", "Give each once.")
+    if min(workers, threads) < 1:
+        raise ConfigError(f"workers={workers}, threads={threads}: both count from 1.", "Raise them.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _context().set_forkserver_preload(list(preload))
+    limits = _Limits(workers, threads, memory, timeout)
+    pool = _Pool(folder, limits, console or Console(stderr=True), describe or _line)
+    before = dict(os.environ)
+    # The process that forks the others starts with the first of them and inherits these.
+    os.environ |= _settings(threads)
+    try:
+        return pool.work(cells)
+    finally:
+        pool.stop()
+        for name in _settings(threads):
+            os.environ.pop(name)
+        os.environ |= before
+
+
+def time_left(
+    waiting: Sequence[float],
+    running: Sequence[tuple[float, float]],
+    done: Sequence[tuple[float, float]],
+    workers: int,
+) -> float:
+    """Return the seconds that are left, from what was expected and what the finished ones took.
+
+    Args:
+        waiting: expected seconds of each cell to come.
+        running: expected seconds and age of each cell at work.
+        done: expected seconds and time taken of each cell done by this call.
+        workers: cells at work at a time.
+
+    >>> time_left([10, 10], [(10, 5)], [(10, 20)], 1)  # everything takes twice as long here
+    55.0
+    """
+    expected = sum(guess for guess, _ in done)
+    pace = sum(took for _, took in done) / expected if expected else 1.0
+    rests = [max(guess * pace - age, 0.0) for guess, age in running]
+    rests += [guess * pace for guess in waiting]
+    return max(sum(rests) / workers, max(rests, default=0.0))
+
+
+def _line(record: RunRecord) -> str:
+    result = record.error.strip().splitlines()[-1:] if record.status == "failed" else []
+    score = f"{record.metric} {record.score:.4g}" if record.score is not None else ""
+    what = f"failed: {result[0]}" if result else score
+    return f"{record.task}, {record.method}, seed {record.seed}: {what}"
+
+
+@dataclass(frozen=True)
+class _Limits:
+    workers: int
+    threads: int
+    memory: float
+    timeout: float
+
+
+class _Pool:
+    """The state of one call of `run_cells`."""
+
+    def __init__(self, folder: Path, limits: _Limits, console: Console, describe: Callable[[RunRecord], str]) -> None:
+        self.folder = folder
+        self.limits = limits
+        self.console = console
+        self.describe = describe
+        self.outputs = tempfile.TemporaryDirectory()
+        self.waiting: list[Cell] = []
+        self.running: list[_Child] = []
+        self.took: list[tuple[float, float]] = []
+        self.records: dict[str, RunRecord] = {}
+        self.total = 0
+
+    def work(self, cells: Sequence[Cell]) -> list[RunRecord]:
+        """Run until every cell has a record."""
+        self.total = len(cells)
+        for cell in cells:
+            record = finished(cell, self.folder)
+            if record is None:
+                self.waiting.append(cell)
+            else:
+                self.records[cell.key] = record
+        if self.records:
+            self.console.print(f"{len(self.records)} of {self.total} runs are done already.")
+        bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console)
+        with bar:
+            shown = bar.add_task("", total=max(self.total, 1))
+            while self.waiting or self.running:
+                self._start()
+                self._settle()
+                self._show(bar, shown)
+                time.sleep(POLL)
+            bar.update(shown, completed=max(self.total, 1), description=f"{self.total} runs done")
+        return [self.records[cell.key] for cell in cells]
+
+    def stop(self) -> None:
+        """Kill what is at work and give its cells free."""
+        for child in self.running:
+            child.process.kill()
+            child.process.join()
+            child.lock.release()
+        self.running = []
+        self.outputs.cleanup()
+
+    def _start(self) -> None:
+        """Start waiting cells, in their order, while there is room."""
+        for cell in list(self.waiting):
+            if len(self.running) >= self.limits.workers:
+                return
+            if not self._fits(cell) or (lock := self._lock(cell)) is None:
+                continue
+            self.waiting.remove(cell)
+            record = finished(cell, self.folder)  # another runner may have done it meanwhile
+            if record is None:
+                self.running.append(self._spawn(cell, lock))
+            else:
+                lock.release()
+                self._done(cell, record)
+
+    def _fits(self, cell: Cell) -> bool:
+        held = sum(child.cell.memory for child in self.running)
+        return not self.running or held + cell.memory <= self.limits.memory
+
+    def _lock(self, cell: Cell) -> FileLock | None:
+        """Return the cell's lock, or None while another runner is at it."""
+        folder = self.folder / ".locks"
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{cell.key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def _spawn(self, cell: Cell, lock: FileLock) -> _Child:
+        (self.folder / file_name(cell.key)).unlink(missing_ok=True)  # failed or damaged
+        output = Path(self.outputs.name, cell.key)
+        output.touch()
+        process = _context().Process(
+            target=_child,
+            args=(cell.target, dict(cell.job), str(output), self.limits.threads),
+            daemon=True,
+        )
+        process.start()
+        return _Child(cell, process, output, lock, time.monotonic(), datetime.now(UTC))
+
+    def _settle(self) -> None:
+        """Take in the children that ended, and end those that hang."""
+        for child in list(self.running):
+            code = child.process.exitcode
+            if code is None and child.age < self.limits.timeout:
+                continue
+            self.running.remove(child)
+            if code is None:
+                child.process.kill()
+            child.process.join()
+            record = finished(child.cell, self.folder) if code == 0 else None
+            if record is None:
+                record = self._failure(child, code)
+                record.write(self.folder)
+            else:
+                self.took.append((child.cell.seconds, child.age))
+            child.lock.release()
+            self._done(child.cell, record)
+
+    def _failure(self, child: _Child, code: int | None) -> RunRecord:
+        said = child.output.read_text("utf-8", "replace").strip()[-TAIL:]
+        if code is None:
+            why = f"It took longer than {self.limits.timeout:g} s and was ended."
+        elif code < 0:
+            why = f"It was ended by {signal.Signals(-code).name}."
+            why += " Memory may have run out." if -code == signal.SIGKILL else ""
+        elif code == 0:
+            why = "It ended without writing its record."
+        else:
+            why = f"It ended with code {code}." if not said else ""
+        return RunRecord(
+            **child.cell.facts,
+            status="failed",
+            error="\n".join(filter(None, (said, why))),
+            started=child.started,
+        )
+
+    def _done(self, cell: Cell, record: RunRecord) -> None:
+        self.records[cell.key] = record
+        number = f"{len(self.records):>{len(str(self.total))}}/{self.total}"
+        style = "red" if record.status == "failed" else ""
+        self.console.print(
+            f"{number}  {self.describe(record)}", style=style, markup=False, highlight=False,
+            soft_wrap=True,
+        )  # fmt: skip
+
+    def _show(self, bar: Progress, shown: TaskID) -> None:
+        left = time_left(
+            [cell.seconds for cell in self.waiting],
+            [(child.cell.seconds, child.age) for child in self.running],
+            self.took,
+            self.limits.workers,
+        )
+        now = ", ".join(str(child.cell.facts["method"]) for child in self.running)
+        text = f"{len(self.records)}/{self.total} runs, about {_clock(left)} left ({now})"
+        bar.update(shown, completed=len(self.records), description=text)
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration in the largest fitting unit: 40 s, 7 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

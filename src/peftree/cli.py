@@ -1,0 +1,261 @@
+"""The command line: flags in, calls out, tables back; no logic of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from peftree import __version__
+from peftree.errors import ConfigError, PeftreeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Parameter-efficient fine-tuning: the whole tree of methods, measured.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
+Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a hub name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance r=32 method=lora.")]
+
+
+def _print(value: Any, as_json: bool, table: Table | None = None) -> None:
+    """Print JSON, or the table."""
+    if as_json:
+        typer.echo(json.dumps(value, indent=2, default=str))
+    elif table is not None:
+        from rich.console import Console
+
+        Console().print(table)
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
+    """Return a plain table; numbers are set flush right."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+    for index, name in enumerate(columns):
+        number = bool(rows) and isinstance(rows[0][index], int | float) and not isinstance(rows[0][index], bool)
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not index)
+    for row in rows:
+        table.add_row(*[_cell(v, escape) for v in row])
+    return table
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _cell(value: Any, escape: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(escape(str(value)))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, memory, threads, extras, and one adapter end to end."""
+    from peftree.doctor import examine
+
+    rows = examine()
+    table = _table(
+        "peftree doctor",
+        ["check", "state", "what to do"],
+        [[r.name, r.state, r.advice] for r in rows],
+    )
+    _print([vars(r) for r in rows], as_json, table)
+    if any(r.failed for r in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(
+    name: Annotated[str, typer.Argument(help="One method: its equation and fields.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show the tree of methods with its tags, or one method with its fields."""
+    from peftree.describe import describe_method, method_rows
+
+    if name:
+        info = describe_method(name)
+        fields = [[f["name"], f["type"], f["default"], f["limits"], f["description"]] for f in info["fields"]]
+        table = _table(
+            f"{info['name']} ({info['branch']}, {info['paper']})\n{info['equation']}",
+            ["field", "type", "default", "limits", "description"], fields,
+        )  # fmt: skip
+        _print(info, as_json, table)
+        return
+    found = method_rows()
+    tags = ["identity at start", "merges", "adds tokens", "needs data"]
+    rows: list[list[Any]] = []
+    for row in found:
+        if not rows or row["branch"] != found[found.index(row) - 1]["branch"]:
+            rows.append([row["branch"], *[""] * 6])
+        marks = ["yes" if row[t] else "." for t in tags]
+        rows.append(
+            [
+                f"  {row['name']}",
+                *marks,
+                f"{row['default lr']:g}",
+                row["paper"].removeprefix("arXiv "),
+            ]
+        )
+    table = _table(
+        "The tree of methods", ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"],
+        rows,
+    )  # fmt: skip
+    _print(found, as_json, table)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show the sites of a model: roles, layers, shapes, towers. Reads the config only."""
+    from peftree.describe import inspect_model
+
+    info = inspect_model(model)
+    keys = ["tower", "role", "kind", "count", "layers", "shape", "parameters"]
+    rows = [[r.get(k, "") for k in keys] for r in info["sites"]]
+    table = _table(f"{info['class']}: {info['parameters']:,} parameters", keys, rows)
+    _print(info, as_json, table)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="run.yaml, or the first key=value.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter from run.yaml and key=value settings; writes the adapter and its metrics."""
+    from peftree.train.config import load_config
+    from peftree.train.run import run
+
+    path = None if "=" in config and not Path(config).exists() else Path(config)
+    words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
+    result = run(load_config(path, words))
+    if as_json:
+        _print(dataclasses.asdict(result), True)
+
+
+@app.command("eval")
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    overrides: Overrides = None,
+    against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
+    split: Annotated[str, typer.Option(help="train, valid or test; empty: test where there is one.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Score a trained adapter beside the base model on the same items (data.test=other.csv for other data)."""
+    from peftree.evaluate.against import against_base
+    from peftree.train.run import open_run
+
+    if against != "base":
+        raise ConfigError(f"--against {against} is unknown.", "Use --against base.")
+    if split not in ("", "train", "valid", "test"):
+        raise ConfigError(f"--split {split} is unknown.", "Use train, valid or test.")
+    opened = open_run(run_folder, overrides or [])
+    found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None)))
+    _print(found, as_json, _table(str(run_folder), ["what", "value"], [[k, _short(v)] for k, v in found.items()]))
+
+
+@app.command()
+def merge(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
+) -> None:
+    """Fold a trained adapter into its base model and write a plain model folder."""
+    _export(run_folder, out, "merged")
+
+
+@app.command("export")
+def export_run(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Where to write.")],
+    to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
+) -> None:
+    """Write a trained adapter in Hugging Face PEFT's format, or merged into its base."""
+    _export(run_folder, out, to)
+
+
+def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"]) -> None:
+    from peftree import store
+    from peftree.train.run import open_run
+
+    typer.echo(f"Wrote {store.export(open_run(run_folder).adapter, out, to)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("demo-results"),
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Runs of each method with different seeds.")] = 2,
+    quick: Annotated[bool, typer.Option(help="Fewer methods and one seed, for a first look.")] = False,
+) -> None:
+    """Fine-tune real language and vision models with methods of every branch and write a report."""
+    from peftree.demo.run import main as run_demo
+
+    run_demo(out, seeds=seeds, quick=quick)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of run records.")],
+    html: Annotated[Path | None, typer.Option(help="Also write one HTML page here.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Print Markdown tables.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn run records into tables and one self-contained page."""
+    from rich.console import Console
+
+    from peftree import report as reports
+    from peftree.bench.record import read_records
+
+    built = reports.build(read_records(results))
+    if as_json or markdown:
+        typer.echo(reports.to_json(built) if as_json else reports.to_markdown(built))
+    else:
+        Console().print(reports.terminal.render(built))
+    if html:
+        typer.echo(f"Wrote {reports.write(results, html)}", err=as_json or markdown)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Parameter-efficient fine-tuning: the whole tree of methods, measured."""
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    try:
+        app()
+    except PeftreeError as error:
+        clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+        typer.echo(f"peftree: {clean}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

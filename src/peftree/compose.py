@@ -1,0 +1,163 @@
+"""Compose: fold adapters into the weights and back, and make one adapter from several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftree import registry
+from peftree.adapter import Adapter, active, adapt, detach, known, record_of, switch
+from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight
+from peftree.errors import AdapterError, MergeError
+from peftree.graft.hub import effective
+from peftree.methods.contract import Fusion, Method, Recipe
+
+Fill = Callable[[Delta, list[Delta], list[float]], None]
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the active adapters into the weights; the frozen tensors are kept aside for `unmerge`.
+
+    Raises:
+        MergeError: an active delta cannot be folded; nothing is changed then.
+    """
+    record = record_of(model)
+    graft = record.graft
+    names = graft.shared.active
+    if record.merged:
+        raise MergeError(f"{', '.join(record.merged)} is merged already.", "Call peftree.unmerge(model) first.")
+    if graft.shared.route is not None:
+        raise MergeError("The rows of a batch are routed just now.", "Leave the `with peftree.route(...)` block first.")
+    bad = sorted({type(d).__name__ for a, _, _, d in graft.entries if a in names and not isinstance(d, Reweight)})
+    if bad or not names:
+        what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
+        raise MergeError(what, "`peftree methods` shows which methods merge; keep the others as adapters.")
+    changes: list[tuple[str, nn.Module, str, Tensor | None]] = []
+    with torch.no_grad():
+        for path, module, hub in graft.hubs():
+            program = hub.program(names)
+            if program.reweights:
+                new = effective(module, program)
+                changes += [(path, module, k, v) for k, v in new.items() if v is not module._parameters.get(k)]
+    for path, _, key, value in changes:
+        if value is not None and not torch.isfinite(value).all():
+            raise MergeError(f"Merging makes {path}.{key} non-finite.", "The adapter is damaged or diverged.")
+    for path, module, key, value in changes:
+        record.originals[path, key] = module._parameters.get(key)
+        kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        module._parameters[key] = kept
+    graft.shared.active, record.merged = (), names
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the frozen tensors back, the very same objects, and switch the merged adapters on again."""
+    record = record_of(model)
+    if not record.merged:
+        raise MergeError("Nothing is merged.", "Call peftree.merge(model) first.")
+    for (path, key), original in record.originals.items():
+        module = model.get_submodule(path)
+        now = module._parameters[key]
+        if original is not None and now is not None and (original.device, original.dtype) != (now.device, now.dtype):
+            original.data = original.data.to(now)  # the model was moved while it was merged
+        module._parameters[key] = original
+    names, record.originals, record.merged = record.merged, {}, ()
+    record.turn_on(names)
+
+
+def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: str = "effects") -> Adapter:
+    """Make a new adapter from a weighted sum of others and switch it on.
+
+    Args:
+        weights: factor by adapter name, finite.
+        how: `effects`: `y + sum w_i (y_i - y)` at every site, exact for any ranks of weight-changing methods and
+            the sum of separate effects for branches; `weights`: the weighted sum of the tensors themselves
+            (AdapterSoup), for adapters of one method with equal fields.
+
+    Raises:
+        AdapterError, MethodError: the adapters do not fit together; nothing is changed then.
+    """
+    record = record_of(model)
+    if not isinstance(weights, Mapping) or not weights:
+        raise AdapterError("No adapter is named.", "Pass factors by name, {'a': 0.5, 'b': 0.5}.")
+    members = [known(record, n) for n in weights]
+    bad = [f"{n}={w!r}" for n, w in weights.items() if not isinstance(w, int | float) or not math.isfinite(w)]
+    if bad:
+        raise AdapterError(f"{', '.join(bad)} is no factor.", "Pass finite numbers.")
+    if how not in ("effects", "weights"):
+        raise AdapterError(f"how={how!r} is unknown.", "Use 'effects' or 'weights'.")
+    if len({tuple((k, s) for k, s, _ in m.entries) for m in members}) != 1:
+        raise AdapterError(
+            "The adapters sit at different places.",
+            "Combine adapters with equal sites, or stack them.",
+        )
+    single = len(members) == 1 and next(iter(weights.values())) == 1.0
+    if how == "weights" or single:
+        return _soup(model, members, list(weights.values()), name)
+    if any(isinstance(m.method, Recipe) or len(m.method.parts()) > 1 for m in members):
+        raise AdapterError("An adapter of several parts has no sum of effects.", "Use how='weights'.")
+    first = members[0].method
+    fusion = Fusion(
+        sites=first.sites, layers=first.layers,
+        members=[m.method for m in members], weights=[float(w) for w in weights.values()],
+    )  # fmt: skip
+    if members[0].head and sum(weights.values()) == 0:
+        raise AdapterError("The factors sum to 0, so the task heads have no average.", "Choose other factors.")
+    return _make(model, fusion, members, list(weights.values()), name, _fill)
+
+
+def _make(
+    model: nn.Module, method: Method, members: list[Adapter], weights: list[float], name: str, fill: Fill
+) -> Adapter:
+    """Adapt `model` and fill every delta from the members' by `fill`; on an error nothing stays."""
+    before = active(model)
+    made = adapt(model, method, name=name, head=members[0].head, seed=members[0].seed)
+    try:
+        with torch.no_grad():
+            if fill is _average and made.state().keys() != members[0].state().keys():
+                made.finish()
+            for key, delta in made.deltas.items():
+                fill(delta, [m.deltas[key] for m in members], weights)
+    except (KeyError, RuntimeError) as error:
+        detach(model, name)
+        switch(model, before)
+        names = ", ".join(m.name for m in members)
+        raise AdapterError(
+            f"{names} do not hold the tensors that their method makes here: {error}.",
+            "Combine before finish(), or finish all of them and use how='weights'.",
+        ) from error
+    return made
+
+
+def _fill(delta: Delta, sources: list[Delta], weights: list[float]) -> None:
+    """Copy the members' tensors into a fused delta; a task head is averaged."""
+    if isinstance(delta, FusedWeight | FusedOutput):
+        for target, source in zip(delta.inner, sources, strict=True):
+            target.load_state_dict(source.state_dict())
+        return
+    _average(delta, sources, [w / sum(weights) for w in weights])
+
+
+def _average(delta: Delta, sources: list[Delta], weights: list[float]) -> None:
+    """Set `delta` to the weighted sum of the tensors; one source at weight 1.0 is copied to the bit."""
+    states = [s.state_dict() for s in sources]
+    for key, tensor in delta.state_dict().items():
+        if len(states) == 1 and weights[0] == 1.0:
+            tensor.copy_(states[0][key])
+        elif tensor.is_floating_point():
+            tensor.copy_(sum(w * s[key] for w, s in zip(weights, states, strict=True)))
+        elif all(torch.equal(s[key], states[0][key]) for s in states):
+            tensor.copy_(states[0][key])
+        else:
+            raise AdapterError(
+                f"The adapters differ in '{key}', which says what is trained and has no mean.", "Use how='effects'."
+            )
+
+
+def _soup(model: nn.Module, members: list[Adapter], weights: list[float], name: str) -> Adapter:
+    first = members[0]
+    if any(registry.spec(m.method) != registry.spec(first.method) for m in members):
+        raise AdapterError("The adapters' methods or fields differ.", "Use how='effects'.")
+    return _make(model, first.method, members, weights, name, _average)

@@ -1,0 +1,51 @@
+"""Several bottlenecks at one place: drawn at random in training, their mean otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftree.deltas.branch import Activation, Bottleneck
+from peftree.deltas.place import Place
+
+
+class RandomExperts(Bottleneck):
+    """`h + U_j phi(D_i h + b_i) + c_j` with i, j uniform at random in training; in evaluation with the mean tensors.
+
+    Args:
+        place: where it goes.
+        size: bottleneck width b.
+        activation: phi.
+        downs, ups: numbers of down- and of up-projections, each drawn N(0, std).
+        std: see `downs`.
+    """
+
+    def __init__(
+        self, place: Place, size: int, activation: Activation, downs: int, ups: int, std: float = 0.02
+    ) -> None:
+        super().__init__(place, size, activation, std=std)
+        self.downs, self.ups = downs, ups
+        for name, first in list(self._parameters.items()):
+            n = downs if name.startswith("down") else ups
+            drawn = place.normal(n, *first.shape, std=std) if first.dim() == 2 else place.zeros(n, *first.shape)  # type: ignore[union-attr]
+            setattr(self, name, None)
+            self.register_parameter(f"all_{name}", drawn)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return D, b, U and c of this pass."""
+        if self.down is not None:
+            return super().tensors()
+        own: dict[str, Any] = self._parameters
+        D, b, U, c = (own[f"all_{n}"] for n in ("down", "down_bias", "up", "up_bias"))
+        if not self.training:
+            return D.mean(0), b.mean(0), U.mean(0), c.mean(0)
+        i, j = (torch.randint(n, (1,), device=D.device) for n in (self.downs, self.ups))
+        return D[i].squeeze(0), b[i].squeeze(0), U[j].squeeze(0), c[j].squeeze(0)
+
+    def fold(self) -> None:
+        """Keep the mean tensors alone."""
+        for name in [n for n in self._parameters if n.startswith("all_")]:
+            setattr(self, name.removeprefix("all_"), nn.Parameter(self._parameters[name].detach().mean(0)))  # type: ignore[union-attr]
+            del self._parameters[name]

@@ -1,0 +1,76 @@
+"""Low-rank weight deltas: `W' = W + s Bᵀ A`, the form that other parts may read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peftree.deltas.matrix import matrix
+from peftree.deltas.place import Place
+from peftree.deltas.verbs import Frozen, Reweight
+
+
+class LowRank(Reweight):
+    """`W' = W + scale * Bᵀ A` with A `[r, in]` and B `[r, out]` (B is kept transposed: its gradient is cheaper).
+
+    A subclass that computes its factors from other tensors overrides `factors` only.
+
+    Args:
+        place: where it goes.
+        A, B: the factors; for stacked experts with a leading dimension of experts.
+        scale: the fixed factor.
+        dropout: probability of dropping entries of the input of this term.
+    """
+
+    def __init__(
+        self, place: Place, A: nn.Parameter | None, B: nn.Parameter | None, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.A = A
+        self.B = B
+        self.scale = scale
+        self.dropout = dropout
+        self.lookup = place.site.kind == "embedding"
+        self.quick = place.site.kind in ("linear", "conv1d", "embedding")
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A `[r, in]` and B `[r, out]`."""
+        if self.A is None or self.B is None:
+            raise TypeError(f"{type(self).__name__} must override factors()")
+        return self.A, self.B
+
+    @property
+    def plain(self) -> bool:
+        """True if the term is exactly `scale * (x Aᵀ) B` now, with no dropout and no lookup."""
+        return not self.lookup and not (self.dropout and self.training)
+
+    def weight(self, W: Tensor) -> Tensor:
+        """`W + scale * Bᵀ A`."""
+        A, B = self.factors()
+        return W + (self.scale * (B.mT @ A)).to(W.dtype)
+
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        """`y + scale * (x Aᵀ) B`, never building the product."""
+        A, B = (f.to(y.dtype) for f in self.factors())
+        if self.lookup:
+            u = functional.embedding(x, A.t())
+        else:
+            u = functional.linear(functional.dropout(x, self.dropout, self.training), A)
+        return y + self.scale * (u @ B)
+
+
+def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return LoRA's A and B at start: A Kaiming uniform, B zero; the reverse for an embedding; one pair per expert."""
+    lead, m, n = matrix(place)
+    if place.site.kind == "embedding":
+        return place.zeros(r, n), place.normal(r, m, std=1.0)
+    return place.kaiming(*lead, r, n), place.zeros(*lead, r, m)
+
+
+def principal_factors(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A `[r, in]` and B `[r, out]` with `scale * Bᵀ A` the best rank-r approximation of `W` (PiSSA, eq. 3)."""
+    exact = W if W.dtype == torch.float64 else W.float()
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], (root[:, None] * U[:, :r].T).contiguous()

@@ -1,0 +1,1 @@
+"""The demo: real pretrained models and real data, out of package registries."""

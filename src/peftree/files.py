@@ -1,0 +1,121 @@
+"""Atomic file writing and bounded reading: nothing half-written is ever left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peftree.errors import StoreError
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> Path:
+    """Write `data` to `path` through a temporary file in the same folder, fsync, rename.
+
+    The parent folder is created. A reader sees the old file or the new one, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable (a no-op where folders cannot be opened)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises:
+        StoreError: the file is missing, not a regular file, or larger than `limit`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"{path} does not exist or is not a file.", "Check the folder's name.")
+    size = path.stat().st_size
+    if size > limit:
+        raise StoreError(
+            f"{path} has {size:,} bytes; at most {limit:,} are read.",
+            "This is not a file that peftree writes; fetch the adapter again.",
+        )
+    return path.read_bytes()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"duplicate key {key!r}")
+        out[key] = value
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json(path: str | Path, limit: int = 1 << 20, depth: int = 16) -> dict[str, Any]:
+    """Read one JSON object with limits: size, nesting, no duplicate keys, no NaN.
+
+    Raises:
+        StoreError: anything else than one well-formed object within the limits.
+    """
+    raw = read_bytes(path, limit)
+    advice = "The file is damaged or not one of ours; fetch or save the adapter again."
+    try:
+        text = raw.decode("utf-8")
+        if _depth(text) > depth:
+            raise ValueError(f"nested deeper than {depth}")
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not valid JSON: {error}.", advice) from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} holds a {type(value).__name__}, not an object.", advice)
+    return value
+
+
+def _depth(text: str) -> int:
+    """Return the deepest bracket nesting of JSON `text` outside strings."""
+    deepest = level = 0
+    quoted = escaped = False
+    for char in text:
+        if quoted:
+            quoted = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            quoted = True
+        elif char in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif char in "]}":
+            level -= 1
+    return deepest

@@ -1,0 +1,115 @@
+"""A program: the deltas that act on one module, sorted by verb, for one choice of active adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftree.deltas.lowrank import LowRank
+from peftree.deltas.verbs import Attend, Delta, Prepend, Reweight, Rewrite, Side
+from peftree.errors import AdapterError
+from peftree.sites import Site
+
+
+@dataclass
+class Program:
+    """The deltas of one module in the order in which they apply: weights first, then outputs.
+
+    Attributes:
+        reweights, rewrites, attends, prepends, sides: the deltas with their sites, by verb.
+        quick: every reweight has a form that never builds the weight, and may use it in this company.
+        single: the only delta, if it is one plain low-rank term on a whole linear map.
+    """
+
+    reweights: list[tuple[Site, Reweight]] = field(default_factory=list)
+    rewrites: list[tuple[Site, Rewrite]] = field(default_factory=list)
+    attends: list[tuple[Site, Attend]] = field(default_factory=list)
+    prepends: list[tuple[Site, Prepend]] = field(default_factory=list)
+    sides: list[tuple[Site, Side]] = field(default_factory=list)
+    quick: bool = True
+    single: LowRank | None = None
+
+    @property
+    def empty(self) -> bool:
+        """True if the frozen module runs as it is."""
+        return not (self.reweights or self.rewrites)
+
+    @property
+    def memory_length(self) -> int:
+        """Slots by which shared-softmax memories move the positions of real tokens."""
+        return sum(d.length for _, d in self.attends if d.shift)
+
+    @property
+    def token_length(self) -> int:
+        """Number of virtual tokens that enter."""
+        return sum(d.length for _, d in self.prepends)
+
+
+def compile_program(deltas: Iterable[tuple[Site, Delta]]) -> Program:
+    """Sort `deltas` by verb and decide which path they may take."""
+    program = Program()
+    for site, delta in deltas:
+        if isinstance(delta, Reweight):
+            program.reweights.append((site, delta))
+        elif isinstance(delta, Rewrite):
+            program.rewrites.append((site, delta))
+        elif isinstance(delta, Attend):
+            program.attends.append((site, delta))
+        elif isinstance(delta, Prepend):
+            program.prepends.append((site, delta))
+        elif isinstance(delta, Side):
+            program.sides.append((site, delta))
+    first = True
+    for site, delta in program.reweights:
+        alone = first or not delta.reads_weight
+        whole = site.rows is None or type(delta).input is Reweight.input
+        program.quick = program.quick and delta.quick and alone and whole
+        first = False
+    if len(program.reweights) == 1 and not program.rewrites and program.quick:
+        site, only = program.reweights[0]
+        if isinstance(only, LowRank) and site.kind in ("linear", "conv1d") and site.rows is None:
+            program.single = only
+    return program
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that one program serves.
+
+    Attributes:
+        names: the active adapters of these rows, in order; empty for the base model.
+        rows: their indices, int64.
+    """
+
+    names: tuple[str, ...]
+    rows: Tensor
+
+
+@dataclass
+class Route:
+    """One adapter (or stack of adapters) per row of the batch.
+
+    Attributes:
+        groups: a partition of the rows.
+        size: number of rows.
+    """
+
+    groups: list[Group]
+    size: int
+
+    def expand(self, group: Group, n: int) -> Tensor:
+        """Return the rows of `group` in a tensor whose first dimension `n` is a multiple of the batch."""
+        if n % self.size:
+            raise AdapterError(
+                f"A module that an adapter changes got {n} rows; {self.size} rows are routed.",
+                "Name one adapter per row; a part that is computed once for the whole batch (T5's position bias) "
+                "cannot differ by row.",
+            )
+        times = n // self.size
+        rows = group.rows
+        if times == 1:
+            return rows
+        return (rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()

@@ -1,0 +1,27 @@
+"""Pfeiffer adapter: h' = h + U ReLU(D h + b1) + b2, one bottleneck after the FFN of every layer.
+
+Pfeiffer et al. 2020, arXiv 2005.00247, section 4.1 (AdapterHub's `seq_bn`). D [d / reduction, d] and U start
+N(0, 0.02), biases 0; `start="zero"` sets U = 0 so that the model starts unchanged.
+
+>>> Pfeiffer().reduction
+16.0
+"""
+
+from typing import ClassVar, Literal
+
+from peftree.deltas import Bottleneck
+from peftree.methods.contract import Field, Method, Place, Tags
+
+
+class Pfeiffer(Method):
+    """Sequential bottleneck after the FFN output projection, before the residual is added."""
+
+    tags: ClassVar[Tags] = Tags("additive", "arXiv 2005.00247", False, False, lr=1e-3, inference_cost="low")
+    sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
+    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")
+    start: Literal["normal", "zero"] = Field("normal", description="N(0, 0.02), or an up-projection of zeros")
+
+    def build(self, place: Place) -> Bottleneck:
+        size = max(1, round(place.site.out_features / self.reduction))
+        return Bottleneck(place, size, self.activation, std=0.02 if self.start == "normal" else None)

@@ -1,0 +1,35 @@
+"""Prefix tuning: Attn(Q, [P_k; K], [P_v; V]), l trained keys and values in every attention call.
+
+Li and Liang 2021, arXiv 2101.00190, section 4. P [2, l, kv_heads, head_dim] per layer. With `hidden` > 0 the prefixes
+come from an embedding E [l, d] through a two-layer tanh network, E and W1 shared by all layers (section 4.3), that is
+folded away after training; with 0 they are trained themselves, N(0, 0.02). Positions of the text move by l, as after a
+cache of l tokens.
+
+>>> PrefixTuning(length=5).length
+5
+"""
+
+from typing import ClassVar
+
+from peftree.deltas import KeyValues
+from peftree.methods.contract import Deltas, Field, Method, Place, Tags
+
+
+class PrefixTuning(Method):
+    """Trained keys and values before the real ones."""
+
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2101.00190", False, False, lr=1e-2, lengthens_sequence=True, inference_cost="tokens"
+    )
+    sites: str = Field("attn", description="attention modules that get a prefix")
+    length: int = Field(20, ge=1, le=10000, description="number of prefix slots")
+    hidden: int = Field(0, ge=0, le=65536, description="width of the reparameterization network; 0: none")
+    shift: bool = Field(True, description="move the positions of the text by the prefix length")
+
+    def build(self, place: Place) -> KeyValues:
+        return KeyValues(place, self.length, self.hidden, self.shift)
+
+    def post_hoc(self, deltas: Deltas) -> None:
+        for delta in deltas.values():
+            if isinstance(delta, KeyValues):
+                delta.fold()

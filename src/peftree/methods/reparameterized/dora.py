@@ -1,0 +1,57 @@
+"""DoRA: W' = g (W + s B A) / ||W + s B A||, magnitude g and direction of every output unit apart.
+
+Liu et al. 2024, arXiv 2402.09353, equation 5; the norm, over the inputs of a unit, is constant in the gradient (section
+4.3). A [r, in] starts Kaiming uniform, B [out, r] at zero, g [out] at ||W||; s = alpha / r. The fast form never builds
+W + s B A: ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 B (A A^T) B^T, row by row. Dropout acts on x of B A x alone.
+
+>>> DoRA(r=4).r
+4
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peftree.deltas import LINEAR, TINY, Frozen, Reweight, added_norm, lora_factors
+from peftree.methods.contract import Field, Method, Place, Tags
+
+
+class DoRA(Method):
+    """Weight-decomposed low-rank adaptation."""
+
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2402.09353", True, True, lr=2e-4, needs_dense_weight=True)
+    sites: str = Field("attn.q attn.v", description="which weights are decomposed")
+    r: int = Field(8, ge=1, le=65536, description="rank")
+    alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank term")
+
+    def build(self, place: Place) -> "Renormed":
+        return Renormed(place, self)
+
+
+class Renormed(Reweight):
+    """A [r, in], B [r, out] (kept transposed), g [out]."""
+
+    reads_weight: ClassVar[bool] = True
+
+    def __init__(self, place: Place, method: DoRA) -> None:
+        super().__init__()
+        self.A, self.B = lora_factors(place, method.r)
+        self.scale, self.dropout = method.alpha / method.r, method.dropout
+        self.g = nn.Parameter(torch.linalg.vector_norm(place.frozen.weight, dim=-1, dtype=place.dtype))
+        self.register_buffer("square", self.g.detach().square(), persistent=False)
+        self.quick = place.site.kind in LINEAR
+
+    def weight(self, W: Tensor) -> Tensor:
+        V = W + self.scale * (self.B.mT @ self.A)
+        norm: Tensor = torch.linalg.vector_norm(V.detach(), dim=-1).clamp_min(TINY)
+        return ((self.g / norm).unsqueeze(-1) * V).to(W.dtype)
+
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        norm = added_norm(self.get_buffer("square"), frozen.weight, self.A, self.B, self.scale)
+        A, B, c = (t.to(y.dtype) for t in (self.A, self.B, self.g / norm))
+        low = functional.linear(functional.dropout(x, self.dropout, self.training), A) @ B
+        y = y.add_(low, alpha=self.scale)
+        return c * y if frozen.bias is None else torch.addcmul((1 - c) * frozen.bias, c, y)

@@ -1,0 +1,24 @@
+"""LayerNorm tuning: y = (g + dg) (x - m) / s + (b + db), the scale and shift of the norms alone are trained.
+
+Zhao et al. 2023, arXiv 2312.11420, section 3. dg and db [d] start at zero; an RMSNorm has no shift. Every norm of the
+chosen towers, the final one included.
+
+>>> LayerNorm().sites
+'norm'
+"""
+
+from typing import ClassVar
+
+from peftree.deltas import Offset, only
+from peftree.methods.contract import Field, Method, Place, Tags
+
+
+class LayerNorm(Method):
+    """Trained offsets of the norms' parameters."""
+
+    tags: ClassVar[Tags] = Tags("selective", "arXiv 2312.11420", True, True, lr=1e-3)
+    sites: str = Field("norm", description="which norms are trained")
+
+    def build(self, place: Place) -> Offset:
+        only(place, ("norm",))
+        return Offset(place)

@@ -1,0 +1,263 @@
+"""Finds methods and recipes by walking folders and entry points; loud on a bad file, helpful on an unknown name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import inspect
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from peftree.errors import ConfigError, MethodError, did_you_mean
+from peftree.methods.contract import Branch, Fusion, Method, Recipe, Tags, Union
+
+BRANCHES: tuple[str, ...] = (
+    "additive", "selective", "reparameterized", "hybrid", "moe", "unified", "reference",
+)  # fmt: skip
+_HOME = Path(__file__).parent / "methods"
+_FOLDERS: list[Path] = []
+
+
+@functools.cache
+def methods() -> dict[str, type[Method]]:
+    """Return every method and recipe by name, in the order of the tree.
+
+    Raises:
+        MethodError: a file yields no method, fails to load, or two files claim one name.
+    """
+    found: dict[str, type[Method]] = {}
+    recipes: list[Path] = []
+    for root in (_HOME, *_FOLDERS):
+        for branch in BRANCHES:
+            for path in sorted((root / branch).glob("*")):
+                if path.suffix == ".py" and path.stem != "__init__":
+                    _add(found, _from_file(path), path)
+                elif path.suffix == ".yaml":
+                    recipes.append(path)
+    for point in entry_points(group="peftree.methods"):
+        _add(found, _checked(point.load(), point.value), Path(point.value))
+    for path in recipes:
+        _add(found, _from_recipe(path, found), path)
+    order = {b: i for i, b in enumerate(BRANCHES)}
+    return dict(sorted(found.items(), key=lambda kv: (order[kv[1].tags.branch], kv[0])))
+
+
+def register_folder(folder: str | Path) -> None:
+    """Look for methods in `folder` too; it has one sub-folder a branch, like `peftree/methods`."""
+    path = Path(folder).resolve()
+    if not any((path / b).is_dir() for b in BRANCHES):
+        raise MethodError(f"{path} has no branch folder.", f"Make one of: {', '.join(BRANCHES)}.")
+    if path not in _FOLDERS:
+        _FOLDERS.append(path)
+    methods.cache_clear()
+
+
+def forget_folder(folder: str | Path) -> None:
+    """Undo `register_folder`."""
+    _FOLDERS.remove(Path(folder).resolve())
+    methods.cache_clear()
+
+
+def get(name: str) -> type[Method]:
+    """Return the method called `name`.
+
+    Raises:
+        MethodError: there is none; the message names the closest one.
+    """
+    known = methods()
+    if name not in known:
+        raise MethodError(f"There is no method '{name}'.", did_you_mean(name, known, "Methods"))
+    return known[name]
+
+
+def make(name: str, fields: dict[str, Any]) -> Method:
+    """Return the method `name` with these fields.
+
+    Raises:
+        ConfigError: a field is unknown or out of range; the message names field, value and remedy.
+    """
+    cls = get(name)
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise ConfigError(*explain(cls, error)) from None
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> tuple[str, str]:
+    """Turn pydantic's report into one sentence and a remedy."""
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    title = getattr(cls, "name", "") or cls.__name__
+    if first["type"] == "extra_forbidden":
+        return f"{title} has no field '{where}'.", did_you_mean(where, cls.model_fields, "Fields")
+    if not first["loc"]:
+        return f"{title}: {first['msg'].removeprefix('Value error, ')}.", f"`peftree methods {title}` lists the fields."
+    info = cls.model_fields.get(str(first["loc"][0]))
+    about = f" ({info.description})" if info is not None and info.description else ""
+    default = f" The default is {info.default!r}." if info is not None else ""
+    return (
+        f"{title}: {where}={first['input']!r}: {first['msg']}.",
+        f"Field '{where}'{about}.{default}",
+    )
+
+
+def _add(found: dict[str, type[Method]], cls: type[Method], path: Path) -> None:
+    if cls.name in found:
+        raise MethodError(
+            f"{path}: the name '{cls.name}' is taken by {found[cls.name].__module__}.",
+            "Rename one.",
+        )
+    found[cls.name] = cls
+
+
+def _from_file(path: Path) -> type[Method]:
+    """Load the one method class that a file defines."""
+    try:
+        module = _load(path)
+    except Exception as error:  # any fault of a plug-in file is reported with its path
+        raise MethodError(f"{path} does not load: {type(error).__name__}: {error}.", "Mend or remove it.") from error
+    classes = [
+        c for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Method) and c.__module__ == module.__name__
+    ]  # fmt: skip
+    if len(classes) != 1:
+        raise MethodError(
+            f"{path} defines {len(classes)} methods.",
+            "A method file defines exactly one Method class.",
+        )
+    cls = classes[0]
+    cls.name = cls.name or path.stem
+    return _checked(cls, str(path), path.parent.name)
+
+
+def _load(path: Path) -> ModuleType:
+    if path.is_relative_to(_HOME):
+        return importlib.import_module(".".join(["peftree.methods", *path.relative_to(_HOME).with_suffix("").parts]))
+    name = f"peftree_plugin_{path.parent.name}_{path.stem}"  # no dots: pickle finds it in sys.modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
+    """Return `cls` if it keeps the contract's static part."""
+    if not (inspect.isclass(cls) and issubclass(cls, Method)):
+        raise MethodError(
+            f"{where} yields {cls!r}, not a Method class.",
+            "Point the entry point at a Method class.",
+        )
+    problems = []
+    if "tags" not in vars(cls) or not isinstance(cls.tags, Tags):
+        problems.append("it declares no `tags = Tags(...)`")
+    elif branch is not None and cls.tags.branch != branch:
+        problems.append(f"its branch is '{cls.tags.branch}' but it lies in folder '{branch}'")
+    if not issubclass(cls, Union) and cls.build is Method.build:
+        problems.append("it defines no build(place)")
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    if not ("=" in (first := doc.split("\n")[0]) or "(" in first):
+        problems.append("line 1 of the file does not state the equation")
+    problems += [f"field '{n}' has no description" for n, f in cls.model_fields.items() if not f.description]
+    if problems:
+        raise MethodError(f"{where}: {'; '.join(problems)}.", "See AGENTS.md, 'Adding a method'.")
+    return cls
+
+
+class _Recipe(BaseModel):
+    """The schema of a recipe file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    about: str = Field(description="the equation")
+    paper: str
+    base: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    parts: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
+    gated: bool = False
+    tags: dict[str, Any] = Field(default_factory=dict)
+
+
+def _from_recipe(path: Path, found: dict[str, type[Method]]) -> type[Method]:
+    """Turn a recipe into a method class: a base with other defaults, or several parts."""
+    try:
+        recipe = _Recipe(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _variant(path, recipe, found) if recipe.base else _hybrid(path, recipe, found)
+    except (ValidationError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise MethodError(f"{path} is no good recipe: {error}.", "See docs: recipes.") from None
+
+
+def _tags(path: Path, recipe: _Recipe, start: Tags) -> Tags:
+    branch: Branch = path.parent.name  # type: ignore[assignment]
+    return Tags(**(vars(start) | recipe.tags | {"branch": branch, "paper": recipe.paper}))
+
+
+def _variant(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> type[Method]:
+    base = found[recipe.base or ""]
+    fields = {n: (base.model_fields[n].annotation, _with_default(base, n, v)) for n, v in recipe.set.items()}
+    make_class: Any = create_model
+    cls: type[Method] = make_class(path.stem, __base__=base, __module__=base.__module__, **fields)
+    cls.name, cls.tags, cls.__doc__ = path.stem, _tags(path, recipe, base.tags), recipe.about
+    cls()
+    return cls
+
+
+def _with_default(base: type[Method], name: str, value: Any) -> Any:
+    """Return the base's field, bounds and all, with another default."""
+    info = copy.deepcopy(base.model_fields[name])
+    info.default = value
+    return info
+
+
+def _hybrid(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> type[Method]:
+    fields: dict[str, Any] = {}
+    for part in recipe.parts:
+        ((name, settings),) = part.items()
+        cls = found[name]
+        fields[name] = (cls, Field(cls(**settings), description=f"the {name} part"))
+    names = tuple(fields)
+    made: type[Method] = create_model(path.stem, __base__=Recipe, __module__=__name__, **fields)
+    made.name, made.__doc__ = path.stem, recipe.about
+    made.member_names, made.gated = names, recipe.gated
+    start = Tags("hybrid", recipe.paper, identity_at_init=False, mergeable=False, lr=1e-3)
+    made.tags = _tags(path, recipe, start)
+    return made
+
+
+def spec(method: Method) -> dict[str, Any]:
+    """Return `{"method": name, "fields": {...}}`, JSON-able, nested for composite methods."""
+    return {
+        "method": method.name,
+        "fields": {n: _plain(getattr(method, n)) for n in type(method).model_fields},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return spec(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def from_spec(value: Any) -> Any:
+    """Undo `spec`: every `{"method", "fields"}` becomes a method again.
+
+    Raises:
+        MethodError, ConfigError: the name or a field is unknown or out of range.
+    """
+    if isinstance(value, list):
+        return [from_spec(v) for v in value]
+    if not (isinstance(value, dict) and set(value) == {"method", "fields"} and isinstance(value["fields"], dict)):
+        return value
+    fields = {str(k): from_spec(v) for k, v in value["fields"].items()}
+    built: dict[str, type[Method]] = {"union": Union, "fusion": Fusion}
+    cls = built.get(str(value["method"]))
+    return cls(**fields) if cls else make(str(value["method"]), fields)

@@ -1,0 +1,23 @@
+"""From a folder of run records to a terminal table, Markdown, JSON and one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftree.bench.record import read_records
+from peftree.files import atomic_write
+from peftree.report import html, terminal
+from peftree.report.build import build
+from peftree.report.data import Report
+from peftree.report.tables import to_json, to_markdown
+
+__all__ = ["Report", "build", "html", "terminal", "to_json", "to_markdown", "write"]
+
+
+def write(folder: str | Path, out: str | Path) -> Path:
+    """Read the run records of `folder`, write the HTML report to `out` and return its path.
+
+    Raises:
+        DataError: the folder holds no records, or a bad one (file and field are named).
+    """
+    return atomic_write(out, html.render(build(read_records(folder))))

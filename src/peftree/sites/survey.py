@@ -1,0 +1,164 @@
+"""The tree of sites of a model: its stacks, what joins them, its heads, its default towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from peftree.sites.infer import infer
+from peftree.sites.parts import Modules, expand, inside, modules_of, site_at
+from peftree.sites.reader import StackReader
+from peftree.sites.records import Record, records
+from peftree.sites.site import Site
+from peftree.sites.stacks import Stack, find_composites, find_stacks
+
+# Outer linears that come with the pretrained weights, by the first name on their path.
+PRETRAINED_HEADS = frozenset(
+    "lm_head embed_out proj_out cls vocab_transform vocab_projector generator_predictions "
+    "generator_lm_head discriminator_predictions predictions text_projection "
+    "visual_projection".split()
+)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that is known of a model: its modules, stacks, sites, and the towers meant by default."""
+
+    modules: Modules
+    stacks: tuple[Stack, ...]
+    sites: tuple[Site, ...]
+    default_towers: tuple[str, ...]
+    projections: frozenset[str]
+
+    @cached_property
+    def towers(self) -> list[str]:
+        """The towers of the model, in order."""
+        return list(dict.fromkeys(site.tower for site in self.sites))
+
+    @cached_property
+    def tower_of(self) -> dict[str, str]:
+        """The tower of every path that has a site."""
+        return {site.path: site.tower for site in self.sites}
+
+
+def survey(model: nn.Module) -> Survey:
+    """Find everything: see `tree`.
+
+    Raises:
+        SiteError: no stack of layers is found, or a record does not fit the model.
+    """
+    modules = modules_of(model)
+    around = find_composites(modules)
+    stacks = find_stacks(modules, around)
+    if not stacks:
+        root, layout, outer = infer(modules, sorted(records()))
+        layers = tuple(expand(modules, root, layout.layers + ".*"))
+        config = getattr(modules[root], "config", None)
+        zeros = (0,) * len(layers)
+        stacks = [Stack(root, layout.tower, layout, layers, zeros, config, outer)]
+    sites = [site for stack in stacks for site in StackReader(modules, stack).sites()]
+    taken = {site.path for site in sites}
+    connector = _connector(modules, around, stacks)
+    sites += [site for path in connector if (site := _connector_site(modules, path))]
+    towers = _default_towers(around, stacks)
+    sites += _heads(modules, stacks, {*connector, *taken}, around, towers)
+    order = {path: index for index, path in enumerate(modules)}
+    # A branch's path is its output module: it belongs where its sub-layer starts.
+    sites.sort(key=lambda site: (order[site.source or site.path], site.rows or (0, 0)))
+    projections = frozenset(name for record in around.values() for name in record.heads)
+    return Survey(modules, tuple(stacks), tuple(sites), towers, projections)
+
+
+def tree(model: nn.Module) -> list[Site]:
+    """Return every site of `model` in model order; only shapes are read (the meta device will do).
+
+    Raises:
+        SiteError: the model has no role record and its layers are not clear without one.
+    """
+    return list(survey(model).sites)
+
+
+def task_head(model: nn.Module) -> list[Site]:
+    """Return the heads made afresh for a task (classifiers, regressors); none for `lm_head`."""
+    found = survey(model)
+    pretrained = PRETRAINED_HEADS | found.projections
+    return [s for s in found.sites if s.role == "head" and not pretrained & {*s.path.split(".")}]
+
+
+def _connector(modules: Modules, around: dict[str, Record], stacks: list[Stack]) -> list[str]:
+    """Return the paths in the connectors between towers, or in what must be one."""
+    kind = getattr(getattr(modules[""], "config", None), "model_type", None)
+    parts = {getattr(stack.config, "model_type", None) for stack in stacks}
+    if not around and kind is not None and kind not in parts:
+        # Made of parts, without a record: what is not by its name a head joins the parts.
+        heads = PRETRAINED_HEADS | {"classifier", "score"}
+        bases = _foreign(modules, stacks)
+        outer = [path for path in modules if not any(inside(path, base) for base in bases)]
+        return [path for path in outer if not heads & {*path.split(".")}]
+    roots = [
+        root
+        for base, record in around.items()
+        for pattern in record.connector
+        for root in expand(modules, base, pattern)
+    ]
+    return [p for p in modules if any(p == root or inside(p, root) for root in roots)]
+
+
+def _connector_site(modules: Modules, path: str) -> Site | None:
+    site = site_at(modules, path, "linear", "connector", None)
+    names = {"norm": "norm", "conv2d": "conv", "embedding": "embed"}
+    return replace(site, role=names.get(site.kind, "linear")) if site else None
+
+
+def _default_towers(around: dict[str, Record], stacks: list[Stack]) -> tuple[str, ...]:
+    """Return the towers that a query without a tower means."""
+    towers = tuple(dict.fromkeys(stack.tower for stack in stacks))
+    for record in around.values():
+        if record.default_towers:
+            return tuple(t for t in record.default_towers if t in towers) or towers
+    # A generator that has another tower beside its text: adapters belong to the text.
+    if any(s.tower == "text" and s.flag(s.layout.causal) for s in stacks) and not around:
+        return ("text",)
+    return towers
+
+
+def _heads(
+    modules: Modules,
+    stacks: list[Stack],
+    taken: set[str],
+    around: dict[str, Record],
+    towers: tuple[str, ...],
+) -> list[Site]:
+    """Return the linears outside all stacks, connectors and parts of another model type."""
+    named = {name: tower for record in around.values() for name, tower in record.heads.items()}
+    # The decoder's or the text's: the last of the towers that are meant by default.
+    usual = [stack.tower for stack in stacks if stack.tower in towers][-1]
+    outer = {path for stack in stacks for path in stack.outer}
+    foreign = _foreign(modules, stacks)
+    found: list[Site] = []
+    for path in modules:
+        below = any(inside(path, base) for base in foreign)
+        if path in taken or (below and path not in outer):
+            continue
+        tower = next((named[name] for name in path.split(".") if name in named), usual)
+        site = site_at(modules, path, "head", tower, None)
+        if site and site.kind in ("linear", "conv1d"):
+            found.append(site)
+    return found
+
+
+def _foreign(modules: Modules, stacks: list[Stack]) -> list[str]:
+    """Return the modules in which no head is looked for: stacks, and parts of another model type.
+
+    A part that no record describes (the audio tower of an unknown composite, say) must not be
+    taken for a head.
+    """
+    configs = [getattr(modules[""], "config", None), *(stack.config for stack in stacks)]
+    own = {getattr(config, "model_type", None) for config in configs} | {None}
+    return [stack.path for stack in stacks] + [
+        path
+        for path, module in modules.items()
+        if getattr(getattr(module, "config", None), "model_type", None) not in own
+    ]

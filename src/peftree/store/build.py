@@ -1,0 +1,194 @@
+"""From a method and a file's tensors to an adapter on a model: expected first, compared, then built and filled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftree import adapter as adapters
+from peftree.adapter import Adapter
+from peftree.deltas import Delta, Reweight
+from peftree.deltas.place import read
+from peftree.errors import AdapterError, StoreError
+from peftree.graft import Hub
+from peftree.methods.contract import Method
+from peftree.sites import Site
+
+Entries = list[tuple[str, Site, Delta]]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An adapter that is not on a model yet: its method, deltas with their keys and sites, task head, seed."""
+
+    method: Method
+    entries: Entries
+    head: bool
+    seed: int
+
+    @property
+    def keyed(self) -> Entries:
+        """The entries with keys as `Adapter.entries` has them."""
+        return [(f"{site.path}/{key}", site, delta) for key, site, delta in self.entries]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that `Adapter.state` would return."""
+        return states(self.keyed)
+
+
+def states(entries: Entries) -> dict[str, Tensor]:
+    """Return the tensors of `entries`, each once, by `path/part_role/tensor`."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, _, delta in entries:
+        for name, tensor in delta.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                out[f"{key}/{name}"] = tensor
+    return out
+
+
+def expected(model: nn.Module, method: Method, head: bool, seed: int, given: set[str] | None = None) -> Draft:
+    """Build the adapter's deltas on the meta device: shapes without values, whatever sizes the fields ask for.
+
+    Args:
+        given: the keys of a file. If they are those of the trained form that the method leaves after its `post_hoc`
+            (a folded prefix, merged experts), the draft is brought to that form.
+    """
+    return _finished(_draft(abstract(model), method, head, seed), given)
+
+
+def real(model: nn.Module, method: Method, head: bool, seed: int, given: set[str]) -> Draft:
+    """Build the adapter's deltas with values; the model is only read."""
+    return _finished(_draft(model, method, head, seed), given)
+
+
+def _draft(model: nn.Module, method: Method, head: bool, seed: int) -> Draft:
+    entries, with_head = adapters._build(model, method, head, seed)
+    return Draft(method, entries, with_head, seed)
+
+
+def _finished(draft: Draft, given: set[str] | None) -> Draft:
+    if given is not None and set(draft.state()) != given:
+        with torch.no_grad():
+            draft.method.post_hoc({key: delta for key, _, delta in draft.keyed})
+    return draft
+
+
+def abstract(model: nn.Module) -> nn.Module:
+    """Return a copy of the base model whose tensors are on the meta device; everything else is shared."""
+    made: dict[int, Tensor] = {}
+
+    def hollow(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        return made[id(tensor)]
+
+    return bare(model, hollow)
+
+
+def bare(module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
+    """Return the base model as it is without anything grafted on, sharing what it has.
+
+    Args:
+        module: the model.
+        tensor: what takes the place of each of its parameters and buffers.
+    """
+    hub = module._modules.get("deltas")
+    cls = hub.original if isinstance(hub, Hub) else type(module)
+    new = cls.__new__(cls)
+    new.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_peftree"}
+    new.__dict__["_parameters"] = {k: None if p is None else tensor(p) for k, p in module._parameters.items()}
+    new.__dict__["_buffers"] = {k: None if b is None else tensor(b) for k, b in module._buffers.items()}
+    children = ((k, m) for k, m in module._modules.items() if m is not hub or hub is None)
+    new.__dict__["_modules"] = {k: None if m is None else bare(m, tensor) for k, m in children}
+    return new
+
+
+Shape = torch.Size | tuple[int, ...]
+
+
+def compare(where: str, shapes: Mapping[str, Shape], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise StoreError unless the file has exactly the tensors that the method has on this model.
+
+    Args:
+        where: the file, for messages.
+        shapes: what the method has, by key.
+        given: what the file has, by key.
+    """
+    missing, extra = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
+    if missing or extra:
+        parts = [f"{len(n)} {word}, as {n[0]!r}" for n, word in ((missing, "missing"), (extra, "not part of it")) if n]
+        raise StoreError(
+            f"{where} does not hold the tensors of this adapter on this model: {'; '.join(parts)}.",
+            "Check that it was made for this model class, tower and method.",
+        )
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(given[name]):
+            raise StoreError(
+                f"{where}: {name} has the shape {list(given[name])}; on this model it is {list(shape)}.",
+                "Check that it was made for this base model and with these fields.",
+            )
+
+
+def fill(model: nn.Module, draft: Draft, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the draft's deltas; `model` is only read.
+
+    Raises:
+        StoreError: a tensor is of another kind, or an index lies outside the weight it points into.
+    """
+    damaged = "The file is damaged; fetch or save the adapter again."
+    with torch.no_grad():
+        for name, target in draft.state().items():
+            source = tensors[name]
+            both = source.is_floating_point() and target.is_floating_point()
+            if not both and source.dtype != target.dtype:
+                raise StoreError(f"{where}: {name} is {source.dtype}, not {target.dtype}.", damaged)
+            target.copy_(source)
+        for key, site, delta in draft.keyed:
+            if not _indices_fit(model.get_submodule(site.path), site, delta):
+                raise StoreError(f"{where}: {key} holds an index out of range.", damaged)
+
+
+def _indices_fit(module: nn.Module, site: Site, delta: Delta) -> bool:
+    """Return whether stored indices point into the weight; tried on the CPU, where a wrong one is an exception."""
+    indices = [t for t in delta.state_dict().values() if t.dtype in (torch.int32, torch.int64)]
+    if not indices or not isinstance(delta, Reweight):
+        return True
+    if any(t.numel() and int(t.min()) < 0 for t in indices):
+        return False
+    W = read(module, site).weight
+    try:
+        (delta if W.device.type == "cpu" else copy.deepcopy(delta).cpu()).weight(W.cpu())
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless an adapter called `name` can be put on `model` now."""
+    adapters.check_name(name)
+    known = adapters.adapters(model)
+    if name in known:
+        raise AdapterError(
+            f"There is an adapter '{name}' already.", "Pass load(..., name='another'), or detach it first."
+        )
+    if known and adapters.record_of(model).merged:
+        raise AdapterError("An adapter is merged.", "Call peftree.unmerge(model) first.")
+
+
+def install(model: nn.Module, name: str, draft: Draft) -> Adapter:
+    """Put a filled draft on `model`, freeze the base, and switch it on."""
+    record = model.__dict__.get("_peftree") or adapters.Record(model)
+    record.graft.put(name, draft.entries)
+    model.__dict__["_peftree"] = record
+    adapters._freeze_base(model, record)
+    made = record.adapters[name] = Adapter(name, draft.method, model, draft.head, draft.seed)
+    adapters.switch(model, name)
+    return made

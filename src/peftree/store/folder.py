@@ -1,0 +1,185 @@
+"""Folders of adapters: listed with limits, read without following links, replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftree.errors import StoreError
+from peftree.files import sync_folder
+
+NATIVE, PEFT, CONFIG, MANIFEST = (
+    "adapter.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "manifest.json",
+)
+OURS = (NATIVE, PEFT, CONFIG, MANIFEST)
+ENTRIES = 4096
+OPEN = 0o755  # a server under another user must be able to read an adapter
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip")
+# What transformers' Trainer writes beside an adapter in a checkpoint. Never opened here.
+_COMPANIONS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state")
+_NOFOLLOW: int = os.__dict__.get("O_NOFOLLOW", 0)
+_NONBLOCK: int = os.__dict__.get("O_NONBLOCK", 0)
+
+
+def listing(folder: str | Path) -> set[str]:
+    """Return which of peftree's four file names are in `folder`.
+
+    Raises:
+        StoreError: there is no such folder, it has too many entries, a file that is read is a link or no
+            file, or it holds a pickle.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise StoreError(f"{path} is no folder.", "Name the folder that adapter.save(folder) wrote.")
+    found: set[str] = set()
+    with os.scandir(path) as entries:
+        for count, entry in enumerate(entries):
+            if count >= ENTRIES:
+                raise StoreError(f"{path} has more than {ENTRIES:,} entries.", "Give the adapter a folder of its own.")
+            if entry.name in OURS:
+                if not entry.is_file(follow_symlinks=False):
+                    raise StoreError(
+                        f"{path / entry.name} is a link or no regular file.", "Copy the file itself into the folder."
+                    )
+                found.add(entry.name)
+            elif entry.name.lower().endswith(_PICKLES) and not entry.name.startswith(_COMPANIONS):
+                raise StoreError(
+                    f"{path} holds {entry.name!r}, which may be a pickle; those can run code and are never read.",
+                    "Convert it to safetensors where you trust it, and remove it from the folder.",
+                )
+    return found
+
+
+def read_file(path: Path, limit: int) -> bytearray:
+    """Return the bytes of one regular file of at most `limit` bytes, read once; links are not followed."""
+    try:
+        handle = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}.", "Check the folder.") from None
+    with os.fdopen(handle, "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise StoreError(f"{path} is no regular file.", "Copy the file itself into the folder.")
+        if info.st_size > limit:
+            raise StoreError(
+                f"{path} has {info.st_size:,} bytes; an adapter of this model has at most {limit:,}.",
+                "Check that this adapter belongs to this model.",
+            )
+        data = bytearray(info.st_size)
+        size = file.readinto(data)
+    return data[:size]
+
+
+def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Make `folder` hold exactly these files of ours, or leave it as it was.
+
+    A folder that holds nothing else is exchanged in one step for a complete new one. In a folder with other things
+    in it (a run's output folder) those stay: each file is renamed into place, the manifest last, and an error puts
+    the old files back.
+
+    Raises:
+        StoreError: `folder` is a link or a file.
+    """
+    path = target(folder)
+    others = path.is_dir() and (any(n not in OURS for n in os.listdir(path)) or path == Path.cwd())
+    stage = stage_for(path)
+    try:
+        for name, data in files.items():
+            _write(stage / name, data)
+        os.chmod(stage, stat.S_IMODE(path.stat().st_mode) if path.is_dir() else OPEN)
+        sync_folder(stage)
+        if others:
+            _move_in(stage, path, list(files))
+            sync_folder(path)
+        else:
+            put_in_place(stage, path)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    sync_folder(path.parent)
+    return path
+
+
+def target(folder: str | Path) -> Path:
+    """Return the absolute path of a folder to write, its parent made.
+
+    Raises:
+        StoreError: it is a link or a file.
+    """
+    path = Path(os.path.abspath(folder))  # resolve() would follow a link
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise StoreError(f"{path} is a link or a file.", "Save to a folder of its own.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def stage_for(path: Path) -> Path:
+    """Return a new temporary folder beside `path`."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(path, 0o644)
+
+
+def put_in_place(stage: Path, path: Path) -> None:
+    """Put the complete folder `stage` at `path`; what was there is removed by the caller with `stage`."""
+    if not path.is_dir() or not os.listdir(path):
+        os.replace(stage, path)
+    elif not _exchange(stage, path):
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        os.replace(path, aside)
+        try:
+            os.replace(stage, path)
+        except BaseException:
+            os.replace(aside, path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that a killed process leaves one or the other; False where unsupported."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        call = ctypes.CDLL(None).renameat2
+        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's <fcntl.h>
+        return int(call(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
+    return False
+
+
+def _move_in(stage: Path, path: Path, names: list[str]) -> None:
+    """Move the files of `stage` into `path`, the manifest last, and drop ours that are no longer wanted."""
+    old = stage / "old"
+    old.mkdir()
+    kept = [name for name in OURS if (path / name).is_symlink() or (path / name).exists()]
+    for name in kept:
+        if (path / name).is_symlink():
+            raise StoreError(f"{path / name} is a link.", "Remove it, or save to another folder.")
+        os.link(path / name, old / name)
+    try:
+        for name in sorted(names, key=OURS.index):
+            os.replace(stage / name, path / name)
+        for name in set(kept) - set(names):
+            (path / name).unlink()
+    except BaseException:
+        for name in names:
+            if name not in kept:
+                (path / name).unlink(missing_ok=True)
+        for name in kept:
+            os.replace(old / name, path / name)
+        raise

@@ -1,0 +1,124 @@
+"""What a mapping between one PEFT method and one of ours has to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic
+
+from torch import Tensor, nn
+
+from peftree import registry
+from peftree.errors import StoreError
+from peftree.methods.contract import Method
+from peftree.store.build import Entries
+from peftree.store.hfpeft.links import InexpressibleError, Link
+from peftree.store.hfpeft.names import query, shortest, targeted
+from peftree.store.hfpeft.schema import Common, S, Targeted
+
+
+@dataclass(frozen=True)
+class View:
+    """An adapter as a mapping sees it.
+
+    Attributes:
+        model: the model it is on, or is to go on.
+        method: our method.
+        entries: its places without the task head.
+        config: of the file it is read from, if that is foreign.
+    """
+
+    model: nn.Module
+    method: Method
+    entries: Entries
+    config: Common | None = None
+
+    def only(self, *kinds: str, whole: bool = False) -> None:
+        """Raise InexpressibleError unless every site is of one of these kinds (and no slice of a fused projection)."""
+        for _, site, _ in self.entries:
+            if site.kind not in kinds:
+                raise InexpressibleError(f"{site.name} is a site of kind {site.kind}")
+            if whole and site.rows is not None:
+                raise InexpressibleError(f"{site.name} is a slice of the fused projection {site.path}")
+
+    @property
+    def paths(self) -> list[str]:
+        """The modules it sits at, each once, in model order."""
+        return list(dict.fromkeys(site.path for _, site, _ in self.entries))
+
+
+class Dialect(ABC, Generic[S]):
+    """One PEFT method: its schema, our method, and the links between the tensors of both.
+
+    Attributes:
+        peft_type: as `adapter_config.json` names it.
+        schema: of that file.
+        ours: names of our methods that it writes (recipes made from them too).
+        rest: names of small tensors that PEFT has no place for and that do not change the output; the manifest keeps
+            them.
+    """
+
+    peft_type: ClassVar[str]
+    schema: type[S]
+    ours: ClassVar[tuple[str, ...]]
+    rest: ClassVar[tuple[str, ...]] = ()
+
+    def writes(self, method: Method) -> bool:
+        """Return whether `method` is one of ours that has this form."""
+        known = registry.methods()
+        return any(name in known and isinstance(method, known[name]) for name in self.ours)
+
+    @abstractmethod
+    def config(self, view: View) -> dict[str, Any]:
+        """Return this method's own keys of `adapter_config.json`.
+
+        Raises:
+            InexpressibleError: the adapter has no exact form there.
+        """
+
+    @abstractmethod
+    def method(self, config: S, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
+        """Return the name and fields of our method for a config.
+
+        Raises:
+            StoreError: the config asks for something that has no exact form here.
+        """
+
+    @abstractmethod
+    def links(self, view: View) -> list[Link]:
+        """Return the links of all tensors but the task head's."""
+
+    def extras(self, view: View) -> dict[str, Tensor]:
+        """Return tensors of the file that are no trained values but follow from the fields (frozen random bases)."""
+        return {}
+
+    def reads(self, raw: Mapping[str, Any]) -> bool:
+        """Return whether it is this mapping, among those of one `peft_type`, that reads a config."""
+        return True
+
+
+class AtModules(Dialect[S]):
+    """A PEFT method that sits at modules named by `target_modules`."""
+
+    def targets(self, view: View) -> dict[str, Any]:
+        """Return the key that says where it sits."""
+        return {"target_modules": shortest(view.model, view.paths)}
+
+    def sites(self, config: Targeted, model: nn.Module, where: Path) -> str:
+        """Return our request for the modules that a config targets."""
+        return query(model, targeted(model, config, where), where)
+
+
+def transposes(view: View) -> dict[str, Any]:
+    """Return the key that says whether the base's weights lie as `[in, out]`, and that no bias is trained."""
+    return {"fan_in_fan_out": all(site.kind == "conv1d" for _, site, _ in view.entries), "bias": "none"}
+
+
+def refuse(where: Path, what: str, fix: str = "Load this adapter with peft.") -> StoreError:
+    """Return the error for a config that has no exact form here."""
+    return StoreError(f"{where}: {what}.", fix)
+
+
+__all__ = ["AtModules", "Common", "Dialect", "View", "refuse", "transposes"]

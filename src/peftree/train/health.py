@@ -1,0 +1,234 @@
+"""Health checks of a training run: by its third step, what would fail silently has failed with a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftree.adapter import Adapter, active, adapters, switch
+from peftree.errors import TrainError
+
+STEPS = 3  # a low-rank term's first factor gets a gradient only once the second moved; warm-up costs a step
+ROWS = 2  # rows on which the adapter's effect on the output is looked at
+LENIENT = ("moe", "unified", "reference")  # a router may not have reached an expert yet; `full` has unused parts
+
+
+class Health:
+    """Watches the first steps of a run and raises TrainError when something is dead.
+
+    Args:
+        adapter: the adapter in training.
+        stop: id of the token that must be in the loss, for generation.
+    """
+
+    def __init__(self, adapter: Adapter, stop: int | None = None) -> None:
+        self.adapter = adapter
+        self.stop = stop
+        self.names = names(adapter)
+        self.alive: set[str] = set()
+        self.steps = 0
+        self.labels = [0, 0]
+        self.stops = [0, 0]
+        self.optimized = 0
+        self.done = False
+
+    def check_adapter(self, model: nn.Module) -> None:
+        """Check before the first step that the adapter is on and that it alone trains."""
+        name = self.adapter.name
+        on = active(model)
+        if name not in on:
+            raise TrainError(
+                f"Adapter '{name}' is trained but not on; its gradients would all be missing.",
+                f"Call peftree.switch(model, '{name}') before training.",
+            )
+        trained = self._trained()
+        if not trained:
+            raise TrainError(f"Adapter '{name}' has no trainable tensor.", "Call adapter.requires_grad(True).")
+        idle = {id(p) for a in adapters(model).values() if a.name not in on for p in a.parameters()}
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in {*trained, *idle}]
+        if others:
+            raise TrainError(
+                f"{len(others)} trainable tensors are not of adapter '{name}', as {others[0]}.",
+                "Freeze them with requires_grad_(False); only the adapter would be saved.",
+            )
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that the optimizer holds exactly the trainable tensors."""
+        trained = self._trained()
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        missing = [n for key, n in trained.items() if key not in held]
+        if missing or len(held) > len(trained):
+            what = f"lacks {len(missing)}, as {missing[0]}, of" if missing else "holds others than"
+            raise TrainError(
+                f"The optimizer {what} the {len(trained)} trainable tensors of adapter '{self.adapter.name}'.",
+                "Build it after peftree.adapt, from adapter.param_groups().",
+            )
+        self.optimized = len(held)
+
+    def _trained(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.names.items() if p.requires_grad}
+
+    def see_batch(self, batch: Mapping[str, Any]) -> None:
+        """Look at a batch's masks and labels."""
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and not bool(mask.flatten(1).any(1).all()):
+            raise TrainError("A row's attention mask is all zero.", "Check tokenizer and collator.")
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            return
+        kept = labels.ne(-100)
+        self.labels[0] += int(kept.sum())
+        self.labels[1] += labels.numel()
+        if not bool(kept.any()):
+            raise TrainError(
+                f"All {labels.numel()} labels of a batch are masked (-100); nothing would be learned.",
+                "Raise max_length, and check that the completion column is not empty.",
+            )
+        if self.stop is not None and labels.dim() == 2:
+            rows = ((labels == self.stop) & kept).any(1)
+            self.stops[0] += int(rows.sum())
+            self.stops[1] += len(rows)
+            if self.stops[0] == 0:
+                raise TrainError(
+                    f"The stop token {self.stop} is in the loss of none of {self.stops[1]} rows; "
+                    "the model would not learn to stop.",
+                    "Raise max_length; do not mask labels by pad id, which may be the stop token.",
+                )
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Check that the loss reaches the adapter at all."""
+        if not loss.requires_grad:
+            raise TrainError(
+                "The loss depends on no trainable tensor: no adapter weight would get a gradient.",
+                "With gradient checkpointing use use_reentrant=False; check that the sites lie in the "
+                "part of the model that the task runs.",
+            )
+
+    def see_gradients(self) -> None:
+        """Check the gradients of one step, before the optimizer uses them."""
+        self.steps += 1
+        for name, parameter in self.names.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if not bool(torch.isfinite(gradient).all()):
+                raise not_finite(f"The gradient of {name}")
+            if name not in self.alive and bool(gradient.any()):
+                self.alive.add(name)
+        if self.steps == STEPS:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Raise if a site is dead, or one tensor is at every site; single dead tensors are data's doing."""
+        trained = list(self._trained().values())
+        dead = [n for n in trained if n not in self.alive]
+        lenient = self.adapter.method.tags.branch in LENIENT and len(dead) < len(trained)
+        if not dead or lenient:
+            return
+        fatal = [n for part in (0, 2) for n in dead if not self._alive_like(n, part)]
+        if fatal:
+            raise TrainError(
+                f"{len(dead)} of {len(trained)} trainable tensors had no gradient in {STEPS} steps, "
+                f"as {', '.join(fatal[:3])}.",
+                "Check that their sites lie in the part of the model that the task runs (peftree inspect), or name "
+                "other sites; a narrow bottleneck of ReLUs may also start dead: make it wider or change the seed.",
+            )
+
+    def _alive_like(self, name: str, part: int) -> bool:
+        """Return True if another tensor of the same site (`part` 0) or of the same name (2) has had a gradient."""
+        key = name.rpartition("/")[part]
+        return any(other.rpartition("/")[part] == key for other in self.alive)
+
+    def effect(self, model: nn.Module, batch: Mapping[str, Any]) -> float:
+        """Return the largest change of the output by the adapter on a few rows.
+
+        Raises:
+            TrainError: there is none.
+        """
+        few = {k: v[:ROWS] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+        few.pop("labels", None)
+        few.pop("num_items_in_batch", None)
+        on = active(model)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                new = main_output(model(**few))
+                switch(model, [n for n in on if n != self.adapter.name])
+                old = main_output(model(**few))
+        finally:
+            switch(model, on)
+            model.train(training)
+        change = float((new - old).abs().max()) if new.shape == old.shape else float("inf")
+        if change == 0:
+            raise TrainError(
+                f"Adapter '{self.adapter.name}' is on and trained, but the output equals the base's.",
+                "Raise lr if it is tiny; check that its sites lie in the part the task runs.",
+            )
+        return change
+
+    def report(self, change: float) -> str:
+        """Return the line that says what was checked."""
+        count = len(self._trained())
+        parts = [f"gradients {len(self.alive)}/{count} finite and non-zero"]
+        parts.append(f"optimizer {self.optimized}/{count} tensors")
+        if self.labels[1]:
+            parts.append(f"labels {self.labels[0]:,}/{self.labels[1]:,} in the loss")
+        if self.stop is not None:
+            parts.append(f"stop token in {self.stops[0]}/{self.stops[1]} rows")
+        parts.append(f"output changed by up to {change:.1e}")
+        return f"step {self.steps}: {', '.join(parts)}"
+
+
+def names(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters, each once, by `path/part_role/tensor`."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for key, delta in adapter.deltas.items():
+        for name, parameter in delta.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{key}/{name}"] = parameter
+    return found
+
+
+def main_output(output: Any) -> Tensor:
+    """Return the tensor that matters of a model's output: logits, or its first tensor."""
+    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
+    found: Tensor = output.logits if "logits" in output else next(iter(values))
+    return found.float()
+
+
+def not_finite(what: str) -> TrainError:
+    """Return the error for a NaN or an infinity in `what`."""
+    return TrainError(
+        f"{what} is not finite; training stopped and nothing of this step was saved.",
+        "Lower lr, raise warmup, or use dtype float32; earlier checkpoints are good.",
+    )
+
+
+def check_weights(parameters: Sequence[Tensor], label: Mapping[int, str]) -> None:
+    """Raise TrainError if a tensor holds a NaN or an infinity; `label` names them by `id`."""
+    if not parameters:
+        return
+    # A sum is finite only if every entry is, and costs a tenth of a norm.
+    device = parameters[0].device
+    sums = torch.stack([p.detach().sum().to(device) for p in parameters])
+    if not bool(torch.isfinite(sums).all()):
+        index = int((~torch.isfinite(sums)).nonzero()[0])
+        raise not_finite(label.get(id(parameters[index]), "A weight"))
+
+
+def first_line(model: nn.Module, adapter: Adapter) -> str:
+    """Return what is trained: `adapter 'x' (lora): 224 sites, 1,234,567 trainable parameters, 0.59 % of the model`."""
+    count = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    own = {id(p) for p in adapter.parameters()}
+    base = {id(p): p.numel() for p in model.parameters() if id(p) not in own}
+    share = 100 * count / max(1, sum(base.values()))
+    return (
+        f"adapter '{adapter.name}' ({adapter.method.name}): {len(adapter.entries):,} sites, "
+        f"{count:,} trainable parameters, {share:.3g} % of the model"
+    )

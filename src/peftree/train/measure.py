@@ -1,0 +1,132 @@
+"""What a run measures of itself: time by phase, time of a step, the learning curve, the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+from transformers.utils import logging as hf_logging
+
+WARM_UP = 2  # first steps are left out of the median step time
+Point = dict[str, float | int | None]
+
+
+class Clock:
+    """Wall and processor time by phase; an inner phase stops the outer one."""
+
+    def __init__(self) -> None:
+        self.wall = {"setup": 0.0, "train": 0.0, "eval": 0.0}
+        self.cpu = dict(self.wall)
+        self.steps: list[float] = []
+        self._running: list[str] = []
+        self._mark = (0.0, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what happens inside as `phase`."""
+        self._book()
+        self._running.append(phase)
+        try:
+            yield
+        finally:
+            self._book()
+            self._running.pop()
+
+    def _book(self) -> None:
+        now = (time.perf_counter(), time.process_time())
+        if self._running:
+            self.wall[self._running[-1]] += now[0] - self._mark[0]
+            self.cpu[self._running[-1]] += now[1] - self._mark[1]
+        self._mark = now
+
+    def results(self) -> dict[str, Any]:
+        """Return the figures under the names of a run's result."""
+        return {f"{phase}_seconds": seconds for phase, seconds in self.wall.items()} | {
+            "cpu_seconds": self.cpu["train"],
+            "step_seconds": self.step_seconds(),
+        }
+
+    def step_seconds(self) -> float | None:
+        """Return the median step after the warm-up."""
+        later = self.steps[WARM_UP:] or self.steps
+        return statistics.median(later) if later else None
+
+
+class StepClock(TrainerCallback):
+    """Notes how long each optimizer step takes, without evaluation and saving."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Start the watch."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Note the time."""
+        self.clock.steps.append(time.perf_counter() - self.start)
+
+
+def curve(history: Sequence[dict[str, Any]]) -> list[Point]:
+    """Return the curve of a Trainer's history: step, training loss, validation score; None where not measured."""
+    points: dict[int, Point] = {}
+    for entry in history:
+        for key, ours in (("loss", "loss"), ("eval_score", "score")):
+            if key in entry:
+                step = int(entry["step"])
+                point = points.setdefault(step, {"step": step, "loss": None, "score": None})
+                point[ours] = float(entry[key])
+    return [points[step] for step in sorted(points)]
+
+
+def environment() -> dict[str, str | int]:
+    """Return versions, machine and threads."""
+    own = "source tree"
+    with contextlib.suppress(PackageNotFoundError):
+        own = version("peftree")
+    return {
+        "peftree": own,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Saved(TrainerCallback):
+    """Measures what a graph keeps when training begins: a method that reads data first has done so then."""
+
+    def __init__(self, measure: Callable[[], int], clock: Clock) -> None:
+        self.measure = measure
+        self.clock = clock
+        self.bytes = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Measure."""
+        with self.clock("setup"):
+            self.bytes = self.measure()
+
+
+@contextlib.contextmanager
+def calm(quiet: bool) -> Iterator[None]:
+    """Keep transformers' own reports of a load away; ours say what matters."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if quiet:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

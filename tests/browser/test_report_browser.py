@@ -1,0 +1,232 @@
+"""The report page in a real headless Chromium: silent, asks for nothing, sorts and filters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftree import report
+from test_report import fabricated, hostile
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-sync",
+]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.enable_socket,  # the browser is driven over a local pipe; the page stays offline
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium found: apt-get install chromium"),
+]
+
+
+class Watched:
+    """A page with all that it said and asked for."""
+
+    def __init__(self, page: Any, size: int) -> None:
+        self.page = page
+        self.size = size
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+
+    def methods(self) -> list[str]:
+        """Return the visible methods of the first table, from top to bottom."""
+        cells = self.page.locator("table.results").first.locator("tbody tr:visible th")
+        return [cell.split("\n")[0].strip() for cell in cells.all_inner_texts()]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests here."""
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The page on plausible records and the page on hostile ones."""
+    folder = tmp_path_factory.mktemp("report")
+    out = {}
+    for name, records in (("plain", fabricated()), ("hostile", hostile())):
+        for record in records:
+            record.write(folder / name)
+        out[name] = report.write(folder / name, folder / f"{name}.html")
+    return out
+
+
+@pytest.fixture
+def opened(browser: Any, files: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Watched]:
+    """The page in a fresh offline window; parameters are the window's options."""
+    options = {"viewport": {"width": 1280, "height": 900}, **getattr(request, "param", {})}
+    path = files[options.pop("file", "plain")]
+    context = browser.new_context(offline=True, **options)
+    watched = Watched(context.new_page(), path.stat().st_size)
+    watched.page.goto(path.as_uri())
+    yield watched
+    assert watched.said == []
+    assert watched.asked == [path.as_uri()]
+    context.close()
+
+
+def picture(watched: Watched, name: str) -> None:
+    """Save a screenshot for a person to look at where PEFTREE_SCREENSHOTS names a folder."""
+    folder = os.environ.get("PEFTREE_SCREENSHOTS")
+    if folder:
+        watched.page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"java_script_enabled": False},
+        {"viewport": {"width": 400, "height": 800}},
+        {"file": "hostile"},
+    ],
+    indirect=True,
+    ids=["light", "dark", "no-script", "phone", "hostile"],
+)
+def test_the_page_is_silent_whole_and_does_not_scroll_sideways(opened: Watched, request: pytest.FixtureRequest) -> None:
+    picture(opened, request.node.callspec.id)
+    page = opened.page
+    assert opened.size < 300_000
+    assert page.locator("table.results tbody tr").count() >= 12
+    assert page.locator("figure svg").count() >= 5 and page.locator("svg.panel").count() >= 12
+    box = page.locator("body").bounding_box()
+    assert box is not None and box["width"] <= page.viewport_size["width"]
+
+
+def test_a_click_sorts_up_then_down_with_gaps_last(opened: Watched) -> None:
+    button = opened.page.get_by_role("button", name="Trainable").first
+    head = opened.page.locator("table.results").first.locator("th[data-name=trainable]")
+    button.click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert opened.methods()[0] == "head_only" and opened.methods()[-1] == "full"
+    button.click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert opened.methods()[0] == "full" and opened.methods()[-1] == "head_only"
+    opened.page.get_by_role("button", name="Against full").first.click()
+    assert opened.methods()[-1] == "full"
+    assert head.get_attribute("aria-sort") is None
+
+
+def test_the_keyboard_reaches_and_works_sorting_and_filtering(opened: Watched) -> None:
+    page = opened.page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    seen = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.tagName"))
+        if seen[-1] == "BUTTON":
+            break
+    assert {"A", "INPUT", "SELECT", "BUTTON"} <= set(seen)
+    page.keyboard.press("Enter")
+    assert opened.methods() == sorted(opened.methods())
+    page.keyboard.press("Space")
+    assert opened.methods() == sorted(opened.methods(), reverse=True)
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+def test_filters_hide_rows_and_say_how_many_are_left(opened: Watched) -> None:
+    page = opened.page
+    section = page.locator("section.task").first
+    box = section.get_by_label("Filter")
+    box.fill("lora")
+    assert sorted(opened.methods()) == ["lora", "molora"]
+    assert section.locator("output").inner_text() == "2 of 12 methods shown"
+    section.get_by_label("Branch", exact=True).select_option("moe")
+    assert opened.methods() == ["molora"]
+    section.get_by_role("button", name="accuracy").click()
+    assert opened.methods() == ["molora"]
+    box.fill("")
+    section.get_by_label("Branch", exact=True).select_option("")
+    assert len(opened.methods()) == 12 and section.locator("output").inner_text() == ""
+
+
+@pytest.mark.parametrize("opened", [{"java_script_enabled": False}], indirect=True)
+def test_without_script_the_table_is_there_and_no_dead_control_is(opened: Watched) -> None:
+    assert len(opened.methods()) == 12
+    assert opened.page.locator("thead button").count() == 0
+    assert not opened.page.locator(".filter").first.is_visible()
+
+
+def test_names_are_drawn_inside_the_figures_and_do_not_overlap(opened: Watched) -> None:
+    overlaps = opened.page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            const boxes = [...svg.querySelectorAll("text")].map(
+                text => [text.textContent, text.getBoundingClientRect()]);
+            const out = boxes.filter(
+                ([, b]) => b.left < frame.left - 1 || b.right > frame.right + 1
+                    || b.top < frame.top - 1 || b.bottom > frame.bottom + 1
+            ).map(([name]) => "cut " + name);
+            boxes.forEach(([name, a], i) => boxes.slice(0, i).forEach(([other, b]) => {
+                const w = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+                const h = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+                if (w > 2 && h > 4) out.push(name + " on " + other);
+            }));
+            return out;
+        })"""
+    )
+    assert overlaps == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_enough_contrast(browser: Any, files: dict[str, Path], scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme, offline=True)
+    page = context.new_page()
+    page.goto(files["plain"].as_uri())
+    ratios = page.evaluate(
+        """() => {
+            const light = name => {
+                const probe = document.body.appendChild(document.createElement("i"));
+                probe.style.color = `var(--${name})`;
+                const parts = getComputedStyle(probe).color.match(/[\\d.]+/g).slice(0, 3);
+                probe.remove();
+                const [r, g, b] = parts.map(v => v / 255).map(
+                    v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            const ratio = (name, on) => {
+                const [a, b] = [light(name), light(on)].sort((x, y) => y - x);
+                return [name + " on " + on, (a + 0.05) / (b + 0.05)];
+            };
+            const inks = ["fg", "soft", "link", "good", "bad", "additive", "selective",
+                "reparameterized", "hybrid", "moe", "unified", "reference"];
+            return Object.fromEntries([
+                ...inks.flatMap(name => [ratio(name, "bg"), ratio(name, "band")]),
+                ...["load", "train", "saved"].map(name => ratio(name, "bg"))]);
+        }"""
+    )
+    words = {"fg", "soft", "link", "good", "bad"}  # WCAG: 4.5 for text, 3 for symbols and bars
+    poor = {name: ratio for name, ratio in ratios.items() if ratio < (4.5 if name.split()[0] in words else 3.0)}
+    assert len(ratios) == 27 and poor == {}
+    context.close()
+
+
+def test_it_prints_with_every_record_and_without_controls(opened: Watched, tmp_path: Path) -> None:
+    opened.page.emulate_media(media="print")
+    assert not opened.page.locator(".filter").first.is_visible()
+    assert opened.page.locator("nav").is_hidden()
+    printed = opened.page.pdf(path=str(tmp_path / "report.pdf"), prefer_css_page_size=True)
+    assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") <= 20

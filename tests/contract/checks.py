@@ -1,0 +1,435 @@
+"""The checks that every method must pass. Each is a function of a case; its message says what to mend."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peftree
+import zoo
+from peftree import registry
+from peftree.deltas import Reweight
+from peftree.errors import PeftreeError
+from peftree.methods.contract import Method, trainable
+
+
+@cache
+def _base(model: str) -> nn.Module:
+    return zoo.build(model).eval()
+
+
+@dataclass
+class Case:
+    """One method on one tiny model.
+
+    Attributes:
+        method: the method with its fields.
+        model: a key of `zoo.CORE`.
+    """
+
+    method: Method
+    model: str
+    batch: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = zoo.CORE[self.model]
+        self.batch = zoo.batch(self.key)
+
+    @property
+    def tags(self) -> Any:
+        return type(self.method).tags
+
+    def base(self) -> nn.Module:
+        """A fresh copy of the frozen base model, eval mode."""
+        return copy.deepcopy(_base(self.key)).requires_grad_(False)
+
+    def adapted(self, shaken: bool = False, name: str = "a", seed: int = 0) -> tuple[nn.Module, Any]:
+        """A fresh adapted model in eval mode; `shaken`: moved away from the start."""
+        model = self.base()
+        adapter = peftree.adapt(model, self.method, name=name, seed=seed)
+        if self.tags.needs_data:
+            adapter.init([lambda: self.loss(model)])
+        if shaken:
+            shake(adapter)
+        return model.eval(), adapter
+
+    def run(self, model: nn.Module) -> Tensor:
+        """The model's main output, without a graph."""
+        with torch.no_grad():
+            return zoo.output(self.key, model(**self.batch))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """A loss that depends on the whole output."""
+        out = model(**self.batch)
+        found = getattr(out, "loss", None)
+        return zoo.output(self.key, out).float().square().mean() if found is None else found
+
+
+def shake(adapter: Any, std: float = 0.05, seed: int = 7) -> None:
+    """Move every trainable tensor away from its start, the same way each time."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Every base tensor, copied; names of grafted ones are left out."""
+    return {k: v.clone() for k, v in model.state_dict().items() if ".deltas." not in f".{k}"}
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor], why: str) -> None:
+    changed = [k for k in before if k not in after or not torch.equal(before[k], after[k])]
+    assert list(before) == list(after) and not changed, f"{why}: {changed[:3]}"
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    scale = max(1.0, float(b.abs().max()))
+    return float((a - b).abs().max()) <= tolerance * scale
+
+
+def moved(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().max()) > 1e-7
+
+
+def frozen_base(case: Case) -> None:
+    model, adapter = case.adapted()
+    own = {id(p) for p in adapter.parameters()}
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    assert not strangers, f"base parameters train: {strangers[:3]}; a method must not touch requires_grad"
+    before = snapshot(model)
+    case.loss(model.train()).backward()
+    torch.optim.SGD(trainable([model]), lr=0.1).step()
+    assert_same(before, snapshot(model), "a training step changed the base; deltas hold their own tensors")
+
+
+def identity(case: Case) -> None:
+    base = case.run(case.base())
+    model, _ = case.adapted()
+    same = close(case.run(model), base, 1e-6)
+    said = case.tags.identity_at_init
+    assert same or not said, "declared identity_at_init, but the output changes; start one factor at zero"
+    assert said or not torch.equal(case.run(model), base), (
+        "declared no identity_at_init, but the output is the base's to the bit; correct the tag"
+    )
+
+
+def counted(case: Case) -> None:
+    model, adapter = case.adapted()
+    with torch.device("meta"):
+        bare = copy.deepcopy(_base(case.key)).to("meta")
+    ghost = peftree.adapt(bare, case.method, name="a")
+    count = lambda a: {k: [tuple(p.shape) for p in d.parameters()] for k, d in a.deltas.items()}  # noqa: E731
+    assert count(adapter) == count(ghost), "shapes on the meta device differ; build must not depend on values"
+    assert all(p.device.type == "meta" for p in ghost.parameters()), "a tensor is made off the place's device"
+    listed = [p for g in adapter.param_groups(1e-3) for p in g["params"]]
+    want = trainable([model])
+    assert {id(p) for p in listed} == {id(p) for p in want} and len(listed) == len(want), (
+        "param_groups must hold every trainable tensor exactly once"
+    )
+
+
+def alive(case: Case) -> None:
+    model, adapter = case.adapted()
+    shake(adapter, std=1e-3)
+    seen: set[str] = set()
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        loss = case.loss(model.train())
+        extra = adapter.aux_loss(outputs=None, again=lambda: model(**case.batch))
+        (loss if extra is None else loss + extra).backward()
+        for name, p in names.items():
+            if p.grad is not None:
+                assert torch.isfinite(p.grad).all(), f"the gradient of {name} is not finite"
+                if p.grad.abs().sum() > 0:
+                    seen.add(name)
+    dead = sorted(set(names) - seen)
+    assert not dead, f"no gradient reaches {dead[:4]} in two steps; both factors zero, or a detached path"
+
+
+def learns(case: Case) -> None:
+    model, adapter = case.adapted()
+    model.train()
+    for rate in (1e-2, 1e-3):
+        optimizer = torch.optim.AdamW(adapter.param_groups(rate), weight_decay=0)
+        losses = []
+        for step in range(12):
+            optimizer.zero_grad()
+            loss = case.loss(model)
+            loss.backward()
+            optimizer.step()
+            adapter.step(step, 12)
+            losses.append(loss.item())
+        if losses[-1] < losses[0]:
+            return
+    raise AssertionError(f"the loss on a fixed batch does not fall: {losses[0]:.4f} to {losses[-1]:.4f}")
+
+
+def round_trip(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    want = case.run(model)
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "x"
+        peftree.save(adapter, where, format="native")
+        with safe_open(where / "adapter.safetensors", "pt") as file:
+            held = set(file.keys())
+        assert held == set(adapter.state()), "the file must hold the adapter's tensors and nothing else"
+        fresh = case.base()
+        peftree.load(fresh, where)
+        assert torch.equal(case.run(fresh.eval()), want), "save and load change the output; a tensor is not in state()"
+
+
+def off(case: Case) -> None:
+    base = case.run(case.base())
+    model, _ = case.adapted(shaken=True)
+    with peftree.disabled(model):
+        assert torch.equal(case.run(model), base), "switched off, the output must be the base's to the bit"
+    peftree.switch(model, None)
+    assert torch.equal(case.run(model), base), "switch(None) must give the base's output to the bit"
+    peftree.switch(model, "a")
+    assert moved(case.run(model), base), "switched on again, a moved adapter must change the output"
+
+
+def merges(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    before, want = snapshot(model), case.run(model)
+    can = all(isinstance(d, Reweight) for d in adapter.deltas.values())
+    assert can == case.tags.mergeable, "the tag `mergeable` does not agree with the verbs the method uses"
+    if not can:
+        try:
+            peftree.merge(model)
+        except PeftreeError:
+            assert_same(before, snapshot(model), "a refused merge changed the base")
+            return
+        raise AssertionError("merging a delta that cannot be folded must be refused")
+    peftree.merge(model)
+    got = case.run(model)
+    assert close(got, want), f"merged differs from unmerged by {float((got - want).abs().max()):.1e}"
+    peftree.unmerge(model)
+    assert_same(before, snapshot(model), "unmerge must restore the base to the bit")
+    assert torch.equal(case.run(model), want), "after unmerge the adapter must act as before"
+
+
+def combines_to_itself(case: Case) -> None:
+    model, _ = case.adapted(shaken=True)
+    want = case.run(model)
+    peftree.combine(model, {"a": 1.0}, name="c")
+    assert peftree.active(model) == ("c",)
+    assert torch.equal(case.run(model), want), "one adapter combined at weight 1.0 must be itself"
+
+
+def detaches(case: Case) -> None:
+    model = case.base()
+    before, classes, want = snapshot(model), [type(m) for m in model.modules()], case.run(model)
+    configs = [m.__dict__.get("config") for m in model.modules()]
+    peftree.adapt(model, case.method, name="a")
+    peftree.detach(model, "a")
+    assert_same(before, model.state_dict(), "detach leaves a trace in the state dict")
+    assert classes == [type(m) for m in model.modules()], "detach leaves a swapped class"
+    assert all(a is b for a, b in zip(configs, (m.__dict__.get("config") for m in model.modules()), strict=True))
+    assert torch.equal(case.run(model), want) and not peftree.adapters(model)
+
+
+def side_by_side(case: Case) -> None:
+    model, first = case.adapted(shaken=True)
+    want = case.run(model)
+    second = peftree.adapt(model, case.method, name="b", seed=1)
+    if case.tags.needs_data:
+        second.init([lambda: case.loss(model)])
+    shake(second, seed=8)
+    other = case.run(model.eval())
+    peftree.switch(model, "a")
+    assert torch.equal(case.run(model), want), "a second adapter changes the first one"
+    peftree.switch(model, ["a", "b"])
+    both = case.run(model)
+    assert moved(both, want) and moved(both, other), "stacked adapters must both act"
+    peftree.detach(model, "b")
+    peftree.switch(model, "a")
+    assert torch.equal(case.run(model), want), "taking one adapter off changes the other"
+    assert first.model is model
+
+
+def seeded(case: Case) -> None:
+    (one, a), (_, b) = case.adapted(), case.adapted()
+    torch.manual_seed(123)
+    (_, c) = case.adapted()
+    for other in (b, c):
+        for (k, x), (_, y) in zip(a.state().items(), other.state().items(), strict=True):
+            assert torch.equal(x, y), f"{k} differs between equal seeds; draw from the place, not elsewhere"
+    assert one is not None
+
+
+def half_precision(case: Case) -> None:
+    model = case.base().to(torch.bfloat16)
+    batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in case.batch.items()}
+    want = zoo.output(case.key, model(**batch)).dtype
+    adapter = peftree.adapt(model, case.method, name="a")
+    case.batch, before = batch, case.batch
+    try:
+        if case.tags.needs_data:
+            adapter.init([lambda: case.loss(model)])
+        got = zoo.output(case.key, model(**batch))
+        assert got.dtype == want, f"a bfloat16 base gives {got.dtype}; cast to the activation's dtype"
+        case.loss(model.train()).backward()
+    finally:
+        case.batch = before
+    floats = {p.dtype for p in adapter.parameters() if p.is_floating_point()}
+    assert floats == {torch.float32}, f"adapter values over a half base are {floats}, not float32"
+
+
+def quick_equals_dense(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    quick = [d for d in adapter.deltas.values() if isinstance(d, Reweight) and d.quick]
+    if not quick:
+        return
+    want = case.run(model)
+    for delta in quick:
+        delta.quick = False
+    for _, _, hub in adapter.graft.hubs():
+        hub.programs.clear()
+    got = case.run(model)
+    assert close(got, want), f"the quick form differs from `weight` by {float((got - want).abs().max()):.1e}"
+
+
+def generates(case: Case) -> None:
+    if case.model not in ("decoder", "encoder_decoder"):
+        return
+    model, _ = case.adapted(shaken=True)
+    inputs = {k: v for k, v in case.batch.items() if k in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache = model.generate(**inputs, **options, use_cache=True)
+    without = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(with_cache, without), "generation with a cache differs from generation without"
+
+
+def checkpointing(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    grads = []
+    for on in (False, True):
+        model.train()
+        if on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        case.loss(model).backward()
+        grads.append([p.grad for p in adapter.parameters() if p.requires_grad])
+    for plain, again in zip(*grads, strict=True):
+        assert (plain is None) == (again is None), "gradient checkpointing loses a gradient"
+        assert plain is None or close(plain, again, 1e-5), "gradient checkpointing changes a gradient"
+
+
+def copies(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    case.loss(model.train())
+    want = case.run(model.eval())
+    twin = copy.deepcopy(model)
+    assert torch.equal(case.run(twin), want), "a deep copy acts differently"
+    shake(adapter, seed=9)
+    assert torch.equal(case.run(twin), want), "a deep copy shares tensors with its original"
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    back = torch.load(buffer, weights_only=False)  # our own bytes
+    assert torch.equal(case.run(back), case.run(model)), "a pickled model acts differently"
+
+
+def compiles(case: Case) -> None:
+    if case.model not in ("decoder", "vit"):
+        return
+    model, _ = case.adapted(shaken=True)
+    want = case.run(model)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got = zoo.output(case.key, fast(**case.batch))
+    assert close(got, want), "torch.compile changes the output"
+
+
+def fakes(case: Case) -> None:
+    if case.model == "clip":
+        return  # the base model itself reads token values, to find the end of the text
+    model, _ = case.adapted()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, value in table.items():
+                    if value is not None:
+                        fake = mode.from_tensor(value.detach())
+                        table[name] = (
+                            nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+                        )
+        for hub in (m for m in model.modules() if type(m).__name__ == "Hub"):
+            hub.programs.clear()
+        batch = {k: mode.from_tensor(v) for k, v in case.batch.items()}
+        out = zoo.output(case.key, model.train()(**batch))
+        out.float().square().mean().backward()
+        assert any(p.grad is not None for p in model.parameters()), "no gradient under fake tensors"
+
+
+def routes(case: Case) -> None:
+    if case.model == "clip":
+        return  # its output mixes the rows of a batch
+    base = case.run(case.base())
+    model, _ = case.adapted(shaken=True)
+    a = case.run(model)
+    second = peftree.adapt(model, case.method, name="b", seed=1)
+    if case.tags.needs_data:
+        second.init([lambda: case.loss(model)])
+    shake(second, seed=8)
+    b = case.run(model.eval())
+    with peftree.route(model, ["b", None, "a"]):
+        got = case.run(model)
+    want = torch.stack([b[0], base[1], a[2]])
+    worst = (got - want).abs().flatten(1).max(1).values
+    assert close(got, want), f"rows of a mixed batch differ from single runs by {worst.tolist()}"
+
+
+def refused(method: str, name: str, value: Any) -> None:
+    caught: PeftreeError | None = None
+    try:
+        registry.make(method, {name: value})
+    except PeftreeError as error:
+        caught = error
+    assert caught is not None, f"{name}={value!r} is accepted"
+    assert name in str(caught) and caught.fix, "a refused value must be named, with a remedy"
+
+
+def fields(case: Case) -> None:
+    cls = type(case.method)
+    spec = yaml.safe_load(yaml.safe_dump(registry.spec(case.method)))
+    assert registry.from_spec(spec) == case.method, "fields do not survive YAML"
+    refused(cls.name, "no_such_field", 1)
+    for name, info in cls.model_fields.items():
+        assert info.description, f"field {name} has no description"
+        for bound in info.metadata:
+            limit = getattr(bound, "ge", getattr(bound, "gt", None))
+            if limit is not None:
+                refused(cls.name, name, limit - 1)
+    assert issubclass(cls, BaseModel) and cls.model_config.get("frozen"), "fields must be frozen"
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    f.__name__: f
+    for f in (
+        frozen_base, identity, counted, alive, learns, round_trip, off, merges, combines_to_itself, detaches,
+        side_by_side, seeded, half_precision, quick_equals_dense, generates, checkpointing, copies, compiles, fakes,
+        routes, fields,
+    )
+}  # fmt: skip

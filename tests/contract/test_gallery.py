@@ -1,0 +1,227 @@
+"""A gallery of broken methods: each check is shown to bite, by a method that breaks just what it guards."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from contract.checks import CHECKS, Case
+from peftree import registry
+from peftree.deltas import Frozen, LowRank, lora_factors
+from peftree.methods.contract import Deltas, Field, Method, Place, Tags
+
+TAGS = Tags("reparameterized", "none", identity_at_init=True, mergeable=True, lr=1e-3)
+COUNTER = itertools.count()
+GLOBAL = nn.Parameter(torch.zeros(1))
+
+
+class Sound(Method):
+    """A plain low-rank method that passes every check: the others are this one with one fault."""
+
+    name: ClassVar[str] = "sound"
+    tags: ClassVar[Tags] = TAGS
+    sites: str = Field("attn.q attn.v", description="where")
+    r: int = Field(2, ge=1, description="rank")
+
+    def build(self, place: Place) -> LowRank:
+        return SoundDelta(place, *lora_factors(place, self.r), 1.0)
+
+
+class SoundDelta(LowRank):
+    """The sound delta; `plain` is off so that `fast` always runs."""
+
+    @property
+    def plain(self) -> bool:
+        return False
+
+
+def broken(check: str, **members: Any) -> type[Method]:
+    """Return a method whose delta has these members instead."""
+    delta = type(f"Delta_{check}", (SoundDelta,), members)
+
+    def build(self: Any, place: Place) -> LowRank:
+        return delta(place, *lora_factors(place, self.r), 1.0)
+
+    return _method(check, build)
+
+
+def _method(check: str, build: Callable[[Any, Place], Any], tags: Tags = TAGS, **more: Any) -> type[Method]:
+    body = {"build": build, "name": f"broken_{check}", "tags": tags, "__module__": __name__, **more}
+    body["__annotations__"] = {"name": ClassVar[str], "tags": ClassVar[Tags]} | more.pop("__annotations__", {})
+    return type(f"Broken_{check}", (Sound,), body)
+
+
+def writes_base(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    if self.training:
+        with torch.no_grad():
+            frozen.weight.data.add_(1e-3)  # behind the back of the version counter
+    return LowRank.fast(self, x, y, frozen)
+
+
+def starts_elsewhere(self: Any, place: Place) -> LowRank:
+    return SoundDelta(place, place.kaiming(2, place.site.in_features), place.normal(2, place.site.out_features), 1.0)
+
+
+def reads_values(self: Any, place: Place) -> LowRank:
+    rank = 2 if place.abstract else 3
+    return SoundDelta(place, *lora_factors(place, rank), 1.0)
+
+
+class _Frozen(torch.autograd.Function):
+    """Identity whose gradient has the wrong sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -grads[0]
+
+
+def both_zero(self: Any, place: Place) -> LowRank:
+    n, m = place.site.in_features, place.site.out_features
+    delta = SoundDelta(place, place.zeros(2, n), place.zeros(2, m), 1.0)
+    delta.stray = place.zeros(3)
+    return delta
+
+
+def wrong_way(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    change = LowRank.fast(self, x, torch.zeros_like(y), frozen)
+    return y + 30 * _Frozen.apply(change)
+
+
+def hidden_state(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.register_buffer("secret", torch.full((1,), float(next(COUNTER))), persistent=False)
+    delta.__class__ = _Secret
+    return delta
+
+
+class _Secret(SoundDelta):
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        return super().fast(x, y, frozen) * (1 + self.secret.to(y.dtype) * 1e-2)
+
+
+def hooks_module(self: Any, place: Place) -> LowRank:
+    place.module.register_forward_hook(lambda m, a, y: y + 1e-3)
+    return SoundDelta(place, *lora_factors(place, 2), 1.0)
+
+
+def leaves_buffer(self: Any, place: Place) -> LowRank:
+    place.module.register_buffer("left_behind", torch.zeros(1))
+    return SoundDelta(place, *lora_factors(place, 2), 1.0)
+
+
+def shares_globally(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.everyone = GLOBAL
+    delta.__class__ = _Global
+    return delta
+
+
+class _Global(SoundDelta):
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        return super().fast(x, y, frozen) + self.everyone.to(y.dtype)
+
+
+def draws_elsewhere(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.A.data += float(next(COUNTER))
+    return delta
+
+
+def by_position(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    place = torch.arange(x.shape[1], device=x.device, dtype=y.dtype)[None, :, None]
+    return LowRank.fast(self, x, y, frozen) * (1 + place)
+
+
+def counts_calls(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    self.scale = self.scale + 0.1 * self.training
+    return LowRank.fast(self, x, y, frozen)
+
+
+def holds_lock(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.lock = threading.Lock()
+    return delta
+
+
+def reads_number(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return LowRank.fast(self, x, y, frozen) * (1.0 if y.sum().item() > -1e30 else 2.0)
+
+
+def mixes_rows(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return LowRank.fast(self, x, y, frozen) + 0.1 * x.mean() * self.B.sum()
+
+
+def scaled(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return y + 1.5 * (LowRank.fast(self, x, y, frozen) - y)
+
+
+def no_groups(self: Any, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
+    return [{"params": [p for d in deltas.values() for p in d.parameters()][:1], "lr": lr}]
+
+
+GALLERY: list[tuple[str, type[Method]]] = [
+    ("frozen_base", broken("frozen_base", fast=writes_base)),
+    ("identity", _method("identity", starts_elsewhere)),
+    ("identity", _method("identity_tag", Sound.build, Tags("reparameterized", "none", False, True, lr=1e-3))),
+    ("counted", _method("counted", reads_values)),
+    ("counted", _method("groups", Sound.build, param_groups=no_groups)),
+    ("alive", _method("alive", both_zero)),
+    ("learns", broken("learns", fast=wrong_way)),
+    ("round_trip", _method("round_trip", hidden_state)),
+    ("off", _method("off", hooks_module)),
+    ("merges", broken("merges", fast=scaled)),
+    ("merges", _method("merges_tag", Sound.build, Tags("reparameterized", "none", True, False, lr=1e-3))),
+    ("combines_to_itself", _method("combines", hidden_state)),
+    ("detaches", _method("detaches", leaves_buffer)),
+    ("side_by_side", _method("side_by_side", shares_globally)),
+    ("seeded", _method("seeded", draws_elsewhere)),
+    ("half_precision", broken("half_precision", fast=lambda s, x, y, f: LowRank.fast(s, x, y, f).float())),
+    ("quick_equals_dense", broken("quick", fast=scaled)),
+    ("generates", broken("generates", fast=by_position)),
+    ("checkpointing", broken("checkpointing", fast=counts_calls)),
+    ("copies", _method("copies", holds_lock)),
+    ("compiles", broken("compiles", fast=reads_number)),
+    ("fakes", broken("fakes", fast=reads_number)),
+    ("routes", broken("routes", fast=mixes_rows)),
+    ("fields", _method("fields", Sound.build, model_config=ConfigDict(frozen=True, extra="ignore"))),
+]
+
+
+@pytest.fixture
+def known() -> Iterator[None]:
+    """Let the registry know the gallery, so that it can be saved and loaded."""
+    table = registry.methods()
+    added = {cls.name: cls for cls in (Sound, *(c for _, c in GALLERY))}
+    table.update(added)
+    yield
+    for name in added:
+        table.pop(name)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.usefixtures("known")
+def test_the_sound_one_passes(check: str) -> None:
+    CHECKS[check](Case(Sound(), "decoder"))
+
+
+@pytest.mark.parametrize(("check", "cls"), GALLERY, ids=[c.name for _, c in GALLERY])
+@pytest.mark.usefixtures("known")
+def test_bites(check: str, cls: type[Method]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - any failure will do, but not of the harness
+        CHECKS[check](Case(cls(), "decoder"))
+    assert not isinstance(caught.value, NameError | ImportError | KeyError), repr(caught.value)
+
+
+def test_every_check_has_an_exhibit() -> None:
+    assert {check for check, _ in GALLERY} == set(CHECKS)

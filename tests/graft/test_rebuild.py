@@ -1,0 +1,127 @@
+"""The fused low-rank product and its rebuilt inputs: gradients equal to plain autograd on any chain of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import peftree
+import zoo
+from graft.helpers import far, put
+from peftree.deltas import lowrank_linear
+from peftree.deltas.rebuild import recipe
+
+N, T, H, K = 2, 6, 3, 4  # rows, tokens, heads, head width
+D = H * K
+
+
+def attention(x: Tensor) -> Tensor:
+    q = x.view(N, T, H, K).transpose(1, 2)
+    return functional.scaled_dot_product_attention(q, q, q)
+
+
+Step = Callable[[Tensor], Tensor]
+STEPS: dict[str, Step] = {
+    "gate": lambda x: x * x.sigmoid(),
+    "norm": lambda x: torch.linspace(0.5, 2, x.shape[-1]) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)),
+    "half": lambda x: x * 0.5,
+    "heads mixed": lambda x: x.reshape(N, T, H, K).transpose(1, 2).reshape(N, T, D),
+    "tokens mixed": lambda x: x.reshape(N, T, D).transpose(1, 2).contiguous().view(N, T, D),
+    "attention": lambda x: attention(x.reshape(N, T, D)).transpose(1, 2).reshape(N, T, D),
+    "attention, heads not moved": lambda x: attention(x.reshape(N, T, D)).reshape(N, T, D),
+    "gate of heads": lambda x: (x.reshape(N, T, H, K) * torch.linspace(1, 2, K)).view(N, T, D),
+    "flat and back": lambda x: (x.reshape(N * T, D) * torch.linspace(1, 2, D)).view(N, T, D),
+    "clone": lambda x: x.clone(),
+    "in place": lambda x: x.clone().mul_(1.5),
+    "add": lambda x: x + 1,
+    "square": lambda x: x * x,
+    "broadcast": lambda x: x * x.mean(1, keepdim=True),
+    "transposed product": lambda x: (x.transpose(0, 1) * torch.linspace(1, 2, N)[None, :, None]).transpose(0, 1),
+    "view then product": lambda x: torch.linspace(1, 2, D) * (x * x.sigmoid()).view(T, N, D).reshape(N, T, D),
+}
+
+
+@settings(max_examples=120)
+@given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), st.integers(0, 3))
+def test_gradients_equal_plain_autograd(names: list[str], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.randn(N, T, D, generator=draw)
+    W, b = torch.randn(5, D, generator=draw), torch.randn(5, generator=draw)
+    A, B = torch.randn(2, D, generator=draw), torch.randn(2, 5, generator=draw)
+    results = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (start, A, B)]
+        x = leaves[0]
+        for name in names:
+            x = STEPS[name](x)
+        a, c = leaves[1:]
+        y = lowrank_linear(x, W, b, a, c, 0.7) if fused else functional.linear(x, W, b) + 0.7 * (x @ a.t()) @ c
+        y.sin().sum().backward()
+        results.append([y.detach(), *[t.grad for t in leaves]])
+    assert all(far(a, b) < 1e-4 for a, b in zip(*results, strict=True)), names
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [(["gate"], True), (["norm"], True), (["attention"], True), (["add"], False), (["gate", "heads mixed"], False)],
+)
+def test_what_is_rebuilt_and_what_is_not(names: list[str], known: bool) -> None:
+    x = torch.randn(N, T, D, requires_grad=True)
+    for name in names:
+        x = STEPS[name](x)
+    found = recipe(x)
+    assert (found is not None) == known
+    if found is not None:
+        kept, remake = found
+        assert torch.equal(remake(kept), x)
+
+
+def test_checkpointing_runs_every_layer_twice_and_no_more() -> None:
+    """Looking for a way back must not unpack the checkpoints of the forward pass."""
+    model = zoo.build("llama").train()
+    adapter = put(model, "lora", sites="linear")
+    counts = []
+    for on in (False, True):
+        if on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        calls = []
+        handles = [
+            m.self_attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1)) for m in model.model.layers
+        ]
+        model(**zoo.batch("llama")).loss.backward()
+        counts.append(len(calls))
+        for handle in handles:
+            handle.remove()
+    assert counts == [zoo.LAYERS, 2 * zoo.LAYERS]
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    x, W = torch.randn(3, 4), torch.randn(5, 4)
+    A, B = torch.randn(2, 4, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    y = lowrank_linear(x, W, None, A, B, 1.0)
+    (g,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_function_transforms_take_the_plain_path() -> None:
+    model = zoo.build("llama")
+    adapter = put(model, "lora")
+    own = {n: p for n, p in model.named_parameters() if ".deltas." in n}
+    batch = zoo.batch("llama")
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (), batch).loss
+
+    got = torch.func.grad(loss)({n: p.detach() for n, p in own.items()})
+    model(**batch).loss.backward()
+    assert all(far(got[n], p.grad) < 1e-5 for n, p in own.items()) and len(own) == len(adapter.parameters())
+    peftree.detach(model)

@@ -1,0 +1,119 @@
+"""The fused low-rank linear map: every gradient against the plain expression, inputs rebuilt and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftree
+import zoo
+from methods.moves import grads_of, moved
+from peftree.deltas import LowRank, fused, lowrank_linear, rebuild
+from peftree.graft import hub
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_fused_linear_is_the_plain_expression(bias: bool, shape: tuple[int, ...]) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.randn(*shape, 6, requires_grad=True)
+        W, b = torch.randn(4, 6), torch.randn(4) if bias else None
+        A, B = torch.randn(3, 6, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+        plain = nn.functional.linear(x, W, b) + 0.7 * (x @ A.t()) @ B
+        quick = lowrank_linear(x, W, b, A, B, 0.7)
+        for a, c in zip(grads_of(quick, [x, A, B]), grads_of(plain, [x, A, B]), strict=True):
+            assert torch.allclose(a, c, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda *t: lowrank_linear(t[0], W, b, t[1], t[2], 0.7), (x, A, B))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def gradients(adapter: Any, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Return loss and gradients of an adapter."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in adapter.parameters())]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert_cls"])
+def test_rebuilt_inputs_give_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused with recipes, fused without, and plain: on a whole model, where recipes are found."""
+    model, batch = zoo.build(name).train(), zoo.batch(name)
+    adapter = moved(peftree.adapt(model, "lora", sites="linear", r=3, head=False))
+    used: list[bool] = []  # in the order of the forward pass, which is that of the sites
+
+    def watched(x: Tensor) -> rebuild.Recipe | None:
+        found = rebuild.recipe(x)
+        used.append(found is not None)
+        if found is not None:
+            kept, remake = found
+            assert torch.equal(remake(list(kept)), x), "a recipe must give x to the bit"
+        return found
+
+    monkeypatch.setattr(fused, "recipe", watched)
+    rebuilt = gradients(adapter, model, batch)
+    sites = len(adapter.entries)
+    assert len(used) == sites
+    if name != "bert_cls":  # the first norm's input needs no gradient; from there on norms and products are known
+        roles = [(s.role, s.layer) for _, s, _ in adapter.entries]
+        missed = [at for at, found in zip(roles, used, strict=True) if not found and at[0] != "attn.o"]
+        assert missed == [("attn.q", 0), ("attn.k", 0), ("attn.v", 0)]
+    monkeypatch.setattr(fused, "recipe", lambda x: None)
+    stored = gradients(adapter, model, batch)
+    monkeypatch.setattr(hub, "fusable", lambda *a: False)
+    plain = gradients(adapter, model, batch)
+    for a, b, c in zip(rebuilt, stored, plain, strict=True):
+        assert torch.equal(a, b)
+        assert (b - c).abs().max() <= 2e-6 * (1 + c.abs().max())
+
+
+def kept_bytes(loss: Tensor) -> int:
+    """Return the bytes that the graph behind `loss` keeps for backward, each storage once."""
+    sizes: dict[int, int] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [n for n, _ in node.next_functions]
+        own = [getattr(node, n) for n in dir(node) if n.startswith("_saved_")]
+        for t in (*own, *getattr(node, "saved_tensors", ())):
+            if isinstance(t, Tensor):
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(sizes.values())
+
+
+def test_rebuilding_saves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a gated FFN alone three inputs a layer are known otherwise; the o projection's may be."""
+    model, batch = zoo.build("llama").train(), zoo.batch("llama", n=16)
+    adapter = peftree.adapt(model, "lora", sites="linear", r=3)
+    less = kept_bytes(model(**batch).loss)
+    monkeypatch.setattr(fused, "recipe", lambda x: None)
+    more = kept_bytes(model(**batch).loss)
+    tokens, float32 = 16 * zoo.LENGTH, 4
+    # inputs of gate and up (one tensor) and of down in both layers, of q, k, v (one tensor) in the last
+    assert more - less >= tokens * float32 * (2 * (zoo.HIDDEN + zoo.INNER) + zoo.HIDDEN)
+    assert len(adapter.entries) == 14
+
+
+def test_low_rank_subclasses_take_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *a: (calls.append(1), f(*a))[1]
+
+    monkeypatch.setattr(hub, "lowrank_linear", counted(lowrank_linear))
+    for name in ("adalora", "pissa"):
+        model = zoo.build("llama")
+        adapter = peftree.adapt(model, name)
+        assert all(isinstance(d, LowRank) for d in adapter.deltas.values())
+        calls.clear()
+        model(**zoo.batch("llama"))
+        assert len(calls) == len(adapter.deltas)

@@ -1,0 +1,134 @@
+"""Run configurations: strict YAML with file and line, overrides, and a resolved file that is the run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftree import registry
+from peftree.errors import ConfigError, PeftreeError
+from peftree.train.config import RunConfig, load_config, write_resolved
+from peftree.train.run import make_method
+
+GOOD = """\
+model: ./minilm
+data:
+  train: train.csv
+  test: test.csv
+method:
+  name: lora
+  r: 16
+epochs: 2
+lr: 1e-4
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_reads_and_fills_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert config.method.fields == {"r": 16}
+    assert config.lr == 1e-4  # YAML 1.1 reads 1e-4 as a word; the field makes it a number
+    assert config.batch_size == 16
+    assert config.data.valid is None
+
+
+def test_short_forms() -> None:
+    config = load_config(None, ["model=m", "data=reviews.csv", "method=dora"])
+    assert config.data.train == "reviews.csv"
+    assert config.method.name == "dora"
+
+
+def test_overrides_reach_every_level(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    texts = ["epochs=5", "data.valid=v.csv", "method.alpha=4", "r=32", "sites=attn.q attn.v", "task=generation"]
+    config = load_config(path, texts)
+    assert config.epochs == 5
+    assert (config.data.train, config.data.valid) == ("train.csv", "v.csv")
+    assert config.method.fields == {"r": 32, "alpha": 4, "sites": "attn.q attn.v"}
+    assert config.task == "generation"
+
+
+def test_another_method_drops_the_first_ones_fields(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_config(path, ["method=pfeiffer"]).method.fields == {}
+    assert load_config(path, ["method=lora"]).method.fields == {"r": 16}
+
+
+BAD = [
+    ("model: m\ndata: d\nepoch: 3\n", [], r"run\.yaml:3: epoch: is no key here.*Did you mean 'epochs'"),
+    ("model: m\ndata:\n  trian: a\n", [], r"run\.yaml:2: data\.train: is missing|run\.yaml:3: data\.trian"),
+    ("model: m\ndata: d\nepochs: -1\n", [], r"run\.yaml:3: epochs: -1: .*greater than 0"),
+    ("model: m\ndata: d\nbatch_size: 2.5\n", [], r"run\.yaml:3: batch_size: 2\.5"),
+    ("model: m\ndata: d\nschedule: linaer\n", [], r"run\.yaml:3: schedule: 'linaer'"),
+    ("model: m\ndata: d\nmodel: n\n", [], r"run\.yaml:3: model: is set twice.*run\.yaml:1"),
+    ("data: d\n", [], r"model: is missing \(folder of a transformers model"),
+    ("model: &a m\ndata: *a\n", [], "anchors or aliases"),
+    ("model: [m\n", [], r"run\.yaml:\d: "),
+    ("- model\n", [], "holds no keys"),
+    ("", [], "holds no keys"),
+    ("? [a]\n: b\n", [], "a key is no plain word"),
+    ("model: m\ndata: d\nlr: !!python/object:os.system x\n", [], r"run\.yaml:3: could not determine a constructor"),
+    ("model: m\ndata: d\nadapter: ../x\n", [], r"run\.yaml:3: adapter: '\.\./x'"),
+    ("model: m\ndata: d\nseed: " + "1" * 40 + "\n", [], r"run\.yaml:3: seed"),
+    ("model: m\ndata: d\nlr: .nan\n", [], r"run\.yaml:3: lr"),
+    ("a: {" * 40 + "}" * 40 + "\n", [], "nested too deeply"),
+    ("a: " + "[" * 20000 + "]" * 20000 + "\n", [], "nested too deeply"),
+    ("model: m\ndata: d\nearly_stopping: 2\neval_every: 0\n", [], "early_stopping needs evaluations"),
+    (GOOD, ["epochs"], "'epochs' is no override"),
+    (GOOD, ["epochs=x"], r"'epochs=x': epochs: 'x'"),
+    (GOOD, ["batch_sise=4"], "a run has no key 'batch_sise'.*Did you mean 'batch_size'"),
+    (GOOD, ["data.trian=x"], r"'data\.trian=x': data\.trian: is no key here.*Did you mean 'train'"),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "message"), BAD)
+def test_bad_files_are_one_error(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text), overrides)
+
+
+def test_file_limits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "no.yaml")
+    with pytest.raises(ConfigError, match="more than"):
+        load_config(write(tmp_path, "# " + "x" * (1 << 20)))
+    (tmp_path / "run.yaml").write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_method_fields_are_checked_with_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("r: 16", "rank: 16"))
+    with pytest.raises(ConfigError, match=r"run\.yaml:7: lora has no field 'rank'"):
+        make_method(load_config(path))
+    with pytest.raises(ConfigError, match=r"run\.yaml:7: lora: r=0: .*Field 'r' \(rank\)"):
+        make_method(load_config(write(tmp_path, GOOD.replace("r: 16", "r: 0"))))
+    with pytest.raises(ConfigError, match=r"'alhpa=3': lora has no field 'alhpa'.*Did you mean 'alpha'"):
+        make_method(load_config(None, ["model=m", "data=d", "alhpa=3"]))
+    with pytest.raises(PeftreeError, match=r"There is no method 'lorra'.*Did you mean 'lora'"):
+        make_method(load_config(path, ["method=lorra"]))
+
+
+def test_resolved_file_is_the_same_run(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    method = make_method(config)
+    resolved = config.resolved(registry.spec(method)["fields"], 1e-4)
+    path = write_resolved(tmp_path / "resolved.yaml", resolved)
+    again = load_config(path)
+    assert again.resolved(registry.spec(make_method(again))["fields"], 1e-4) == resolved
+    assert set(yaml.safe_load(path.read_text())) == set(RunConfig.model_fields)
+    assert set(resolved["method"]["fields"]) == set(registry.get("lora").model_fields)
+
+
+def test_is_read_without_torch() -> None:
+    code = "import sys, peftree.train.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
