@@ -221,7 +221,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Step time and memory beside Hugging Face PEFT", "",
         "Written by `make bench-step`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
-        f"Batch 8 x 128 tokens, float32, AdamW, {result['rounds']} rounds. Ratios: peftree / PEFT; below 1 is less.", "",
+        f"8 x 128 tokens, float32, AdamW, {result['rounds']} rounds. Ratios: peftree / PEFT; below 1 is less.", "",
         "| shape | method | trainable (ours, PEFT) | CPU time | quartiles | saved for backward | allocator peak |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip

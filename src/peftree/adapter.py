@@ -19,6 +19,9 @@ from peftree.graft.program import Group, Route
 from peftree.methods.contract import Method, Moment
 from peftree.sites import Site
 
+Entries = list[tuple[str, Site, Delta]]
+"""Key, site and delta of every place of an adapter, in model order."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
@@ -183,29 +186,34 @@ def adapt(
     if isinstance(method, Method) and fields:
         raise AdapterError(f"Fields {sorted(fields)} come with a ready method.", "Pass a name, or set them there.")
     made = method if isinstance(method, Method) else registry.make(method, fields)
-    present = adapters(model)
-    check_name(name)
-    if name in present:
-        raise AdapterError(f"There is an adapter '{name}' already.", "Choose another name, or detach it first.")
-    if present and record_of(model).merged:
-        raise AdapterError(f"{', '.join(record_of(model).merged)} is merged.", "Call peftree.unmerge(model) first.")
-    entries, with_head = _build(model, made, head, seed)
-    record = model.__dict__.get("_peftree") or Record(model)
-    record.graft.put(name, entries)
-    model.__dict__["_peftree"] = record
-    _freeze_base(model, record)
-    adapter = record.adapters[name] = Adapter(name, made, model, with_head, seed)
-    switch(model, name)
-    return adapter
+    check_free(model, name)
+    entries, with_head = build(model, made, head, seed)
+    return install(model, name, made, entries, with_head, seed)
 
 
-def check_name(name: str) -> None:
-    """Raise AdapterError unless `name` is a good adapter name."""
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless an adapter called `name` can be put on `model` now."""
     if not isinstance(name, str) or not NAME.match(name):
         raise AdapterError(
             f"{name!r} is no adapter name.",
             "Use 1 to 64 letters, digits, '-' and '_', starting with one of the first two.",
         )
+    present = adapters(model)
+    if name in present:
+        raise AdapterError(f"There is an adapter '{name}' already.", "Choose another name, or detach it first.")
+    if present and record_of(model).merged:
+        raise AdapterError(f"{', '.join(record_of(model).merged)} is merged.", "Call peftree.unmerge(model) first.")
+
+
+def install(model: nn.Module, name: str, method: Method, entries: Entries, head: bool, seed: int) -> Adapter:
+    """Graft built deltas on `model`, freeze the base, and switch the new adapter on."""
+    record = model.__dict__.get("_peftree") or Record(model)
+    record.graft.put(name, entries)
+    model.__dict__["_peftree"] = record
+    _freeze_base(model, record)
+    adapter = record.adapters[name] = Adapter(name, method, model, head, seed)
+    switch(model, name)
+    return adapter
 
 
 def _freeze_base(model: nn.Module, record: Record) -> None:
@@ -216,11 +224,9 @@ def _freeze_base(model: nn.Module, record: Record) -> None:
             parameter.requires_grad_(False)
 
 
-def _build(
-    model: nn.Module, method: Method, head: bool | None, seed: int
-) -> tuple[list[tuple[str, Site, Delta]], bool]:
-    """Build every delta of a method; the model is only read."""
-    entries: list[tuple[str, Site, Delta]] = []
+def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tuple[Entries, bool]:
+    """Build every delta of a method, and whether a task head is among them; the model is only read."""
+    entries: Entries = []
     parts = method.parts()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

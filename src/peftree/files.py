@@ -90,16 +90,25 @@ def read_json(path: str | Path, limit: int = 1 << 20, depth: int = 16) -> dict[s
         StoreError: anything else than one well-formed object within the limits.
     """
     raw = read_bytes(path, limit)
-    advice = "The file is damaged or not one of ours; fetch or save the adapter again."
     try:
-        text = raw.decode("utf-8")
-        if _depth(text) > depth:
-            raise ValueError(f"nested deeper than {depth}")
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        return parse_object(raw, depth)
+    except (ValueError, RecursionError) as error:
+        advice = "The file is damaged or not one of ours; fetch or save the adapter again."
         raise StoreError(f"{path} is not valid JSON: {error}.", advice) from None
+
+
+def parse_object(raw: bytes, depth: int = 16) -> dict[str, Any]:
+    """Parse one JSON object in UTF-8: no duplicate keys, no NaN, at most `depth` levels.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    text = raw.decode("utf-8")
+    if _depth(text) > depth:
+        raise ValueError(f"nested deeper than {depth}")
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     if not isinstance(value, dict):
-        raise StoreError(f"{path} holds a {type(value).__name__}, not an object.", advice)
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
     return value
 
 

@@ -61,7 +61,7 @@ HEADERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no JSON": (lambda raw: with_header(raw, b"[" * 40), "bad header"),
     "deep JSON": (lambda raw: with_header(raw, b"[" * 200_000), "bad header"),
     "no UTF-8": (lambda raw: with_header(raw, b"\xff\xfe"), "bad header"),
-    "a list": (lambda raw: with_header(raw, b"[]"), "no object"),
+    "a list": (lambda raw: with_header(raw, b"[]"), "not an object"),
     "a NaN": (lambda raw: with_header(raw, b'{"a": NaN}'), "NaN is not JSON"),
     "an endless number": (lambda raw: with_header(raw, b'{"a": ' + b"9" * 9000 + b"}"), "bad header"),
     "unknown dtype": (lambda raw: change_first(raw, dtype="F7"), "unknown dtype 'F7'"),
@@ -133,7 +133,7 @@ def test_a_changed_manifest_is_refused_or_says_the_same(folder: Path) -> None:
             unchanged = False
         if not unchanged:
             seen += 1
-            refused(folder, "seal|not valid JSON|not printable|no object|format")
+            refused(folder, "seal|not valid JSON|not printable|not an object|format")
     assert seen > 40
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import nn
 
-from peftree.adapter import Adapter
+from peftree.adapter import Adapter, install
 from peftree.errors import StoreError, did_you_mean
-from peftree.store import build, hfpeft, native
+from peftree.store import hfpeft, native
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, write_folder
 from peftree.store.merged import export
@@ -82,6 +82,6 @@ def load(
             f"{path} holds no adapter: neither {MANIFEST} nor {CONFIG} is there.",
             "Name the folder that adapter.save(folder) wrote.",
         )
-    adapter = build.install(model, name, draft).requires_grad(trainable)
+    adapter = install(model, name, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
     hfpeft.remember(adapter, kept)
     return adapter

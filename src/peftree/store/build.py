@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftree import adapter as adapters
-from peftree.adapter import Adapter
 from peftree.deltas import Delta, Reweight
 from peftree.deltas.place import read
-from peftree.errors import AdapterError, StoreError
+from peftree.errors import StoreError
 from peftree.graft import Hub
 from peftree.methods.contract import Method
 from peftree.sites import Site
@@ -68,7 +67,7 @@ def real(model: nn.Module, method: Method, head: bool, seed: int, given: set[str
 
 
 def _draft(model: nn.Module, method: Method, head: bool, seed: int) -> Draft:
-    entries, with_head = adapters._build(model, method, head, seed)
+    entries, with_head = adapters.build(model, method, head, seed)
     return Draft(method, entries, with_head, seed)
 
 
@@ -169,26 +168,3 @@ def _indices_fit(module: nn.Module, site: Site, delta: Delta) -> bool:
     except (IndexError, RuntimeError):
         return False
     return True
-
-
-def check_free(model: nn.Module, name: str) -> None:
-    """Raise AdapterError unless an adapter called `name` can be put on `model` now."""
-    adapters.check_name(name)
-    known = adapters.adapters(model)
-    if name in known:
-        raise AdapterError(
-            f"There is an adapter '{name}' already.", "Pass load(..., name='another'), or detach it first."
-        )
-    if known and adapters.record_of(model).merged:
-        raise AdapterError("An adapter is merged.", "Call peftree.unmerge(model) first.")
-
-
-def install(model: nn.Module, name: str, draft: Draft) -> Adapter:
-    """Put a filled draft on `model`, freeze the base, and switch it on."""
-    record = model.__dict__.get("_peftree") or adapters.Record(model)
-    record.graft.put(name, draft.entries)
-    model.__dict__["_peftree"] = record
-    adapters._freeze_base(model, record)
-    made = record.adapters[name] = Adapter(name, draft.method, model, draft.head, draft.seed)
-    adapters.switch(model, name)
-    return made

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftree.adapter import Adapter
+from peftree.adapter import Adapter, check_free
 from peftree.errors import StoreError
 from peftree.files import sha256
 from peftree.store import build
@@ -38,7 +38,7 @@ def read(model: nn.Module, folder: Path, name: str | None, allow_other_base: boo
     data, entries = read_weights(model, path, manifest)
     method = method_of(manifest, folder / MANIFEST)
     name = manifest.name if name is None else name
-    build.check_free(model, name)
+    check_free(model, name)
     check_base(manifest, model, folder, allow_other_base)
 
     def to_ours(draft: Draft) -> dict[str, Tensor]:

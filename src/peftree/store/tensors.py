@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,7 +11,7 @@ from safetensors.torch import save as pack_bytes
 from torch import Tensor
 
 from peftree.errors import StoreError
-from peftree.files import _no_constant, _no_duplicates
+from peftree.files import parse_object
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,10 +74,7 @@ def header(data: bytearray, where: str) -> dict[str, Entry]:
     if length > HEADER or 8 + length > len(data):
         raise StoreError(f"{where} states a header of {length:,} bytes.", _ADVICE)
     try:
-        text = bytes(data[8 : 8 + length]).decode("utf-8")
-        raw = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-        if not isinstance(raw, dict):
-            raise ValueError("it is no object")
+        raw = parse_object(bytes(data[8 : 8 + length]))
         _check_metadata(raw.pop("__metadata__", {}))
         entries = {name: _entry(name, value, 8 + length) for name, value in raw.items()}
         _check_tiling(entries, 8 + length, len(data))

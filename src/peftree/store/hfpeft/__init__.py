@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree import registry
-from peftree.adapter import Adapter
+from peftree.adapter import Adapter, check_free
 from peftree.errors import ConfigError, StoreError, did_you_mean
 from peftree.files import read_json, sha256
 from peftree.methods.contract import Method
@@ -138,7 +138,7 @@ def read(
     if not dialect.writes(method):
         raise StoreError(f"{where} is of {dialect.peft_type}, not of {method.name}.", "Fetch the adapter again.")
     name = name or (manifest.name if manifest else "default")
-    build.check_free(model, name)
+    check_free(model, name)
     if manifest is not None:
         native.check_base(manifest, model, folder, allow_other_base)
     head = saves_heads(model, config.modules_to_save, where) if manifest is None else manifest.head
