@@ -43,7 +43,7 @@ docs: env ## build the documentation into site/, with no network
 	$(TESTING) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
-	$(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --markdown docs/bench-step.md --json docs/bench-step.json
 
 browser: ## install Debian's Chromium for the tests of the report, where that is possible
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

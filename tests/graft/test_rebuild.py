@@ -78,8 +78,10 @@ def test_what_is_rebuilt_and_what_is_not(names: list[str], known: bool) -> None:
     found = recipe(x)
     assert (found is not None) == known
     if found is not None:
-        kept, remake = found
-        assert torch.equal(remake(kept), x)
+        assert torch.equal(found.remake(found.kept), x)
+        left = torch.randn(x.numel() // x.shape[-1], 3)
+        assert far(found.left_product(left, found.kept).detach(), left.t() @ x.detach().reshape(-1, x.shape[-1])) < 1e-4
+        assert (found.gram is not None) == (names == ["norm"]), "a norm's factors are never multiplied out"
 
 
 def test_checkpointing_runs_every_layer_twice_and_no_more() -> None:

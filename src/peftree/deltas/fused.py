@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from peftree.deltas.rebuild import recipe
+from peftree.deltas.rebuild import Recipe, recipe
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -29,13 +29,14 @@ class _LowRankLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
-        made: Any,
+        made: Recipe | None,
     ) -> Tensor:
         y = functional.linear(x, W, b)
         u = functional.linear(x, A)
         flat = y.view(-1, y.shape[-1])
         flat.addmm_(u.reshape(-1, u.shape[-1]), B, alpha=scale)
-        kept, ctx.remake = ([x], None) if made is None else made
+        ctx.made = made
+        kept = [x] if made is None else made.kept
         ctx.scale = scale
         ctx.save_for_backward(W, A, B, u, *kept)
         return y
@@ -51,8 +52,9 @@ class _LowRankLinear(torch.autograd.Function):
             gx = (g @ W).addmm_(gu, A, alpha=ctx.scale).view(*grads[0].shape[:-1], W.shape[1])
         gA = gB = None
         if ctx.needs_input_grad[3]:
-            x = kept[0] if ctx.remake is None else ctx.remake(kept)
-            gA = torch.mm(gu.t(), x.reshape(-1, x.shape[-1])).mul_(ctx.scale)
+            made: Recipe | None = ctx.made
+            gA = gu.t() @ kept[0].reshape(-1, A.shape[1]) if made is None else made.left_product(gu, kept)
+            gA.mul_(ctx.scale)
         if ctx.needs_input_grad[4]:
             gB = torch.mm(u.reshape(-1, u.shape[-1]).t(), g).mul_(ctx.scale)
         return gx, None, None, gA, gB, None, None

@@ -9,12 +9,33 @@ knows the way back returns the tensors that the graph holds anyway and a functio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Recipe = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
+Tensors = list[Tensor]
+
+
+class Recipe(NamedTuple):
+    """How to make a value again.
+
+    Attributes:
+        kept: what it is made from.
+        remake: returns the value from `kept`.
+        gram: returns `leftᵀ value` from `left` `[n, r]` and `kept`, without the value where it factors; or None.
+    """
+
+    kept: Tensors
+    remake: Callable[[Tensors], Tensor]
+    gram: Callable[[Tensor, Tensors], Tensor] | None = None
+
+    def left_product(self, left: Tensor, kept: Tensors) -> Tensor:
+        """Return `leftᵀ x` `[r, d]` for `left` `[n, r]`, where x is the value as rows `[n, d]`."""
+        if self.gram is not None:
+            return self.gram(left, kept)
+        x = self.remake(kept)
+        return left.t() @ x.reshape(-1, x.shape[-1])
 
 
 def recipe(x: Tensor) -> Recipe | None:
@@ -38,9 +59,8 @@ def recipe(x: Tensor) -> Recipe | None:
         return None
     if found is None:
         return None
-    kept, remake = found
     shape = x.shape
-    return kept, lambda tensors: remake(tensors).reshape(shape)
+    return found._replace(remake=lambda tensors: found.remake(tensors).reshape(shape))
 
 
 def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
@@ -55,11 +75,10 @@ def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
         inner = _walk(node.next_functions[0][0], depth - 1, exact or name == "TransposeBackward0")
         if inner is None:
             return None
-        kept, remake = inner
         layout = _LAYOUT[name](node)
-        return kept, lambda tensors: layout(remake(tensors))
+        return Recipe(inner.kept, lambda tensors: layout(inner.remake(tensors)))
     if name == "ScaledDotProductFlashAttentionForCpuBackward0":
-        return [node._saved_output], lambda tensors: tensors[0]
+        return Recipe([node._saved_output], lambda tensors: tensors[0])
     return None
 
 
@@ -67,7 +86,7 @@ def _product(node: Any, depth: int) -> Recipe | None:
     """`a * b`: a factor is saved only if the other one needs a gradient, else it may be a product itself."""
     a, b = node._saved_self, node._saved_other
     if a is not None and b is not None:
-        return [a, b], lambda tensors: tensors[0] * tensors[1]
+        return Recipe([a, b], lambda tensors: tensors[0] * tensors[1], _gram_of_rows(a, b))
     if not depth:
         return None
     side = 0 if a is None else 1
@@ -78,8 +97,31 @@ def _product(node: Any, depth: int) -> Recipe | None:
     inner = _walk(inner_node, depth - 1, exact=True)
     if inner is None:
         return None
-    kept, remake = inner
-    return [known, *kept], lambda tensors: tensors[0] * remake(tensors[1:])
+    gram = inner.gram
+    by_column = gram is not None and known.dim() == 1 and inner.kept[0].dim() > 1
+
+    def scaled(left: Tensor, tensors: Tensors) -> Tensor:
+        assert gram is not None
+        return gram(left, tensors[1:]) * tensors[0]
+
+    return Recipe(
+        [known, *inner.kept],
+        lambda tensors: tensors[0] * inner.remake(tensors[1:]),
+        scaled if by_column and known.shape[0] == _width(inner.kept) else None,
+    )
+
+
+def _width(factors: Tensors) -> int:
+    return max(f.shape[-1] for f in factors)
+
+
+def _gram_of_rows(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensors], Tensor] | None:
+    """`leftᵀ (a b)` where one factor is one number per row of the other: scale `left`, which is thin, instead."""
+    for full, thin in ((0, 1), (1, 0)):
+        x, rows = (a, b)[full], (a, b)[thin]
+        if x.dim() > 1 and rows.shape == (*x.shape[:-1], 1) and x.shape[-1] > 1:
+            return lambda left, t: (left * t[thin].reshape(-1, 1)).t() @ t[full].reshape(-1, t[full].shape[-1])
+    return None
 
 
 def _transpose(node: Any) -> Callable[[Tensor], Tensor]:
