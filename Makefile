@@ -21,7 +21,7 @@ demo: env ## fine-tune real models with methods of every branch and open a repor
 	$(BIN)/peftree demo
 
 test: env ## the quick test suite
-	$(TESTING) $(BIN)/python -m pytest -q
+	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: env ## the tests marked slow
 	$(TESTING) $(BIN)/python -m pytest -q -m slow

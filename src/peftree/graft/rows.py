@@ -93,7 +93,9 @@ def strip(out: Any, seen: tuple[int, int], start: int, stop: int) -> Any:
     if isinstance(out, Tensor):
         if out.dim() == 2 and out.shape[0] == seen[0] * seen[1]:
             return strip(out.view(*seen, -1), seen, start, stop).flatten(0, 1)
-        return torch.cat([out[:, :start], out[:, stop:]], dim=1) if out.dim() == 3 and out.shape[:2] == seen else out
+        if out.dim() != 3 or out.shape[:2] != seen:
+            return out
+        return torch.cat([out[:, :start], out[:, stop:]], dim=1) if start else out[:, stop:]
     if isinstance(out, dict):
         return type(out)(**{k: strip(v, seen, start, stop) for k, v in out.items()})
     return tuple(strip(v, seen, start, stop) for v in out) if type(out) is tuple else out
