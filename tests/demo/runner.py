@@ -8,7 +8,7 @@ from pathlib import Path
 from peftree.bench.pool import Cell, run_cells
 
 
-def cell(folder: Path, seed: int, *, sleep: float = 0.0, behaviour: str = "work") -> Cell:
+def cell(folder: Path, seed: int, *, sleep: float = 0.0, behaviour: str = "work", memory: float = 0.0) -> Cell:
     """Return a cell of its own key for each `seed`."""
     facts = {
         "suite": "test", "task": "task", "dataset": "data", "model": "model", "method": "lora",
@@ -17,7 +17,7 @@ def cell(folder: Path, seed: int, *, sleep: float = 0.0, behaviour: str = "work"
         "metric": "accuracy",
     }  # fmt: skip
     job = {"facts": facts, "records": str(folder), "sleep": sleep, "behaviour": behaviour}
-    return Cell(facts, "demo.child:work", job)
+    return Cell(facts, "demo.child:work", job, memory=memory)
 
 
 def main() -> None:

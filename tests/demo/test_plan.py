@@ -60,7 +60,7 @@ def test_every_cell_is_a_valid_run_and_record(tmp_path: Path) -> None:
     for cell in cells(plan, places(plan), tmp_path, [0]):
         config = RunConfig.model_validate(cell.job["config"])
         assert config.method.name == cell.facts["method"]
-        assert config.lr in (None, cell.facts["learning_rate"])
+        assert config.lr == cell.facts["learning_rate"]
         failed = RunRecord(**cell.facts, status="failed", error="e", started="2026-01-01T00:00:00Z")
         assert failed.key == cell.key
 

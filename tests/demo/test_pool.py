@@ -165,6 +165,15 @@ def test_ctrl_c_ends_the_children_and_keeps_the_records(records: Path) -> None:
     assert 1 <= len(read_records(records)) < 6
 
 
+def test_cells_that_together_need_too_much_memory_run_one_after_the_other(records: Path) -> None:
+    cells = [cell(records, seed, sleep=0.5, memory=6) for seed in range(2)]
+    found = run_cells(cells, records, workers=2, memory=10, console=Console(file=io.StringIO()))
+    first, second = sorted(r.started for r in found)  # noted when a cell's sleep was over
+    assert (second - first).total_seconds() > 0.5
+    alone = run_cells([cell(records, 2, memory=60)], records, memory=10)
+    assert alone[0].status == "ok"
+
+
 def test_two_cells_of_one_key_are_refused(records: Path) -> None:
     with pytest.raises(ConfigError, match="same run"):
         run_cells([cell(records, 0), cell(records, 0)], records)

@@ -66,11 +66,6 @@ class Cell:
         """The content address of its record."""
         return run_key(**{name: self.facts[name] for name in IDENTITY})
 
-    @property
-    def label(self) -> str:
-        """What it is, for people."""
-        return f"{self.facts['task']}, {self.facts['method']}, seed {self.facts['seed']}"
-
 
 @dataclass
 class _Child:

@@ -37,7 +37,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     seconds: float = Field(gt=0, description="how long a run took where the plan was measured")
     memory: float | None = Field(None, gt=0, description="GiB at its peak; none: the task's")
-    lr: float | None = Field(None, gt=0, description="none: the method's default")
+    times: float = Field(1, gt=0, description="learning rate over the method's default one")
     fields: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the method's defaults")
 
 
@@ -124,6 +124,7 @@ def _cell(suite: str, name: str, method: str, seed: int, place: Places, task: Ta
 
     entry = task.methods[method]
     made = registry.make(method, entry.fields)
+    rate = float(f"{made.tags.lr * entry.times:.6g}")
     # What does not change a result is no part of the run's identity.
     budget = {k: v for k, v in task.settings.items() if k not in ("eval_batch_size", "log_every")}
     facts = FACTS[name] | {
@@ -135,7 +136,7 @@ def _cell(suite: str, name: str, method: str, seed: int, place: Places, task: Ta
         "branch": made.tags.branch,
         "fields": registry.spec(made)["fields"],
         "budget": {**task.sizes, **budget},
-        "learning_rate": entry.lr or made.tags.lr,
+        "learning_rate": rate,
         "seed": seed,
     }
     folder = out / "runs" / f"{name}-{method}-seed{seed}"
@@ -144,7 +145,7 @@ def _cell(suite: str, name: str, method: str, seed: int, place: Places, task: Ta
         "data": {"train": str(place.data)},
         "task": name,
         "method": {"name": method, "fields": entry.fields},
-        "lr": entry.lr,
+        "lr": rate,
         "output": str(folder),
         "seed": seed,
         "base_score": method == "head_only",  # one method is enough: it is the same for all

@@ -22,6 +22,7 @@ from peftree.files import atomic_write
 
 GIB = 2**30
 CACHE_GIB = 1.5  # archives, what is unpacked from them, and the converted models
+OUT_GIB = 1.5  # the adapters, two of full fine-tuning at a time
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 # What every run needs; imported once, before the runs are forked.
 PRELOAD = (
@@ -98,9 +99,9 @@ def check_machine(plan: Plan, out: Path) -> float:
     if memory < largest:
         raise ConfigError(
             f"The largest run takes {largest / GIB:.1f} GiB of memory; {memory / GIB:.1f} GiB are free.",
-            "Close other programs, or try `peftree demo --quick`, which takes less.",
+            "Close other programs, or run the demo on a machine with more memory.",
         )
-    needed = {out: 2 * largest / 4 / GIB}  # two adapters of full fine-tuning at a time
+    needed = {out: OUT_GIB}
     if not (cache_root() / "models").is_dir():
         needed[cache_root()] = CACHE_GIB
     for folder, gib in needed.items():
@@ -171,9 +172,13 @@ def notes(plan: Plan, name: str) -> list[str]:
     """Return what a careful reader must know about a task of the demo."""
     task = plan.tasks[name]
     rows = task.settings["steps"] * task.settings["batch_size"]
+    raised = sum(entry.times > 1 for entry in task.methods.values())
     return [
         f"A run sees {rows:,} training rows in {task.settings['steps']} steps: enough to show that a "
         "method learns, too few to rank methods.",
+        f"{raised} of {len(task.methods)} methods run at 4 or 16 times their default learning rate, "
+        "which is made for longer training: each at the best of 1, 4 and 16 times, tried once on "
+        "validation rows.",
         "Here full fine-tuning keeps the frozen base beside the trained copy, so that it can be "
         "switched off like any adapter; without, its peak memory would be lower by the size of the base.",
     ]
