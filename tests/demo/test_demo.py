@@ -164,6 +164,7 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_fetched(
     with pytest.raises(ConfigError, match="takes 1000000"):
         run.main(tmp_path / "out", seeds=1, quick=False)
     monkeypatch.setattr(run, "free_memory", lambda: 1e18)
+    monkeypatch.setattr(run, "OUT_GIB", 1e9)
     with pytest.raises(ConfigError, match="GiB of disk"):
         run.main(tmp_path / "out", seeds=1, quick=False)
     assert not (tmp_path / "out" / "data").exists()
