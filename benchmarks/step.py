@@ -3,7 +3,8 @@
     python benchmarks/step.py [--rounds 9] [--whole] [--json out.json]
 
 Time is process CPU time of one training step (forward, backward, AdamW); in every round all variants run once in
-rotated order; the ratio peftree / PEFT is taken within a round and its median and quartiles are reported. Memory is
+rotated order; the ratio peftree / PEFT is taken within a round and its median and quartiles are reported, beside the
+same ratio of PEFT and a second copy of PEFT's model, which shows what the machine's noise alone does. Memory is
 exact: bytes of the distinct storages that the graph keeps for the backward pass (parameters left out), and the peak
 of the allocator in a step. With `--whole` all 30 layers and the head of SmolLM2-135M, else a body of few layers.
 """
@@ -150,23 +151,32 @@ def compare(pair: dict[str, Step], rounds: int) -> dict[str, Any]:
     return seconds
 
 
+def spread(mine: list[float], other: list[float]) -> tuple[float, tuple[float, float]]:
+    """Return median and quartiles of the ratios within each round."""
+    ratios = [a / b for a, b in zip(mine, other, strict=True)]
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return statistics.median(ratios), (quarters[0], quarters[2])
+
+
 def row(base: nn.Module, batch: dict[str, Tensor], name: str, kind: str, rounds: int) -> dict[str, Any]:
     """Measure one method on both libraries."""
     (method, fields), config = variants(kind)[name]
     pair = {
         "peftree": Step(ours(base, method, fields), batch),
         "peft": Step(theirs(base, config), batch),
+        "again": Step(theirs(base, config), batch),
     }
     counts = {k: sum(p.numel() for p in s.params) for k, s in pair.items()}
     seconds = compare(pair, rounds)
-    ratios = [a / b for a, b in zip(seconds["peftree"], seconds["peft"], strict=True)]
-    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    ratio, quartiles = spread(seconds["peftree"], seconds["peft"])
+    noise, noise_quartiles = spread(seconds["again"], seconds["peft"])
+    pair.pop("again")
     saved = {k: saved_bytes(s.loss, s.model) for k, s in pair.items()}
     peak = {k: peak_bytes(s) for k, s in pair.items()}
     return {
         "shape": kind, "method": name, "trainable": counts,
         "seconds": {k: statistics.median(v) for k, v in seconds.items()},
-        "time_ratio": statistics.median(ratios), "time_quartiles": [quarters[0], quarters[2]],
+        "time_ratio": ratio, "time_quartiles": quartiles, "noise_ratio": noise, "noise_quartiles": noise_quartiles,
         "saved_bytes": saved, "saved_ratio": saved["peftree"] / saved["peft"],
         "peak_bytes": peak, "peak_ratio": peak["peftree"] / peak["peft"],
     }  # fmt: skip
@@ -222,14 +232,17 @@ def markdown(result: dict[str, Any]) -> str:
         "# Step time and memory beside Hugging Face PEFT", "",
         "Written by `make bench-step`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
         f"8 x 128 tokens, float32, AdamW, {result['rounds']} rounds. Ratios: peftree / PEFT; below 1 is less.", "",
-        "| shape | method | trainable (ours, PEFT) | CPU time | quartiles | saved for backward | allocator peak |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "Noise: PEFT's model beside a second copy of itself, in the same rounds.", "",
+        "| shape | method | trainable (ours, PEFT) | CPU time | quartiles | noise | quartiles | saved for backward "
+        "| allocator peak |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for r in result["steps"]:
         a, b = r["trainable"]["peftree"], r["trainable"]["peft"]
-        low, high = r["time_quartiles"]
+        (low, high), (least, most) = r["time_quartiles"], r["noise_quartiles"]
         lines.append(
             f"| {r['shape']} | {r['method']} | {a:,} / {b:,} | {r['time_ratio']:.3f} | {low:.3f}-{high:.3f} "
+            f"| {r['noise_ratio']:.3f} | {least:.3f}-{most:.3f} "
             f"| {r['saved_ratio']:.3f} | {r['peak_ratio']:.3f} |"
         )
     lines += ["", "| operation | peftree, s | PEFT, s | ratio |", "|---|--:|--:|--:|"]
@@ -242,7 +255,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", default="", help="methods, comma separated")

@@ -28,7 +28,7 @@ LAYERS = (
     ("demo",),
     ("report",),
     ("bench",),
-    ("evaluate", "train", "plan", "federated", "serve"),
+    ("evaluate", "train", "plan", "federated", "serve", "assets"),
     ("store", "compose", "adapter"),
     ("graft",),
     ("registry",),  # it yields Method classes, so it stands above the contract
@@ -38,7 +38,7 @@ LAYERS = (
     ("errors", "files"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
-ON_THE_CORE = ("bench", "cli", "demo", "describe", "doctor", "evaluate", "report", "train")
+ON_THE_CORE = ("assets", "bench", "cli", "demo", "describe", "doctor", "evaluate", "report", "train")
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from peftree import registry
+from peftree.assets.models import MODELS
 from peftree.bench.record import RunRecord
-from peftree.demo.models import MODELS
 from peftree.demo.plan import FACTS, Places, Plan, cells, read_plan
 from peftree.errors import ConfigError, MethodError
 from peftree.train.config import RunConfig

@@ -1,1 +1,1 @@
-"""The demo: real pretrained models and real data, out of package registries."""
+"""The demo: real models, real data, methods of every branch beside full fine-tuning."""

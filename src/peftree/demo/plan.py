@@ -148,7 +148,7 @@ def _cell(suite: str, name: str, method: str, seed: int, place: Places, task: Ta
         "lr": rate,
         "output": str(folder),
         "seed": seed,
-        "base_score": method == "head_only",  # one method is enough: it is the same for all
+        "base_score": method == next(iter(task.methods)),  # one is enough: it is the same for all
         "threads": 1,
         "quiet": True,
     }

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from peftree.assets.data import write_demo_data
+from peftree.assets.fetch import cache_root
+from peftree.assets.models import model_folder
 from peftree.bench.pool import finished, run_cells
 from peftree.bench.record import RunRecord
-from peftree.demo.assets import cache_root
-from peftree.demo.data import write_demo_data
-from peftree.demo.models import model_folder
 from peftree.demo.plan import Places, Plan, cells, read_plan
 from peftree.errors import ConfigError
 from peftree.files import atomic_write

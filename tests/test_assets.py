@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftree.demo import assets, data, models
-from peftree.demo.assets import Asset
+from peftree.assets import data, fetch, models
+from peftree.assets.fetch import Asset
 from peftree.errors import AssetError, DataError
 from peftree.files import sha256
 
@@ -62,11 +62,11 @@ def debian(members: dict[str, bytes]) -> bytes:
     return out
 
 
-ARCHIVES: dict[assets.Kind, Callable[[dict[str, bytes]], bytes]]
+ARCHIVES: dict[fetch.Kind, Callable[[dict[str, bytes]], bytes]]
 ARCHIVES = {"wheel": wheel, "sdist": tarball, "deb": debian, "npm": tarball}
 
 
-def entry(kind: assets.Kind, content: bytes, members: str = "pkg/*", version: str = "1.0") -> Asset:
+def entry(kind: fetch.Kind, content: bytes, members: str = "pkg/*", version: str = "1.0") -> Asset:
     """Return a table entry for an archive of `content`."""
     digest, size = sha256(content), len(content)
     return Asset("toy", kind, "toy-pkg", version, size, digest, "MIT", "toy", (members,), "main/t")
@@ -84,10 +84,10 @@ class Registry:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.good, self.calls = wheel(MEMBERS), list[str]()
         self.replies: dict[str, bytes | BaseException] = {"first": self.good, "second": self.good}
-        monkeypatch.setattr(assets, "ASSETS", {"toy": entry("wheel", self.good)})
+        monkeypatch.setattr(fetch, "ASSETS", {"toy": entry("wheel", self.good)})
         ways = [(label, lambda _, folder, label=label: self.reply(label, folder))
                 for label in self.replies]  # fmt: skip
-        monkeypatch.setattr(assets, "_WAYS", {"wheel": ways})
+        monkeypatch.setattr(fetch, "_WAYS", {"wheel": ways})
 
     def reply(self, label: str, folder: Path) -> None:
         """Deliver, or leave half a file and fail."""
@@ -112,36 +112,36 @@ def registry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def test_table_is_complete_and_needs_no_torch() -> None:
-    for name, asset in assets.ASSETS.items():
+    for name, asset in fetch.ASSETS.items():
         assert asset.name == name and re.fullmatch("[0-9a-f]{64}", asset.sha256)
         assert asset.size > 0 and asset.version and asset.licence and asset.members
         assert (asset.kind == "deb") == bool(asset.pool)
     for name, model in models.MODELS.items():
-        assert models.describe(name)["sha256"] == assets.ASSETS[model.asset].sha256
-    code = "import sys, peftree.demo.models, peftree.demo.data; print('torch' in sys.modules)"
+        assert models.describe(name)["sha256"] == fetch.ASSETS[model.asset].sha256
+    code = "import sys, peftree.assets.models, peftree.assets.data; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_fetched_once_only_expected_members_with_a_progress_line(
     registry: Registry, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = assets.ensure("toy")
+    folder = fetch.ensure("toy")
     assert "fetching toy" in capfd.readouterr().err
-    assert assets.ensure("toy") == folder and registry.calls == ["first"]
+    assert fetch.ensure("toy") == folder and registry.calls == ["first"]
     assert below(cache) == {f"assets/toy/{name}" for name in UNPACKED}
     (folder / "pkg/a.txt").unlink()
-    assets.ensure("toy", quiet=True)
+    fetch.ensure("toy", quiet=True)
     assert (folder / "pkg/a.txt").read_bytes() == b"alpha"
     assert capfd.readouterr() == ("", "")
     with pytest.raises(AssetError, match=r"'tiy'.*Did you mean 'toy'"):
-        assets.ensure("tiy")
+        fetch.ensure("tiy")
 
 
 def test_wrong_hash_is_refused_and_nothing_is_left(registry: Registry, cache: Path) -> None:
     bad = wheel({**MEMBERS, "pkg/a.txt": b"ALPHA"})
     registry.replies = {"first": bad, "second": urllib.error.URLError("offline")}
     with pytest.raises(AssetError, match=r"toy-pkg 1\.0.*PyPI.*refused.*offline.*downloads") as got:
-        assets.ensure("toy", quiet=True)
+        fetch.ensure("toy", quiet=True)
     assert sha256(bad) in str(got.value) and registry.calls == ["first", "second"]
     assert below(cache) == set() and list((cache / "assets").iterdir()) == []
 
@@ -153,7 +153,7 @@ def test_wrong_hash_is_refused_and_nothing_is_left(registry: Registry, cache: Pa
 )  # fmt: skip
 def test_the_next_way_is_tried(registry: Registry, problem: bytes | Exception) -> None:
     registry.replies["first"] = problem
-    assert below(assets.ensure("toy", quiet=True)) == UNPACKED
+    assert below(fetch.ensure("toy", quiet=True)) == UNPACKED
     assert registry.calls == ["first", "second"]
 
 
@@ -161,32 +161,32 @@ def test_archive_put_in_downloads_needs_no_network(registry: Registry, cache: Pa
     (cache / "downloads" / "folder").mkdir(parents=True)
     (cache / "downloads" / "a-wrong-one").write_bytes(bytes(len(registry.good)))
     (cache / "downloads" / "any-name").write_bytes(registry.good)
-    assert below(assets.ensure("toy", quiet=True)) == UNPACKED and registry.calls == []
+    assert below(fetch.ensure("toy", quiet=True)) == UNPACKED and registry.calls == []
 
 
 def test_interrupted_or_killed_leaves_nothing(registry: Registry, cache: Path) -> None:
     registry.replies["first"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        assets.ensure("toy", quiet=True)
+        fetch.ensure("toy", quiet=True)
     registry.replies["first"] = registry.good
     assert list((cache / "assets").iterdir()) == []
     killed = cache / "assets" / ".toy.abc.tmp" / ".staging-x"
     killed.mkdir(parents=True)
     (killed / "archive.part").write_bytes(b"half")
-    assets.ensure("toy", quiet=True)
+    fetch.ensure("toy", quiet=True)
     assert [path.name for path in (cache / "assets").iterdir()] == ["toy"]
 
 
 def test_damaged_or_outdated_folder_is_made_again(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = assets.ensure("toy", quiet=True)
+    folder = fetch.ensure("toy", quiet=True)
     (folder / "pkg/a.txt").write_bytes(b"al")
-    assert (assets.ensure("toy", quiet=True) / "pkg/a.txt").read_bytes() == b"alpha"
-    (folder / assets.MANIFEST).write_text("[1, 2")
-    assert below(assets.ensure("toy", quiet=True)) == UNPACKED
+    assert (fetch.ensure("toy", quiet=True) / "pkg/a.txt").read_bytes() == b"alpha"
+    (folder / fetch.MANIFEST).write_text("[1, 2")
+    assert below(fetch.ensure("toy", quiet=True)) == UNPACKED
     newer = wheel({"pkg/new.txt": b"new"})
-    monkeypatch.setattr(assets, "ASSETS", {"toy": entry("wheel", newer)})
+    monkeypatch.setattr(fetch, "ASSETS", {"toy": entry("wheel", newer)})
     registry.replies["first"] = newer
-    assert below(assets.ensure("toy", quiet=True)) == {"pkg/new.txt"}
+    assert below(fetch.ensure("toy", quiet=True)) == {"pkg/new.txt"}
     assert registry.calls == ["first"] * 4
 
 
@@ -195,17 +195,17 @@ def test_folders_that_cannot_be_used(registry: Registry, cache: Path, monkeypatc
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     with pytest.raises(AssetError, match="did not write"):
-        assets.ensure("toy", quiet=True)
+        fetch.ensure("toy", quiet=True)
     assert mine.read_text() == "mine"
     monkeypatch.setenv("PEFTREE_CACHE", str(mine))
     with pytest.raises(AssetError, match="set PEFTREE_CACHE"):
-        assets.ensure("toy", quiet=True)
+        fetch.ensure("toy", quiet=True)
 
 
 def test_two_processes_at_once_build_once(cache: Path, tmp_path: Path) -> None:
     code = """
 import pathlib, sys, time
-from peftree.demo.assets import make_folder
+from peftree.assets.fetch import make_folder
 base = pathlib.Path(sys.argv[1])
 def build(folder):
     with (base / "log").open("a") as file:
@@ -221,16 +221,16 @@ print(len(list(make_folder(base / "made", "key", build, "making", quiet=True).it
     assert (tmp_path / "log").read_text() == "built "
 
 
-def unpack(kind: assets.Kind, content: bytes, folder: Path, members: str = "pkg/*") -> set[str]:
+def unpack(kind: fetch.Kind, content: bytes, folder: Path, members: str = "pkg/*") -> set[str]:
     """Unpack `content` into `folder`/a/out and return what lies below `folder`."""
     (folder / "archive").write_bytes(content)
     (folder / "a" / "out").mkdir(parents=True)
-    assets.unpack(folder / "archive", entry(kind, content, members), folder / "a" / "out")
+    fetch.unpack(folder / "archive", entry(kind, content, members), folder / "a" / "out")
     return below(folder / "a" / "out")
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_unpacking_takes_expected_members_only(kind: assets.Kind, tmp_path: Path) -> None:
+def test_unpacking_takes_expected_members_only(kind: fetch.Kind, tmp_path: Path) -> None:
     assert unpack(kind, ARCHIVES[kind](MEMBERS), tmp_path) == UNPACKED
     assert (tmp_path / "a/out/pkg/sub/b.txt").read_bytes() == b"beta"
     (tmp_path / "second").mkdir()
@@ -240,7 +240,7 @@ def test_unpacking_takes_expected_members_only(kind: assets.Kind, tmp_path: Path
 
 @pytest.mark.parametrize("kind", ARCHIVES)
 @pytest.mark.parametrize("name", ["pkg/../../../evil", "/pkg/evil", "pkg\\..\\evil"])
-def test_member_that_leaves_the_folder_is_refused(kind: assets.Kind, name: str, tmp_path: Path) -> None:
+def test_member_that_leaves_the_folder_is_refused(kind: fetch.Kind, name: str, tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="outside"):
         unpack(kind, ARCHIVES[kind]({name: b"evil"}), tmp_path, "*pkg*")
     assert below(tmp_path) == {"archive"}
@@ -254,7 +254,7 @@ def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "deb"])
 @pytest.mark.parametrize("content", [b"", b"no archive", b"!<arch>\n", debian(MEMBERS)[:300]])
-def test_damaged_archive_is_one_error(kind: assets.Kind, content: bytes, tmp_path: Path) -> None:
+def test_damaged_archive_is_one_error(kind: fetch.Kind, content: bytes, tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="archive cannot be unpacked"):
         unpack(kind, content, tmp_path)
 
@@ -284,11 +284,11 @@ def test_download_resumes_and_checks_the_size(
 ) -> None:  # fmt: skip
     asked = serve(monkeypatch, b"0123456789", cut, ranges)
     if requests:
-        assets._download("https://host/f", tmp_path / "f", size)
+        fetch._download("https://host/f", tmp_path / "f", size)
         assert (tmp_path / "f").read_bytes() == b"0123456789" and len(asked) == requests
     else:
         with pytest.raises(AssetError, match="bytes"):
-            assets._download("https://host/f", tmp_path / "f", size)
+            fetch._download("https://host/f", tmp_path / "f", size)
         assert not (tmp_path / "f").exists()
 
 
@@ -298,11 +298,11 @@ def test_index_is_searched_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     asked = serve(monkeypatch, page.encode())
     monkeypatch.setenv("PIP_INDEX_URL", "https://host/simple/")
     with pytest.raises(AssetError, match="gave"):  # the page is served in place of the file
-        assets._index(wanted, tmp_path)
+        fetch._index(wanted, tmp_path)
     assert asked[:2] == ["https://host/simple/toy-pkg/", "https://host/simple/f/new"]
     monkeypatch.setenv("PIP_INDEX_URL", "file:///etc")
     with pytest.raises(AssetError, match="not an HTTP address"):
-        assets._index(wanted, tmp_path)
+        fetch._index(wanted, tmp_path)
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,21 +314,21 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssetError("no such package")
         return ""
 
-    monkeypatch.setattr(assets, "_run", run)
+    monkeypatch.setattr(fetch, "_run", run)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     (tmp_path / "staging").mkdir()
-    assets._pip(entry("sdist", b"x"), tmp_path / "staging")
+    fetch._pip(entry("sdist", b"x"), tmp_path / "staging")
     assert "--require-hashes --no-binary :all:" in ran.pop()
     assert f"--hash=sha256:{sha256(b'x')}" in (tmp_path / "requirement.txt").read_text()
-    assets._npm(entry("npm", b"x"), tmp_path)
+    fetch._npm(entry("npm", b"x"), tmp_path)
     assert ran.pop() == "npm pack --ignore-scripts toy-pkg@1.0"
-    assets._apt(entry("deb", b"x"), tmp_path)
+    fetch._apt(entry("deb", b"x"), tmp_path)
     assert ran == ["apt-get download toy-pkg=1.0", "apt-get update", "apt-get download toy-pkg=1.0"]
     ran.clear()
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(AssetError, match="no such package"):
-        assets._apt(entry("deb", b"x"), tmp_path)
+        fetch._apt(entry("deb", b"x"), tmp_path)
 
 
 def test_parsers() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from peftree.demo.assets import ASSETS, cache_root, ensure, intact, make_folder
+from peftree.assets.fetch import ASSETS, cache_root, ensure, intact, make_folder
 from peftree.errors import AssetError, did_you_mean
 
 FORMAT = 1  # raised when a converter's output changes: cached folders are then made again

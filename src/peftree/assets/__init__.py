@@ -1,0 +1,1 @@
+"""Real pretrained models and real data out of package registries: no model hub, no account."""
