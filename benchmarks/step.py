@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--only", default="", help="methods, comma separated")
+    parser.add_argument("--only", default="", help="methods, divided by semicolons")
     parser.add_argument("--no-operations", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -272,7 +272,7 @@ def main() -> None:
     }
     for kind, base, batch in bases(args):
         for name in variants(kind):
-            if args.only and name not in args.only.split(","):
+            if args.only and name not in args.only.split(";"):
                 continue
             measured = row(base, batch, name, kind, args.rounds)
             result["steps"].append(measured)

@@ -73,7 +73,7 @@ def test_every_run_has_a_record(demo: Path) -> None:
     found = read_records(demo / "out" / "records")
     assert len(found) == 18 and {r.status for r in found} == {"ok"}
     assert {(r.task, r.method) for r in found} == {(t, m) for t in FAMILIES for m in METHODS}
-    assert {r.method for r in found if r.base_score is not None} == {"head_only"}
+    assert {r.method for r in found if r.base_score is not None} == {METHODS[0]}
     for record in found:
         assert record.environment["threads"] == 1 and record.environment["torch"]
         assert record.environment["system"] == os.uname().sysname

@@ -38,9 +38,10 @@ from peftree.errors import ConfigError, DataError, PeftreeError
 POLL = 0.1  # seconds between two looks at the processes
 TAIL = 4000  # characters of a failed run's output that its record keeps
 IDENTITY = (
-    *("suite", "task", "dataset", "model", "method"),
-    *("fields", "budget", "learning_rate", "seed"),
+    *("suite", "task", "dataset", "data", "model", "method"),
+    *("fields", "budget", "learning_rate", "seed", "phase"),
 )
+_FACTS = {"data": "", "phase": "final"}  # where a cell does not say
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Cell:
     @property
     def key(self) -> str:
         """The content address of its record."""
-        return run_key(**{name: self.facts[name] for name in IDENTITY})
+        return run_key(**(_FACTS | {name: self.facts[name] for name in IDENTITY if name in self.facts}))
 
 
 @dataclass
@@ -123,12 +124,12 @@ def _settings(threads: int) -> dict[str, str]:
 
 
 def finished(cell: Cell, folder: Path) -> RunRecord | None:
-    """Return the record of `cell` if it is done; a failed or damaged one does not count."""
+    """Return the record of `cell` if it is settled; a failed or damaged one does not count."""
     try:
         record = read_record(folder / file_name(cell.key))
     except DataError:
         return None
-    return record if record.status == "ok" else None
+    return record if record.settled else None
 
 
 def run_cells(

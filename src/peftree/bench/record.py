@@ -26,7 +26,7 @@ from pydantic import (
 from peftree.errors import DataError, StoreError, did_you_mean
 from peftree.files import atomic_write, read_json
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MAX_BYTES = 64 << 20
 PATTERN = "run-*.json"
 
@@ -60,15 +60,26 @@ class RunRecord(BaseModel):
     `items` holds one number for each test item, in the order of the test set; `score` is their
     mean, or ``exp(mean)`` where `aggregate` is ``exp_mean`` (perplexity from losses). Bytes are
     bytes, times are seconds, `step_seconds` is the median of a training step after warm-up.
-    A failed run has status ``failed`` and an `error`; every measurement may then be absent.
+
+    `phase`: a ``trial`` is one try of a learning rate, scored on validation rows only, which is what
+    `score` and `items` then are; a ``final`` run is scored on the test rows. `data` is the SHA-256 of
+    the data files and `suite_hash` that of the suite as it was when the run was made. `values` holds
+    further metrics by name, `probes` what was found beyond quality: probe -> its figures.
+
+    `status`: ``ok``; ``failed`` (tried again by the next call); ``diverged`` (the loss or output was
+    not finite: a result like any other); ``inapplicable`` (the method cannot be put on this model).
+    All but ``ok`` have an `error`, and every measurement may then be absent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     suite: Text
+    suite_hash: str = ""
+    phase: Literal["trial", "final"] = "final"
     task: Text
     dataset: Text
+    data: str = ""
     model: Text
     modality: Literal["language", "vision", "vision-language"]
     kind: Literal["understanding", "generation"]
@@ -84,6 +95,8 @@ class RunRecord(BaseModel):
     score: FiniteFloat | None = None
     base_score: FiniteFloat | None = None
     items: tuple[FiniteFloat, ...] = ()
+    values: dict[str, FiniteFloat] = Field(default_factory=dict)
+    probes: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     n_train: Count = None
     steps: Count = None
     batch_size: Count = None
@@ -94,13 +107,18 @@ class RunRecord(BaseModel):
     peak_rss_bytes: Count = None
     rss_after_load_bytes: Count = None
     saved_for_backward_bytes: Count = None
+    gradient_bytes: Count = None
+    optimizer_bytes: Count = None
+    allocator_peak_bytes: Count = None
     setup_seconds: Seconds = None
     train_seconds: Seconds = None
     eval_seconds: Seconds = None
     cpu_seconds: Seconds = None
     step_seconds: Seconds = None
+    throughput: Seconds = None
+    throughput_unit: Literal["", "tokens/s", "images/s"] = ""
     curve: tuple[CurvePoint, ...] = ()
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "failed", "diverged", "inapplicable"]
     error: str = ""
     environment: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     started: datetime
@@ -109,8 +127,8 @@ class RunRecord(BaseModel):
     def _status_fits(self) -> Self:
         if self.status == "ok" and self.score is None:
             raise ValueError("status is 'ok' but score is missing")
-        if self.status == "failed" and not self.error:
-            raise ValueError("status is 'failed' but error is empty")
+        if self.status != "ok" and not self.error:
+            raise ValueError(f"status is '{self.status}' but error is empty")
         return self
 
     @property
@@ -120,17 +138,24 @@ class RunRecord(BaseModel):
             suite=self.suite,
             task=self.task,
             dataset=self.dataset,
+            data=self.data,
             model=self.model,
             method=self.method,
             fields=self.fields,
             budget=self.budget,
             learning_rate=self.learning_rate,
             seed=self.seed,
+            phase=self.phase,
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether doing the run again would give nothing new."""
+        return self.status != "failed"
 
     def write(self, folder: str | Path) -> Path:
         """Write the record to `folder` under its content address, atomically; return the path."""
-        text = json.dumps(self.model_dump(mode="json"), allow_nan=False, indent=1)
+        text = json.dumps(self.model_dump(mode="json"), allow_nan=False, separators=(",", ":"))
         return atomic_write(Path(folder) / file_name(self.key), text + "\n")
 
 
@@ -139,19 +164,21 @@ def run_key(
     suite: str,
     task: str,
     dataset: str,
+    data: str,
     model: str,
     method: str,
     fields: dict[str, JsonValue],
     budget: dict[str, JsonValue],
     learning_rate: float | None,
     seed: int,
+    phase: str,
 ) -> str:
     """Return the content address of a run from what defines it, so known before it starts.
 
     A runner asks for this key first and skips the run if ``folder / file_name(key)`` exists.
     """
     rate = None if learning_rate is None else float(learning_rate)
-    identity = [suite, task, dataset, model, method, fields, budget, rate, seed]
+    identity = [suite, task, dataset, data, model, method, fields, budget, rate, seed, phase]
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

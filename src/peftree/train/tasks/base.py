@@ -1,0 +1,96 @@
+"""What a task is: a model with what turns rows into batches and scores its answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from peftree.evaluate import quality
+from peftree.train.data import Example, TaskName
+
+Batch = dict[str, Tensor]
+Items = Dataset[dict[str, Any]]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are loaded and rows turned into tensors; see `RunConfig` for the meaning."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    max_length: int | None = None
+    image_size: int | None = None
+    chat: bool = False
+    seed: int = 0
+
+
+class Task(ABC):
+    """A model with what turns rows into batches and scores its answers.
+
+    Attributes:
+        model: the base model with a head for the task.
+        labels: class names by index; empty for generation.
+        notes: sentences the user should see (a new head, rows that were cut).
+        stop: id of the token that must end a completion; None for other tasks.
+    """
+
+    name: ClassVar[TaskName]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, labels: Sequence[str] = (), notes: Sequence[str] = ()) -> None:
+        self.model = model
+        self.labels = tuple(labels)
+        self.notes = list(notes)
+        self.stop: int | None = None
+
+    @abstractmethod
+    def items(self, rows: Sequence[Example]) -> Items:
+        """Return a data set of features, one for each row."""
+
+    @abstractmethod
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """Return features as one batch of tensors with `labels`, first dimension the rows."""
+
+    @abstractmethod
+    def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
+        """Score the model as it stands now on `items`."""
+
+    def batches(self, items: Items, batch_size: int) -> Iterator[Batch]:
+        """Yield `items` in their order, batch by batch, on the model's device."""
+        device = next(self.model.parameters()).device
+        count = len(items)  # type: ignore[arg-type]
+        for start in range(0, count, batch_size):
+            batch = self.collate([items[i] for i in range(start, min(start + batch_size, count))])
+            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Features kept in memory."""
+
+    def __init__(self, features: Sequence[dict[str, Any]]) -> None:
+        self.features = list(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.features[index]
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> Batch:
+    """Return `input_ids` padded at the right with `value` and their `attention_mask`, `[batch, longest]`."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), value)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,114 @@
+"""Loads a model, its config and its tokenizer for a task, from a folder or a hub name; errors are sentences."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from peftree.errors import ConfigError, DataError
+from peftree.train.tasks.base import Options
+
+DEFAULT_LENGTH = 256
+
+
+def is_local(model: str) -> bool:
+    """Return True for a folder; a name that looks like a path must exist."""
+    if Path(model).expanduser().is_dir():
+        return True
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
+        raise ConfigError(f"model: {model} is no folder.", "Name the folder with config.json.")
+    return False
+
+
+def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -> Any:
+    """Return the model's config with `changes` and the labels in the order the model knows, if it does."""
+    path = str(Path(model).expanduser()) if is_local(model) else model
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=is_local(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {model}: {_first(error)}", "Check the folder or hub name.") from None
+    unknown = sorted(set(changes) - set(config.to_dict()))
+    if unknown:
+        raise ConfigError(f"config: {type(config).__name__} has no {', '.join(unknown)}.", "See config.json.")
+    for key, value in changes.items():
+        setattr(config, key, value)
+    if labels:
+        known = [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
+        order = known if set(known) == set(labels) else list(labels)
+        config.id2label = dict(enumerate(order))
+        config.label2id = {name: i for i, name in enumerate(order)}
+    return config
+
+
+def label_order(config: Any) -> list[str]:
+    return [config.id2label[i] for i in sorted(config.id2label)]
+
+
+def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Module, list[str]]:
+    """Load the weights; return the model and the names of its new tensors, drawn with the run's seed."""
+    path = str(Path(model).expanduser()) if is_local(model) else model
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            net, info = auto.from_pretrained(
+                path, config=config, dtype=getattr(torch, options.dtype), use_safetensors=True,
+                local_files_only=is_local(model), ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model: {model}: {_first(error)}", "It must hold safetensors weights.") from None
+    mismatched = {m[0] if isinstance(m, tuple) else m for m in info.get("mismatched_keys", ())}
+    return net, sorted({*info["missing_keys"], *mismatched})
+
+
+def tokenizer(model: str) -> Any:
+    local = is_local(model)
+    path = str(Path(model).expanduser()) if local else model
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {model} has no tokenizer: {_first(error)}", "Add tokenizer.json.") from None
+
+
+def _first(error: Exception) -> str:
+    return f"{str(error).strip().splitlines()[0].rstrip('.') if str(error).strip() else type(error).__name__}."
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return an id to pad with; what it is does not matter, because padding is masked by place."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
+    """Return how many tokens a row may have.
+
+    Raises:
+        ConfigError: `wanted` is more than the model takes.
+        DataError: the tokenizer knows tokens that the model has no embedding for.
+    """
+    config: Any = model.config
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"The tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}.",
+            "Resize the model's embeddings and train them first, or use the model's own tokenizer.",
+        )
+    limits = [int(v) for v in (getattr(config, "max_position_embeddings", None),) if v]
+    limits += [tokenizer.model_max_length] if tokenizer.model_max_length < 1 << 30 else []
+    most = min(limits, default=1 << 30)
+    if wanted is not None and wanted > most:
+        raise ConfigError(f"max_length={wanted}: the model takes {most} tokens.", "Lower max_length.")
+    return wanted or min(DEFAULT_LENGTH, most)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
