@@ -35,7 +35,7 @@ LAYERS = (
     ("methods",),
     ("deltas",),
     ("sites",),
-    ("errors", "files"),
+    ("errors", "files", "strict"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
 ON_THE_CORE = ("assets", "bench", "cli", "demo", "describe", "doctor", "evaluate", "report", "train")

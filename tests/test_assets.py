@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftree.assets import data, fetch, models
+from peftree.assets import data, fetch, models, sources
 from peftree.assets.fetch import Asset
 from peftree.errors import AssetError, DataError
 from peftree.files import sha256
@@ -117,7 +117,8 @@ def test_table_is_complete_and_needs_no_torch() -> None:
         assert asset.size > 0 and asset.version and asset.licence and asset.members
         assert (asset.kind == "deb") == bool(asset.pool)
     for name, model in models.MODELS.items():
-        assert models.describe(name)["sha256"] == fetch.ASSETS[model.asset].sha256
+        packaged = [fetch.ASSETS[asset].sha256 for asset in models.asset_names(model)]
+        assert models.describe(name)["sha256"] == " ".join(packaged)
     code = "import sys, peftree.assets.models, peftree.assets.data; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
@@ -333,18 +334,18 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parsers() -> None:
     lines = "1\t2.5\tGood &amp; kind\r\n2\t-1\t bad \n\n3\t0.2\tmeh\n4\t1\tBAD\n"
-    rows = data.parse_vader(lines)
+    rows = sources.parse_vader(lines)
     assert rows[0] == ("Good & kind", 2.5) and len(rows) == 4
-    assert data.binary([*rows, data.Scored("good  &  Kind", 3)]) == [("Good & kind", "positive")]
+    assert sources.binary([*rows, sources.Scored("good  &  Kind", 3)]) == [("Good & kind", "positive")]
     line = '0001 05 a 02 tame(p) 0 pet_dog 0 000 | a kept animal; in a house; "a dog"; "my cat"  '
-    assert data.parse_synset(line) == (
+    assert sources.parse_synset(line) == (
         ("tame", "a kept animal; in a house", "noun.animal"), ["a dog", "my cat"])  # fmt: skip
     idx = b"\0\0\x08\x02" + struct.pack(">2I", 2, 3) + bytes(range(6))
-    assert data.parse_idx(gzip.compress(idx)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert sources.parse_idx(gzip.compress(idx)).tolist() == [[0, 1, 2], [3, 4, 5]]
     for bad in (idx[:-1], b"\1" + idx[1:]):
         with pytest.raises(DataError):
-            data.parse_idx(gzip.compress(bad))
-    kept = [data.Definition(w, d, "x") for w, d in (("cat", "a b c"), ("cat", "d e f"),
+            sources.parse_idx(gzip.compress(bad))
+    kept = [sources.Definition(w, d, "x") for w, d in (("cat", "a b c"), ("cat", "d e f"),
             ("dog", "a b c"), ("Rome", "g h i"), ("a cat", "j k l"), ("ox", "m n"))]  # fmt: skip
     assert data.plain_definitions(kept) == kept[:1]
 
@@ -372,7 +373,7 @@ def check_demo_data(base: Path, sizes: dict[str, int]) -> None:
     folder = write("image-classification")
     for split, size in sizes.items():
         found = collections.Counter(path.parent.name for path in folder.glob(f"{split}/*/*.png"))
-        assert dict(found) == dict.fromkeys(data.FASHION_CLASSES, size // 10)
+        assert dict(found) == dict.fromkeys(sources.FASHION_CLASSES, size // 10)
     assert len({path.name for path in folder.glob("[tv]*i*/*/*")}) == sizes["train"] + sizes["valid"]
     for task in ("text-classification", "generation", "image-classification"):
         folders = write(task), write(task, 0, f"{task}-again"), write(task, 1, f"{task}-other")
@@ -381,11 +382,11 @@ def check_demo_data(base: Path, sizes: dict[str, int]) -> None:
 
 
 def test_demo_data(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scored = [data.Scored(f"review, number {i}", (i % 4 == 0) * 4 - 2) for i in range(80)]
+    scored = [sources.Scored(f"review, number {i}", (i % 4 == 0) * 4 - 2) for i in range(80)]
     words = [a + b for a in "abcdefghij" for b in "abcdefgh"]
-    defined = [data.Definition(word, f"what a {word} is", f"x{len(word) % 2}") for word in words]
+    defined = [sources.Definition(word, f"what a {word} is", f"x{len(word) % 2}") for word in words]
     images = (np.arange(60 * 784).reshape(60, 28, 28) % 251).astype(np.uint8)
-    pictures = images, np.arange(60, dtype=np.uint8) % 10, data.FASHION_CLASSES
+    pictures = images, np.arange(60, dtype=np.uint8) % 10, sources.FASHION_CLASSES
     monkeypatch.setattr(data, "ensure", lambda name, quiet: None)
     monkeypatch.setattr(data, "vader", lambda domain, quiet: scored)
     monkeypatch.setattr(data, "wordnet_definitions", lambda quiet: defined)
@@ -411,14 +412,14 @@ def test_model_that_cannot_be_made(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_real_data(tmp_path: Path) -> None:
-    counts = {name: len(data.vader(name, quiet=True)) for name in data.VADER_DOMAINS}
+    counts = {name: len(sources.vader(name, quiet=True)) for name in sources.VADER_DOMAINS}
     assert counts == {"movies": 10_605, "products": 3_708, "tweets": 4_200, "editorials": 5_190}
-    assert len(data.chatterbot(quiet=True)) == len(set(data.chatterbot(quiet=True))) == 1_176
-    assert len(data.wordnet_definitions(("noun",), quiet=True)) == 82_115
-    assert len(data.wordnet_examples(quiet=True)) == 23_637
-    assert len(data.emoji(quiet=True)) == 1_906
+    assert len(sources.chatterbot(quiet=True)) == len(set(sources.chatterbot(quiet=True))) == 1_176
+    assert len(sources.wordnet_definitions(("noun",), quiet=True)) == 82_115
+    assert len(sources.wordnet_examples(quiet=True)) == 23_637
+    assert len(sources.emoji(quiet=True)) == 1_906
     for split, size in (("train", 60_000), ("test", 10_000)):
-        images, labels, _ = data.fashion_mnist(split, quiet=True)
+        images, labels, _ = sources.fashion_mnist(split, quiet=True)
         assert images.shape == (size, 28, 28) and set(np.bincount(labels)) == {size // 10}
     check_demo_data(tmp_path, {"train": 300, "valid": 50, "test": 100})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from invented import METHODS, fabricated, hostile
 from peftree import report
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import DataError
 from peftree.report import plots, svg, terminal, text
-
-TASKS: list[dict[str, Any]] = [
-    {"task": "text-classification", "dataset": "reviews", "model": "MiniLM-L6", "total": 22_700_000,
-     "modality": "language", "kind": "understanding", "metric": "accuracy", "items": 400,
-     "top": 0.86, "floor": 0.61, "load": 420, "higher_is_better": True},
-    {"task": "text-generation", "dataset": "stories", "model": "SmolLM2-135M", "total": 134_515_008,
-     "modality": "language", "kind": "generation", "metric": "perplexity", "items": 120,
-     "top": 2.45, "floor": 3.05, "load": 980, "higher_is_better": False},
-    {"task": "image-classification", "dataset": "leaves", "model": "ViT-Ti/16", "total": 5_717_416,
-     "modality": "vision", "kind": "understanding", "metric": "accuracy", "items": 300,
-     "top": 0.93, "floor": 0.70, "load": 380, "higher_is_better": True},
-]  # fmt: skip
-METHODS: list[tuple[str, str, float, float, float]] = [
-    # name, branch, share of parameters, part of full's gain, share of full's extra memory
-    ("full", "reference", 1.0, 1.0, 1.0),
-    ("head_only", "reference", 0.0004, 0.0, 0.05),
-    ("houlsby", "additive", 0.021, 0.97, 0.42),
-    ("prompt_tuning", "additive", 0.0006, 0.35, 0.40),
-    ("ia3", "additive", 0.0009, 0.72, 0.39),
-    ("bitfit", "selective", 0.0012, 0.80, 0.37),
-    ("layernorm", "selective", 0.0007, 0.66, 0.36),
-    ("lora", "reparameterized", 0.012, 0.99, 0.43),
-    ("dora", "reparameterized", 0.0125, 1.0, 0.55),
-    ("mam", "hybrid", 0.019, 0.98, 0.47),
-    ("molora", "moe", 0.046, 1.02, 0.61),
-    ("propetl", "unified", 0.0061, 0.93, 0.45),
-]
-ENVIRONMENT = {"peftree": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2",
-               "machine": "x86_64, 2 cores", "threads": 1}  # fmt: skip
-
-
-def fabricated(seeds: int = 2, *, failures: bool = True) -> list[RunRecord]:
-    """Return invented but plausible records: 3 tasks x 12 methods x `seeds`, two of them failed."""
-    return [
-        one_record(task, method, seed, failed=failures and seed == 1 and bad)
-        for task in TASKS
-        for method in METHODS
-        for seed in range(seeds)
-        for bad in [(task["metric"], method[0]) in {("perplexity", "dora"), ("accuracy", "ia3")}]
-    ]
-
-
-def one_record(
-    task: dict[str, Any], method: tuple[str, str, float, float, float], seed: int, *, failed: bool
-) -> RunRecord:
-    """Return one invented run; the items' difficulty is shared by all methods of a task."""
-    name, branch, share, gain, memory = method
-    index = [m[0] for m in METHODS].index(name)
-    rng = np.random.default_rng([seed, index, task["items"]])
-    level = task["floor"] + gain * (task["top"] - task["floor"]) + rng.normal(0, 0.004)
-    difficulty = np.random.default_rng(task["items"]).uniform(size=task["items"])
-    loss = not task["higher_is_better"]
-    if loss:
-        items = level + 0.5 * (difficulty - difficulty.mean()) + rng.normal(0, 0.05, task["items"])
-    else:
-        items = (0.85 * difficulty + 0.15 * rng.uniform(size=task["items"]) < level).astype(float)
-    trainable = int(share * task["total"])
-    steps = np.arange(0, 200, 5)
-    losses = 0.25 + 1.2 * np.exp(-steps / (25 + 60 * (1 - gain))) + rng.normal(0, 0.04, len(steps))
-    extra = (memory * 16 * task["total"]) + 90e6
-    mib = 1 << 20
-    shared: dict[str, Any] = {
-        "suite": "fabricated", "task": task["task"], "dataset": task["dataset"],
-        "model": task["model"], "modality": task["modality"], "kind": task["kind"],
-        "method": name, "branch": branch, "fields": {"r": 8} if "lora" in name else {},
-        "budget": {"steps": 200}, "learning_rate": 1e-3, "seed": seed, "metric": task["metric"],
-        "higher_is_better": task["higher_is_better"],
-        "aggregate": "exp_mean" if loss else "mean",
-        "environment": ENVIRONMENT, "started": datetime(2025, 1, 1, 12, tzinfo=UTC),
-        "trainable_parameters": trainable, "total_parameters": task["total"], "n_train": 800,
-    }  # fmt: skip
-    if failed:
-        return RunRecord(**shared, status="failed",
-                         error="Traceback (most recent call last):\nTrainError: the loss of step "
-                               "37 is not finite. Lower the learning rate.")  # fmt: skip
-    return RunRecord(
-        **shared, status="ok", items=tuple(items.tolist()),
-        score=float(np.exp(items.mean()) if loss else items.mean()),
-        steps=200, batch_size=8, sites=24, adapter_bytes=trainable * 4 + 2048,
-        peak_rss_bytes=int(task["load"] * mib + extra), rss_after_load_bytes=task["load"] * mib,
-        saved_for_backward_bytes=int(0.55 * extra), setup_seconds=2.5,
-        train_seconds=20 + 30 * memory + float(rng.normal(0, 1)), eval_seconds=4.0,
-        cpu_seconds=30.0, step_seconds=0.1 + 0.15 * memory,
-        curve=tuple(CurvePoint(step=int(s), loss=float(x), score=level if s % 50 == 0 else None)
-                    for s, x in zip(steps, losses, strict=True)),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -246,20 +160,6 @@ def test_the_report_does_not_depend_on_the_order_of_records(records: list[RunRec
     assert page == report.html.render(report.build(list(reversed(records))))
 
 
-HOSTILE = '<script>alert(1)</script>"\x1b[31m\u202e&lt;|`[x](y)'
-
-
-def hostile() -> list[RunRecord]:
-    """Records whose every free text tries to break out."""
-    change = {"method": HOSTILE, "task": HOSTILE, "dataset": HOSTILE, "model": HOSTILE,
-              "suite": HOSTILE, "metric": HOSTILE, "fields": {HOSTILE: HOSTILE},
-              "environment": {HOSTILE: HOSTILE}}  # fmt: skip
-    first = [r for r in fabricated(failures=False) if r.task == "text-classification"]
-    out = [r.model_copy(update={**change, "method": r.method + HOSTILE}) for r in first]
-    bad = {"status": "failed", "error": HOSTILE + "\n" + HOSTILE, "score": None}
-    return [out[0].model_copy(update=bad), *out[1:]]
-
-
 def test_hostile_text_is_harmless_everywhere() -> None:
     built = report.build(hostile())
     page = report.html.render(built)
@@ -272,6 +172,10 @@ def test_hostile_text_is_harmless_everywhere() -> None:
     assert "<script" not in markdown and "\x1b" not in markdown
     heads = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line[:1] == "|"}
     assert heads == {11}
+    latex = report.to_latex(built)
+    assert "\x1b" not in latex and not re.search(
+        r"(?<!\\)[$%&#_](?!\s)", latex.replace("$-$", "").replace("% Needs", "")
+    )
 
 
 def test_the_page_is_small_whole_and_asks_for_nothing(built: report.Report) -> None:

@@ -70,4 +70,4 @@ fi
 pip=("$venv/bin/python" -m pip install --progress-bar off --retries 8)
 # shellcheck disable=SC2046 # the answer is an option and its value, or nothing
 progress "installing torch" "${pip[@]}" $(cpu_index) torch hatchling editables
-progress "installing packages" "${pip[@]}" --no-build-isolation -e '.[data,demo,dev,test]'
+progress "installing packages" "${pip[@]}" --no-build-isolation -e '.[cluster,data,demo,dev,test]'

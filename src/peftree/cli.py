@@ -212,24 +212,121 @@ def demo(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A folder of run records.")],
+    results: Annotated[Path, typer.Argument(help="A folder of run records or of a suite's results, or a pack.")],
     html: Annotated[Path | None, typer.Option(help="Also write one HTML page here.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print Markdown tables.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX tables (booktabs).")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn run records into tables and one self-contained page."""
     from rich.console import Console
 
     from peftree import report as reports
-    from peftree.bench.record import read_records
+    from peftree.bench.command import read_results
 
-    built = reports.build(read_records(results))
-    if as_json or markdown:
-        typer.echo(reports.to_json(built) if as_json else reports.to_markdown(built))
+    built = reports.build(read_results(results))
+    forms = {as_json: reports.to_json, markdown: reports.to_markdown, latex: reports.to_latex}
+    if True in forms:
+        typer.echo(forms[True](built))
     else:
         Console().print(reports.terminal.render(built))
     if html:
-        typer.echo(f"Wrote {reports.write(results, html)}", err=as_json or markdown)
+        from peftree.files import atomic_write
+
+        typer.echo(f"Wrote {atomic_write(html, reports.html.render(built))}", err=True in forms)
+
+
+bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
+app.add_typer(bench, name="bench")
+SuiteName = Annotated[str, typer.Argument(help="A suite that comes with the package, or a file.")]
+Results = Annotated[Path | None, typer.Option("--out", help="Where results are; none: results/SUITE.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given again.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Only this method; may be given again.")]
+
+
+@bench.command("suites")
+def bench_suites(as_json: Json = False) -> None:
+    """List the suites that come with the package."""
+    from peftree.bench.suite import known_suites, load_suite
+
+    found = [load_suite(name) for name in known_suites()]
+    rows = [[s.suite, s.tier, len(s.tasks), len(s.methods), sum(map(s.runs, s.tasks)), s.title] for s in found]
+    columns = ["suite", "tier", "tasks", "methods", "runs", "about"]
+    _print([dict(zip(columns, row, strict=True)) for row in rows], as_json, _table("Suites", columns, rows))
+
+
+@bench.command("run")
+def bench_run(
+    suite: SuiteName,
+    out: Results = None,
+    task: Tasks = None,
+    method: Methods = None,
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: two, or as many as cores.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the suite and show what would run.")] = False,
+    slurm: Annotated[str, typer.Option(help="Run as Slurm jobs; submitit's options, as slurm_partition=gpu.")] = "",
+    ray: Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Run what is missing of a suite; Ctrl-C keeps what is done, and the same command goes on."""
+    from peftree.bench import command
+    from peftree.bench.suite import load_suite
+
+    chosen, loaded = (tuple(task or ()), tuple(method or ())), load_suite(suite)
+    if dry_run:
+        found = command.plan(loaded, *chosen)
+        rows = [[_short(v) for v in row.values()] for row in found["tasks"]]
+        _print(found, as_json, _table(f"{loaded.title} ({loaded.hash[:12]})", list(found["tasks"][0]), rows))
+        return
+    command.run(loaded, out or Path("results", loaded.suite), *chosen, workers=workers, slurm=slurm, ray=ray)
+
+
+@bench.command("status")
+def bench_status(suite: SuiteName, out: Results = None, as_json: Json = False) -> None:
+    """Show how far a suite is, and the hours left."""
+    from peftree.bench import command
+    from peftree.bench.suite import load_suite
+
+    loaded = load_suite(suite)
+    found = command.status(loaded, out or Path("results", loaded.suite))
+    title = f"{found['done']} of {found['runs']} runs, about {found['hours left']:.1f} hours left"
+    _print(found, as_json, _table(title, list(found["methods"][0]), [list(r.values()) for r in found["methods"]]))
+
+
+@bench.command("compare")
+def bench_compare(
+    first: Annotated[str, typer.Argument(help="A method.")],
+    second: Annotated[str, typer.Argument(help="The method to compare it with.")],
+    results: Annotated[Path, typer.Option(help="A folder of run records, or a pack of them.")] = Path("results/small"),
+    as_json: Json = False,
+) -> None:
+    """Is one method better than another, with what confidence, at what cost?"""
+    from peftree.bench import command
+    from peftree.bench.versus import versus
+
+    found = versus(command.read_results(results), first, second)
+    typer.echo(found.to_json() if as_json else found.to_text())
+
+
+@bench.command("pack")
+def bench_pack(
+    results: Annotated[Path, typer.Argument(help="A folder of results.")],
+    target: Annotated[Path, typer.Argument(help="The file to write, as study.jsonl.gz.")],
+) -> None:
+    """Write all run records into one small file that `report`, `compare` and `unpack` read."""
+    from peftree.bench import command
+
+    typer.echo(f"Packed {command.pack(results, target)} runs into {target}.")
+
+
+@bench.command("unpack")
+def bench_unpack(
+    packed: Annotated[Path, typer.Argument(help="A file that `pack` wrote.")],
+    out: Annotated[Path, typer.Argument(help="The folder of results to fill, for `run` to go on from.")],
+) -> None:
+    """Put packed run records back, so that a suite goes on where they end."""
+    from peftree.bench import command
+
+    typer.echo(f"Wrote {command.unpack(packed, out)} runs into {out}.")
 
 
 def _version(value: bool) -> None:

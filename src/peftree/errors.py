@@ -52,6 +52,10 @@ class TrainError(PeftreeError, RuntimeError):
     """Training would fail silently: dead gradients, masked labels, non-finite values."""
 
 
+class DivergedError(TrainError):
+    """A loss, gradient, weight or output is not finite: training cannot go on."""
+
+
 class AssetError(PeftreeError, RuntimeError):
     """A packaged model or data set could not be fetched, verified or converted."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from invented import fabricated, hostile, study
 from peftree import report
-from test_report import fabricated, hostile
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -61,10 +61,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page on plausible records and the page on hostile ones."""
+    """The page on plausible records, on hostile ones and on a whole study with trials and probes."""
     folder = tmp_path_factory.mktemp("report")
     out = {}
-    for name, records in (("plain", fabricated()), ("hostile", hostile())):
+    for name, records in (("plain", fabricated()), ("hostile", hostile()), ("study", study())):
         for record in records:
             record.write(folder / name)
         out[name] = report.write(folder / name, folder / f"{name}.html")
@@ -100,14 +100,17 @@ def picture(watched: Watched, name: str) -> None:
         {"java_script_enabled": False},
         {"viewport": {"width": 400, "height": 800}},
         {"file": "hostile"},
+        {"file": "study"},
+        {"file": "study", "color_scheme": "dark"},
+        {"file": "study", "viewport": {"width": 400, "height": 800}},
     ],
     indirect=True,
-    ids=["light", "dark", "no-script", "phone", "hostile"],
+    ids=["light", "dark", "no-script", "phone", "hostile", "study", "study-dark", "study-phone"],
 )
 def test_the_page_is_silent_whole_and_does_not_scroll_sideways(opened: Watched, request: pytest.FixtureRequest) -> None:
     picture(opened, request.node.callspec.id)
     page = opened.page
-    assert opened.size < 300_000
+    assert opened.size < (1_000_000 if "study" in opened.page.url else 300_000)
     assert page.locator("table.results tbody tr").count() >= 12
     assert page.locator("figure svg").count() >= 5 and page.locator("svg.panel").count() >= 12
     box = page.locator("body").bounding_box()
@@ -133,10 +136,10 @@ def test_the_keyboard_reaches_and_works_sorting_and_filtering(opened: Watched) -
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     seen = []
-    for _ in range(40):
+    for _ in range(80):
         page.keyboard.press("Tab")
         seen.append(page.evaluate("document.activeElement.tagName"))
-        if seen[-1] == "BUTTON":
+        if page.evaluate("!!document.activeElement.closest('table.results')"):
             break
     assert {"A", "INPUT", "SELECT", "BUTTON"} <= set(seen)
     page.keyboard.press("Enter")
@@ -167,7 +170,7 @@ def test_filters_hide_rows_and_say_how_many_are_left(opened: Watched) -> None:
 def test_without_script_the_table_is_there_and_no_dead_control_is(opened: Watched) -> None:
     assert len(opened.methods()) == 12
     assert opened.page.locator("thead button").count() == 0
-    assert not opened.page.locator(".filter").first.is_visible()
+    assert opened.page.locator(".filter:visible").count() == 0
 
 
 def test_names_are_drawn_inside_the_figures_and_do_not_overlap(opened: Watched) -> None:
@@ -215,18 +218,106 @@ def test_text_has_enough_contrast(browser: Any, files: dict[str, Path], scheme: 
                 "reparameterized", "hybrid", "moe", "unified", "reference"];
             return Object.fromEntries([
                 ...inks.flatMap(name => [ratio(name, "bg"), ratio(name, "band")]),
-                ...["load", "train", "saved"].map(name => ratio(name, "bg"))]);
+                ...["load", "train", "saved", "gradients", "optimizer"].map(name => ratio(name, "bg"))]);
         }"""
     )
     words = {"fg", "soft", "link", "good", "bad"}  # WCAG: 4.5 for text, 3 for symbols and bars
     poor = {name: ratio for name, ratio in ratios.items() if ratio < (4.5 if name.split()[0] in words else 3.0)}
-    assert len(ratios) == 27 and poor == {}
+    assert len(ratios) == 29 and poor == {}
     context.close()
 
 
 def test_it_prints_with_every_record_and_without_controls(opened: Watched, tmp_path: Path) -> None:
     opened.page.emulate_media(media="print")
-    assert not opened.page.locator(".filter").first.is_visible()
+    assert opened.page.locator(".filter:visible").count() == 0
     assert opened.page.locator("nav").is_hidden()
     printed = opened.page.pdf(path=str(tmp_path / "report.pdf"), prefer_css_page_size=True)
     assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") <= 20
+
+
+def shown(watched: Watched, selector: str) -> list[str]:
+    """Return the first words of the visible rows or heads that match."""
+    found = watched.page.locator(f"{selector}:visible").all_inner_texts()
+    return [text.split("\n")[0].split("\t")[0].strip() for text in found]
+
+
+@pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
+def test_filters_of_the_whole_page(opened: Watched) -> None:
+    page = opened.page
+    form = page.locator("form.everywhere")
+    assert len(shown(opened, "table.overview thead th")) == 10 and page.locator("section.task:visible").count() == 6
+    form.get_by_label("Modality").select_option("vision")
+    assert len(shown(opened, "table.overview thead th")) == 6 and page.locator("section.task:visible").count() == 2
+    assert form.locator("output").inner_text() == "2 of 6 tasks shown"
+    assert page.locator("nav li[data-modality]:visible").count() == 2
+    form.get_by_label("Branch").select_option("additive")
+    assert sorted(shown(opened, "table.overview tbody tr")) == ["houlsby", "ia3", "prompt_tuning"]
+    assert page.locator("#methods > details:visible").count() == 3
+    form.get_by_label("Trainable share").select_option("up to 0.1 %")
+    assert sorted(shown(opened, "table.overview tbody tr")) == ["ia3", "prompt_tuning"]
+    page.locator("#task-1-tuning > summary").click()
+    assert sorted(shown(opened, "#task-1-tuning tbody tr")) == ["ia3", "prompt_tuning"]
+    results = page.locator("section.task:visible").first
+    assert results.locator("output").inner_text() == "2 of 12 methods shown"
+    form.get_by_role("button", name="Show all").press("Enter")
+    page.wait_for_function("document.querySelectorAll('section.task:not([hidden])').length === 6")
+    assert len(shown(opened, "table.overview tbody tr")) == 12 and form.locator("output").inner_text() == ""
+
+
+@pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
+def test_the_overview_sorts_with_gaps_last(opened: Watched) -> None:
+    page = opened.page
+    assert shown(opened, "table.overview tbody tr")[0] == "full"
+    button = page.locator("table.overview").get_by_role("button", name="Memory")
+    button.press("Enter")
+    head = page.locator("table.overview thead th").nth(3)
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert shown(opened, "table.overview tbody tr")[0] == "head_only"
+    column = page.locator("table.overview").get_by_role("button", name="Mean rank")
+    column.press("Space")
+    column.press("Space")
+    assert shown(opened, "table.overview tbody tr")[0] == "head_only"
+    assert shown(opened, "table.overview tbody tr")[-1] == "molora"  # not ranked
+
+
+@pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
+def test_negative_numbers_sort_as_numbers(opened: Watched) -> None:
+    page = opened.page
+    page.locator("#task-1-retention > summary").click()
+    table = page.locator("#task-1-retention table")
+    table.get_by_role("button", name="Change").click()
+    changes = [
+        float(text.split("\n")[0].replace("\u2212", "-"))
+        for text in table.locator("tbody td:last-child").all_inner_texts()
+    ]
+    assert changes == sorted(changes) and len(set(changes)) > 5 and max(changes) < 0
+
+
+@pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
+def test_links_lead_to_a_methods_results_and_to_its_runs(opened: Watched) -> None:
+    page = opened.page
+    page.locator("table.overview tbody").get_by_role("link", name="dora").press("Enter")
+    assert page.locator("#method-dora").get_attribute("open") is not None
+    assert page.evaluate("document.activeElement.parentElement.id") == "method-dora"
+    assert page.locator("#method-dora tbody tr:visible").count() == 6
+    page.locator("#task-1").get_by_role("link", name="36 runs and 96 trials").click()
+    assert page.locator("#records-task-1 tbody tr:visible").count() == 24
+
+
+@pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
+def test_screen_readers_find_captions_headings_and_labels(opened: Watched) -> None:
+    faults = opened.page.evaluate(
+        """() => [
+            ...[...document.querySelectorAll("table")].filter(t => !t.caption || !t.caption.textContent.trim())
+                .map(t => "no caption: " + t.className),
+            ...[...document.querySelectorAll("th:not([scope])")].map(t => "no scope: " + t.textContent),
+            ...[...document.querySelectorAll("input, select")].filter(c => !c.labels.length).map(c => "no label " + c.id),
+            ...[...document.querySelectorAll("tbody tr")].filter(r => r.cells[0].tagName !== "TH")
+                .map(r => "no row head: " + r.textContent),
+            ...[...document.querySelectorAll("svg[role=img]")].filter(s => s.firstElementChild.tagName !== "title")
+                .map(s => "no title"),
+            ...[...document.querySelectorAll("table.sorts")].filter(t =>
+                [...t.rows].some(r => r.cells.length !== t.rows[0].cells.length)).map(t => "ragged " + t.caption.textContent),
+        ]"""
+    )
+    assert faults == []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from demo import tiny
+from peftree.bench import machine as bench_machine
 from peftree.bench.record import read_record, read_records
 from peftree.demo import run
 from peftree.demo.plan import Plan
@@ -172,16 +173,16 @@ def test_too_little_memory_or_disk_is_said_before_anything_is_fetched(
 
 def test_free_memory_is_plausible() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < run.free_memory() <= total
+    assert 0 < bench_machine.free_memory() <= total
 
 
 def test_memory_limits_are_read_from_files(tmp_path: Path) -> None:
     path = tmp_path / "limits"
     path.write_text("MemTotal:  9 kB\nMemAvailable:    17 kB\n")
-    assert run._number(path, "MemAvailable:") == 17
+    assert bench_machine._number(path, "MemAvailable:") == 17
     path.write_text("max\n")
-    assert run._number(path) == 0
-    assert run._number(tmp_path / "none") == 0
+    assert bench_machine._number(path) == 0
+    assert bench_machine._number(tmp_path / "none") == 0
 
 
 @pytest.mark.slow

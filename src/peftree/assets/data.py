@@ -1,311 +1,250 @@
-"""Demo data: real data sets out of registry packages, as plain rows and as files of a user's form.
+"""Real data sets as files of a user's form: train, valid and test as CSV, JSONL or folders of images.
 
-Loaders return typed rows in a fixed order; `write_demo_data` writes small train, valid and test
-files (CSV, JSONL or an image folder) from them.
+`write_data` draws disjoint splits out of one packaged source; the loaders of `sources` give the plain rows.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import html
 import io
-import itertools
 import json
 import random
 import re
-import tarfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, TypeVar
 
 from peftree.assets.fetch import ASSETS, ensure, make_folder
+from peftree.assets.sources import (
+    FASHION_CLASSES,
+    VADER_DOMAINS,
+    Definition,
+    Turn,
+    binary,
+    chatterbot,
+    concept,
+    emoji,
+    fashion_mnist,
+    labelled_examples,
+    plain,
+    unique,
+    vader,
+    wordnet_definitions,
+)
 from peftree.errors import DataError, did_you_mean
 
+# Loaders that are asked for here too; the others are in `sources`.
+__all__ = ["SOURCES", "fashion_mnist", "grouped", "stratified", "write_data", "write_demo_data"]
+
 Row = TypeVar("Row")
-Images = npt.NDArray[np.uint8]
-FORMAT = 1  # raised when the written rows change: folders are then written again
+Sizes = Mapping[str, int]
+FORMAT = 2  # raised when the written rows change: folders are then written again
 SPLITS = ("train", "valid", "test")
-
-VADER_DOMAINS = {
-    "movies": "movieReviewSnippets",
-    "products": "amazonReviewSnippets",
-    "tweets": "tweets",
-    "editorials": "nytEditorialSnippets",
-}
-# WordNet's lexicographer files, in the order of their two-digit numbers (lexnames(5WN)).
-_LEXNAMES = (
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute "
-    "noun.body noun.cognition noun.communication noun.event noun.feeling noun.food noun.group "
-    "noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant "
-    "noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
-    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication "
-    "verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion "
-    "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
-)
-LEXNAMES = tuple(_LEXNAMES.split())
-FASHION_CLASSES = (
-    *("t-shirt", "trouser", "pullover", "dress", "coat"),
-    *("sandal", "shirt", "sneaker", "bag", "ankle-boot"),
-)
+DEMO = {"text-classification": "movies", "generation": "definitions", "image-classification": "fashion-mnist"}
 
 
-class Scored(NamedTuple):
-    """A text and its mean human rating, from -4 (most negative) to 4."""
+@dataclass(frozen=True)
+class Source:
+    """A packaged data set that can be written as files.
 
-    text: str
-    score: float
-
-
-class Turn(NamedTuple):
-    """One exchange of a conversation."""
-
-    question: str
-    answer: str
-
-
-class Definition(NamedTuple):
-    """One synonym set of WordNet: its first word, its definition, its lexicographer class."""
-
-    word: str
-    definition: str
-    lexname: str
-
-
-class Emoji(NamedTuple):
-    """One emoji: its name in lower case, its category, and its PNG file of 64x64 pixels."""
-
-    caption: str
-    category: str
-    subcategory: str
-    path: Path
-
-
-def vader(domain: str = "movies", quiet: bool = False) -> list[Scored]:
-    """Return the human-rated sentences of `domain`: movies, products, tweets or editorials.
-
-    Source: Hutto and Gilbert (2014), the data in the source package of vaderSentiment.
-
-    Raises:
-        DataError: unknown domain.
-        AssetError: the package could not be fetched.
+    Attributes:
+        asset: the archive it comes from.
+        about: what the rows are and for which task.
+        options: what it takes, with the defaults.
+        write: writes the splits into a folder.
     """
-    if domain not in VADER_DOMAINS:
-        raise DataError(f"There is no domain '{domain}'.", did_you_mean(domain, VADER_DOMAINS))
-    folder = ensure("vader", quiet)
-    archive = next(folder.glob("*/additional_resources/hutto_ICWSM_2014.tar.gz"))
-    name = f"hutto_ICWSM_2014/{VADER_DOMAINS[domain]}_GroundTruth.txt"
-    with tarfile.open(archive) as source:
-        member = source.extractfile(name)
-        if member is None:
-            raise DataError(f"{archive} has no file {name}.", "Delete the folder and run again.")
-        return parse_vader(member.read().decode("utf-8", "replace"))
+
+    asset: str
+    about: str
+    write: Callable[[Path, Sizes, random.Random, Mapping[str, Any]], None]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_vader(text: str) -> list[Scored]:
-    """Parse lines of identifier, score and sentence divided by tabs; HTML entities are resolved."""
-    fields = (line.split("\t", 2) for line in text.splitlines())
-    return [Scored(html.unescape(row[2]).strip(), float(row[1])) for row in fields if len(row) == 3]
-
-
-def binary(rows: Sequence[Scored], margin: float = 0.5) -> list[tuple[str, str]]:
-    """Return (text, "negative" or "positive") for rows with a score of at least `margin` in size.
-
-    Texts that are equal but for case and spaces count once, and not at all if their labels differ.
-    """
-    labels: dict[str, set[str]] = {}
-    texts: dict[str, str] = {}
-    for text, score in rows:
-        if abs(score) >= margin and text:
-            key = " ".join(text.lower().split())
-            labels.setdefault(key, set()).add("positive" if score > 0 else "negative")
-            texts.setdefault(key, text)
-    return [(texts[key], seen.pop()) for key, seen in labels.items() if len(seen) == 1]
-
-
-def chatterbot(quiet: bool = False) -> list[Turn]:
-    """Return the unique (question, answer) pairs of the English ChatterBot corpus, sorted."""
-    import yaml
-
-    folder = ensure("chatterbot", quiet) / "chatterbot_corpus" / "data" / "english"
-    turns: set[Turn] = set()
-    for file in sorted(folder.glob("*.yml")):
-        for conversation in yaml.safe_load(file.read_text("utf-8"))["conversations"]:
-            if isinstance(conversation, list):  # a few are one bare line, with no answer
-                lines = (str(line).strip() for line in conversation)
-                turns.update(Turn(*pair) for pair in itertools.pairwise(lines))
-    return sorted(turn for turn in turns if all(turn))
-
-
-def wordnet_definitions(parts: Sequence[str] = ("noun", "verb"), quiet: bool = False) -> list[Definition]:
-    """Return one row for each synonym set of the `parts` of speech (noun, verb, adj, adv)."""
-    return [parse_synset(line)[0] for line in _synset_lines(parts, quiet)]
-
-
-def wordnet_examples(
-    parts: Sequence[str] = ("noun", "verb", "adj", "adv"), least: int = 6, quiet: bool = False
-) -> list[str]:
-    """Return the unique example sentences of at least `least` words: general text for retention."""
-    found = (text for line in _synset_lines(parts, quiet) for text in parse_synset(line)[1])
-    return list(dict.fromkeys(text for text in found if len(text.split()) >= least))
-
-
-def _synset_lines(parts: Sequence[str], quiet: bool) -> list[str]:
-    folder = ensure("wordnet", quiet) / "usr" / "share" / "wordnet"
-    lines: list[str] = []
-    for part in parts:
-        if part not in ("noun", "verb", "adj", "adv"):
-            raise DataError(
-                f"WordNet has no part of speech '{part}'.",
-                did_you_mean(part, ("noun", "verb", "adj", "adv")),
-            )
-        text = (folder / f"data.{part}").read_text("latin-1")
-        lines += [line for line in text.splitlines() if not line.startswith("  ")]
-    return lines
-
-
-def parse_synset(line: str) -> tuple[Definition, list[str]]:
-    """Parse a line of a WordNet data file (wndb(5WN)) into its definition and its examples."""
-    data, _, gloss = line.partition(" | ")
-    fields = data.split(" ")
-    word = re.sub(r"\((a|p|ip)\)$", "", fields[4]).replace("_", " ")  # adjectives carry a marker
-    definition = gloss.partition('; "')[0].strip().rstrip(";")
-    examples = [text.strip() for text in re.findall(r'"([^"]+)"', gloss)]
-    return Definition(word, definition, LEXNAMES[int(fields[1])]), examples
-
-
-def fashion_mnist(split: str = "train", quiet: bool = False) -> tuple[Images, Images, tuple[str, ...]]:
-    """Return images [N, 28, 28] and labels [N], both uint8, and the ten class names.
-
-    `split` is "train" (60,000) or "test" (10,000).
-
-    Raises:
-        DataError: unknown split, or a damaged file.
-    """
-    if split not in ("train", "test"):
-        raise DataError(f"There is no split '{split}'.", did_you_mean(split, ("train", "test")))
-    folder = ensure("fashion-mnist", quiet) / "usr" / "share" / "datasets" / "fashion-mnist"
-    stem = "train" if split == "train" else "t10k"
-    images = parse_idx((folder / f"{stem}-images-idx3-ubyte.gz").read_bytes())
-    labels = parse_idx((folder / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
-    return images, labels, FASHION_CLASSES
-
-
-def parse_idx(data: bytes) -> Images:
-    """Parse a gzipped IDX file of unsigned bytes: magic 0 0 8 rank, the sizes, the values."""
-    raw = gzip.decompress(data)
-    if raw[:3] != b"\0\0\x08":
-        raise DataError("This is not an IDX file of unsigned bytes.", "Fetch the data again.")
-    rank = raw[3]
-    shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", rank, 4))
-    values = np.frombuffer(raw, np.uint8, -1, 4 + 4 * rank)
-    if values.size != int(np.prod(shape)):
-        raise DataError(f"The IDX file is cut: {values.size} values for {shape}.", "Fetch again.")
-    return values.reshape(shape).copy()  # a buffer over bytes would be read-only
-
-
-def emoji(quiet: bool = False) -> list[Emoji]:
-    """Return the emoji that have an image, in Unicode's order, without skin-tone variations."""
-    folder = ensure("emoji", quiet) / "package"
-    entries = json.loads((folder / "emoji.json").read_text("utf-8"))
-    rows = []
-    for entry in sorted(entries, key=lambda entry: int(entry["sort_order"])):
-        path = folder / "img" / "google" / "64" / entry["image"]
-        if entry["category"] != "Component" and entry["has_img_google"] and path.is_file():
-            name = entry["name"] or entry["short_name"].replace("_", " ")
-            rows.append(Emoji(name.lower(), entry["category"], entry["subcategory"], path))
-    return rows
-
-
-def write_demo_data(
-    folder: str | Path, task: str, sizes: Mapping[str, int], seed: int = 0, quiet: bool = False
+def write_data(
+    folder: str | Path, source: str, options: Mapping[str, Any], sizes: Sizes, seed: int = 0, quiet: bool = False
 ) -> Path:
     """Write small real data files in the form a user would have, and return `folder`.
 
-    ``text-classification``: train.csv, valid.csv, test.csv with columns text, label (movie
-    reviews, "negative" or "positive"). ``generation``: train.jsonl, ... with prompt, completion
-    (WordNet definitions; no word and no synonym set is in two files). ``image-classification``:
-    train/<class>/<id>.png, ... (Fashion-MNIST). Classes keep their share in every split, no row
-    is in two splits, and the same arguments write the same bytes.
+    No row, text, word or concept is in two splits, classes keep their share in every split, and the
+    same arguments write the same bytes.
 
     Args:
         folder: is made; if it was written by an earlier call with other arguments, it is replaced.
-        task: one of the three above.
+        source: a name of `SOURCES`.
+        options: those of the source; what is not named keeps its default.
         sizes: rows of train, valid and test.
         seed: decides which rows are drawn.
         quiet: show no progress line.
 
     Raises:
-        DataError: unknown task or split, or more rows asked for than there are.
+        DataError: unknown source, option or split, or more rows asked for than there are.
         AssetError: the data could not be fetched, or `folder` holds files of someone else.
     """
-    if task not in _WRITERS:
-        raise DataError(f"There is no demo data for '{task}'.", did_you_mean(task, _WRITERS))
+    if source not in SOURCES:
+        raise DataError(f"There is no data source '{source}'.", did_you_mean(source, SOURCES))
+    chosen = SOURCES[source]
+    settings = _settings(source, options)
     for split in sizes:
         if split not in SPLITS or sizes[split] < 1:
             raise DataError(
                 f"'{split}: {sizes[split]}' is not a split and its size.",
                 f"Give one or more rows for each of: {', '.join(SPLITS)}.",
             )
-    asset, write = _WRITERS[task]
-    ensure(asset, quiet)
+    ensure(chosen.asset, quiet)
     ordered = {split: sizes[split] for split in SPLITS if split in sizes}
-    key = json.dumps([FORMAT, task, ordered, seed, ASSETS[asset].sha256])
+    key = json.dumps([FORMAT, source, settings, ordered, seed, ASSETS[chosen.asset].sha256], sort_keys=True)
 
     def build(new: Path) -> None:
-        write(new, ordered, random.Random(seed))
+        chosen.write(new, ordered, random.Random(seed), settings)
 
-    return make_folder(Path(folder).absolute(), key, build, f"writing data for {task}", quiet)
+    return make_folder(Path(folder).absolute(), key, build, f"writing the data {source}", quiet)
+
+
+def write_demo_data(folder: str | Path, task: str, sizes: Sizes, seed: int = 0, quiet: bool = False) -> Path:
+    """Write the demo's data for a task (movie reviews, WordNet definitions, Fashion-MNIST); see `write_data`.
+
+    Raises:
+        DataError: unknown task or split, or more rows asked for than there are.
+        AssetError: the data could not be fetched, or `folder` holds files of someone else.
+    """
+    if task not in DEMO:
+        raise DataError(f"There is no demo data for '{task}'.", did_you_mean(task, DEMO))
+    return write_data(folder, DEMO[task], {}, sizes, seed, quiet)
+
+
+def _settings(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a source with its defaults; each must be of its default's type."""
+    defaults = SOURCES[source].options
+    for name, value in options.items():
+        if name not in defaults:
+            raise DataError(f"The data source '{source}' has no option '{name}'.", did_you_mean(name, defaults))
+        kind = type(defaults[name])
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise DataError(f"{source}: {name}: {value!r} is no {kind.__name__}.", f"Default: {defaults[name]!r}.")
+    return {**defaults, **options}
 
 
 def stratified(
-    rows: Sequence[Row],
-    label: Callable[[Row], Hashable],
-    sizes: Mapping[str, int],
-    rng: random.Random,
+    rows: Sequence[Row], label: Callable[[Row], Hashable], sizes: Sizes, rng: random.Random
 ) -> dict[str, list[Row]]:
     """Draw disjoint random splits of `rows` in which each label keeps its share.
 
     Raises:
         DataError: fewer rows than the sizes ask for.
     """
+    placed = _spread(rows, label, rng)
+    total = sum(sizes.values())
+    if total > len(placed):
+        raise DataError(f"{total:,} rows asked for, {len(placed):,} there.", "Ask for fewer.")
+    splits, start = {}, 0
+    for split, size in sizes.items():
+        splits[split] = placed[start : start + size]
+        rng.shuffle(splits[split])
+        start += size
+    return splits
+
+
+def grouped(
+    rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]], label: Callable[[Row], Hashable], sizes: Sizes,
+    rng: random.Random,
+) -> dict[str, list[Row]]:  # fmt: skip
+    """Draw as `stratified` does, with rows that share a key, directly or through others, all in one split.
+
+    Raises:
+        DataError: fewer rows than the sizes ask for, once whole groups are kept together.
+    """
+    left = _spread(_joined(rows, keys), lambda group: label(group[0]), rng)
+    splits: dict[str, list[Row]] = {}
+    for split, size in sizes.items():
+        splits[split], rest = [], []
+        for group in left:
+            fits = len(splits[split]) + len(group) <= size
+            if fits:
+                splits[split] += group
+            else:
+                rest.append(group)
+        if len(splits[split]) < size:
+            raise DataError(f"{split}: {size:,} rows asked for, {len(splits[split]):,} there.", "Ask for fewer.")
+        rng.shuffle(splits[split])
+        left = rest
+    return splits
+
+
+def _spread(rows: Sequence[Row], label: Callable[[Row], Hashable], rng: random.Random) -> list[Row]:
+    """Return the rows in a random order of which any stretch has every label's share."""
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         groups.setdefault(label(row), []).append(row)
     placed: list[tuple[float, int, Row]] = []
     for number, group in enumerate(groups.values()):
         rng.shuffle(group)
-        # Spread each group evenly over 0..1: any slice of the whole then has every group's share.
         placed += [((i + 0.5) / len(group), number, row) for i, row in enumerate(group)]
-    placed.sort(key=lambda item: item[:2])
-    total = sum(sizes.values())
-    if total > len(placed):
-        raise DataError(f"{total:,} rows asked for, {len(placed):,} there.", "Ask for fewer.")
-    splits, start = {}, 0
-    for split, size in sizes.items():
-        splits[split] = [row for _, _, row in placed[start : start + size]]
-        rng.shuffle(splits[split])
-        start += size
-    return splits
+    return [row for *_, row in sorted(placed, key=lambda item: item[:2])]
 
 
-def _write_texts(folder: Path, sizes: Mapping[str, int], rng: random.Random) -> None:
-    rows = binary(vader("movies", quiet=True))
+def _joined(rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]]) -> list[list[Row]]:
+    """Return the rows in groups: two rows with a key in common are in the same."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for i, row in enumerate(rows):
+        for key in keys(row):
+            parent[root(i)] = root(first.setdefault(key, i))
+    groups: dict[int, list[Row]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(root(i), []).append(row)
+    return list(groups.values())
+
+
+def _table(path: Path, header: tuple[str, str], rows: Iterable[tuple[Any, Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    path.write_text(text.getvalue(), "utf-8")
+
+
+def _lines(path: Path, names: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), "utf-8")
+
+
+def _ratings(domain: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    rows = vader(domain, quiet=True)
+    if options["task"] == "text-classification":
+        for split, chosen in stratified(binary(rows, options["margin"]), lambda row: row[1], sizes, rng).items():
+            _table(folder / f"{split}.csv", ("text", "label"), chosen)
+    elif options["task"] == "text-regression":
+        rated = unique((row.text, row.score) for row in rows if row.text)
+        for split, ratings in stratified(rated, lambda row: round(row[1]), sizes, rng).items():
+            _table(folder / f"{split}.csv", ("text", "score"), ratings)
+    else:
+        known = ("text-classification", "text-regression")
+        raise DataError(f"{domain}: task: {options['task']!r} is none of its tasks.", f"Use {' or '.join(known)}.")
+
+
+def _glosses(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    rows = unique((row.definition, row.lexname) for row in wordnet_definitions(("noun",), quiet=True))
     for split, chosen in stratified(rows, lambda row: row[1], sizes, rng).items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("text", "label"), *chosen])
-        (folder / f"{split}.csv").write_text(text.getvalue(), "utf-8")
+        _table(folder / f"{split}.csv", ("text", "label"), chosen)
 
 
-def _write_definitions(folder: Path, sizes: Mapping[str, int], rng: random.Random) -> None:
+def _examples(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    rows = unique(labelled_examples(quiet=True))
+    for split, chosen in stratified(rows, lambda row: row[1], sizes, rng).items():
+        _table(folder / f"{split}.csv", ("text", "label"), chosen)
+
+
+def _definitions(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
     rows = plain_definitions(wordnet_definitions(quiet=True))
     for split, chosen in stratified(rows, lambda row: row.lexname, sizes, rng).items():
-        pairs = ({"prompt": f"Define the word: {row.word}.", "completion": row.definition} for row in chosen)
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        (folder / f"{split}.jsonl").write_text("".join(lines), "utf-8")
+        pairs = ((f"Define the word: {row.word}.", row.definition) for row in chosen)
+        _lines(folder / f"{split}.jsonl", ("prompt", "completion"), pairs)
 
 
 def plain_definitions(rows: Sequence[Definition]) -> list[Definition]:
@@ -322,14 +261,28 @@ def plain_definitions(rows: Sequence[Definition]) -> list[Definition]:
     return kept
 
 
-def _write_images(folder: Path, sizes: Mapping[str, int], rng: random.Random) -> None:
+def _chat(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    rows = chatterbot(quiet=True)
+
+    def keys(turn: Turn) -> tuple[str, str]:
+        return f"question {plain(turn.question)}", f"answer {plain(turn.answer)}"
+
+    for split, chosen in grouped(rows, keys, lambda _: 0, sizes, rng).items():
+        _lines(folder / f"{split}.jsonl", ("prompt", "completion"), chosen)
+
+
+def _fashion(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
     from PIL import Image
 
-    sources = {"train": ("train", "valid"), "test": ("test",)}
-    for source, splits in sources.items():
-        images, labels, names = fashion_mnist(source, quiet=True)
+    classes = options["classes"] or list(FASHION_CLASSES)
+    for name in classes:
+        if name not in FASHION_CLASSES:
+            raise DataError(f"fashion-mnist has no class {name!r}.", did_you_mean(str(name), FASHION_CLASSES))
+    parts = {"train": ("train", "valid"), "test": ("test",)}
+    for part, splits in parts.items():
+        images, labels, names = fashion_mnist(part, quiet=True)
         wanted = {split: sizes[split] for split in splits if split in sizes}
-        rows = list(enumerate(labels.tolist()))
+        rows = [(index, label) for index, label in enumerate(labels.tolist()) if names[label] in classes]
         for split, chosen in stratified(rows, lambda row: row[1], wanted, rng).items():
             for index, label in chosen:
                 path = folder / split / names[label] / f"{index:05d}.png"
@@ -337,8 +290,48 @@ def _write_images(folder: Path, sizes: Mapping[str, int], rng: random.Random) ->
                 Image.fromarray(images[index]).save(path)
 
 
-_WRITERS: dict[str, tuple[str, Callable[[Path, Mapping[str, int], random.Random], None]]] = {
-    "text-classification": ("vader", _write_texts),
-    "generation": ("wordnet", _write_definitions),
-    "image-classification": ("fashion-mnist", _write_images),
+def _emoji(form: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    """Write emoji on white: with `form` classes a folder a category, with pairs one with metadata.jsonl."""
+    rows = emoji(quiet=True)
+    known = sorted({row.category for row in rows})
+    for name in options["categories"]:
+        if name not in known:
+            raise DataError(f"emoji has no category {name!r}.", did_you_mean(str(name), known))
+    rows = [row for row in rows if row.category in (options["categories"] or known)]
+    for split, chosen in grouped(rows, concept, lambda row: row.category, sizes, rng).items():
+        (folder / split).mkdir()
+        for row in chosen:
+            name = f"{row.path.stem}.png" if form == "pairs" else f"{_slug(row.category)}/{row.path.stem}.png"
+            _on_white(row.path, folder / split / name)
+        if form == "pairs":
+            pairs = ((f"{row.path.stem}.png", row.caption) for row in chosen)
+            _lines(folder / split / "metadata.jsonl", ("file_name", "text"), pairs)
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z]+", "-", name.lower())
+
+
+def _on_white(source: Path, target: Path) -> None:
+    from PIL import Image
+
+    target.parent.mkdir(exist_ok=True)
+    with Image.open(source) as file:
+        image = file.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    Image.alpha_composite(white, image).convert("RGB").save(target)
+
+
+_RATED: Mapping[str, Any] = {"task": "text-classification", "margin": 0.5}
+_SHOWN: Mapping[str, Any] = {"categories": []}  # empty: all
+_ABOUT = "sentences with a human rating of their sentiment: text-classification or text-regression"
+SOURCES: dict[str, Source] = {
+    **{name: Source("vader", f"{name}: {_ABOUT}", partial(_ratings, name), _RATED) for name in VADER_DOMAINS},
+    "glosses": Source("wordnet", "definition of a noun, its class of 26: text-classification", _glosses),
+    "examples": Source("wordnet", "general sentences, the class of the word they show: for retention", _examples),
+    "definitions": Source("wordnet", "word and definition: generation", _definitions),
+    "chat": Source("chatterbot", "question and answer: generation", _chat),
+    "fashion-mnist": Source("fashion-mnist", "clothing, ten classes: image folders", _fashion, {"classes": []}),
+    "emoji": Source("emoji", "emoji, nine categories: image folders", partial(_emoji, "classes"), _SHOWN),
+    "emoji-pairs": Source("emoji", "emoji and their names: images with texts", partial(_emoji, "pairs"), _SHOWN),
 }

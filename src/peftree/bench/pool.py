@@ -9,6 +9,7 @@ which saves each its seconds of imports. No process outlives its runner.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -141,6 +142,7 @@ def run_cells(
     memory: float = math.inf,
     timeout: float = 3600.0,
     preload: Sequence[str] = (),
+    later: float = 0.0,
     console: Console | None = None,
     describe: Callable[[RunRecord], str] | None = None,
 ) -> list[RunRecord]:
@@ -151,12 +153,13 @@ def run_cells(
 
     Args:
         cells: in the order in which to start them; no two of one key.
-        folder: where records lie; is made.
+        folder: of the records; is made.
         workers: processes at a time.
         threads: CPU threads of each.
         memory: bytes that the cells at work may take together; one alone is always let run.
         timeout: seconds after which a cell has failed.
         preload: modules that every cell needs, imported once where processes are forked.
+        later: expected seconds of cells that come after these, for the time left.
         console: where lines and the bar go; none: standard error.
         describe: one line about a record; none: its task, method, seed and score.
 
@@ -170,16 +173,24 @@ def run_cells(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _context().set_forkserver_preload(list(preload))
-    limits = _Limits(workers, threads, memory, timeout)
+    limits = _Limits(workers, threads, memory, timeout, later)
     pool = _Pool(folder, limits, console or Console(stderr=True), describe or _line)
-    before = dict(os.environ)
-    # The process that forks the others starts with the first of them and inherits these.
-    os.environ |= _settings(threads)
     try:
-        return pool.work(cells)
+        with _exported(_settings(threads)):
+            return pool.work(cells)
     finally:
         pool.stop()
-        for name in _settings(threads):
+
+
+@contextlib.contextmanager
+def _exported(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set variables: the process that forks the others starts with the first of them and inherits these."""
+    before = dict(os.environ)
+    os.environ |= settings
+    try:
+        yield
+    finally:
+        for name in settings:
             os.environ.pop(name)
         os.environ |= before
 
@@ -189,6 +200,7 @@ def time_left(
     running: Sequence[tuple[float, float]],
     done: Sequence[tuple[float, float]],
     workers: int,
+    later: float = 0.0,
 ) -> float:
     """Return the seconds that are left, from what was expected and what the finished ones took.
 
@@ -197,6 +209,7 @@ def time_left(
         running: expected seconds and age of each cell at work.
         done: expected seconds and time taken of each cell done by this call.
         workers: cells at work at a time.
+        later: expected seconds of cells that are not known yet.
 
     >>> time_left([10, 10], [(10, 5)], [(10, 20)], 1)  # everything takes twice as long here
     55.0
@@ -205,7 +218,7 @@ def time_left(
     pace = sum(took for _, took in done) / expected if expected else 1.0
     rests = [max(guess * pace - age, 0.0) for guess, age in running]
     rests += [guess * pace for guess in waiting]
-    return max(sum(rests) / workers, max(rests, default=0.0))
+    return max((sum(rests) + later * pace) / workers, max(rests, default=0.0))
 
 
 def _line(record: RunRecord) -> str:
@@ -221,6 +234,7 @@ class _Limits:
     threads: int
     memory: float
     timeout: float
+    later: float = 0.0
 
 
 class _Pool:
@@ -363,6 +377,7 @@ class _Pool:
             [(child.cell.seconds, child.age) for child in self.running],
             self.took,
             self.limits.workers,
+            self.limits.later,
         )
         now = ", ".join(str(child.cell.facts["method"]) for child in self.running)
         text = f"{len(self.records)}/{self.total} runs, about {_clock(left)} left ({now})"

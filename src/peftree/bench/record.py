@@ -200,22 +200,31 @@ def read_record(path: str | Path) -> RunRecord:
         data = read_json(path, limit=MAX_BYTES)
     except StoreError as error:
         raise DataError(error.what, "Delete the file and run this cell again.") from None
-    version = data.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: field 'schema_version' is {version!r}; this version reads {SCHEMA_VERSION}.",
-            "Read it with the version of peftree that wrote it, or run it again.",
-        )
-    try:
-        record = RunRecord.model_validate(data)
-    except ValidationError as error:
-        raise DataError(f"{path}: {_explain(error)}", "Correct the field or run again.") from None
+    record = parse_record(data, str(path))
     if path.name != file_name(record.key):
         raise DataError(
             f"{path} holds the run {record.key} but is not named {file_name(record.key)}.",
             "A copied or edited record counts twice or wrongly: rename it back or delete it.",
         )
     return record
+
+
+def parse_record(data: dict[str, JsonValue], where: str) -> RunRecord:
+    """Return the record in `data`, which was read from `where`.
+
+    Raises:
+        DataError: another schema version, or an unknown, missing or wrong field (named).
+    """
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{where}: field 'schema_version' is {version!r}; this version reads {SCHEMA_VERSION}.",
+            "Read it with the version of peftree that wrote it, or run it again.",
+        )
+    try:
+        return RunRecord.model_validate(data)
+    except ValidationError as error:
+        raise DataError(f"{where}: {_explain(error)}", "Correct the field or run again.") from None
 
 
 def read_records(folder: str | Path) -> list[RunRecord]:

@@ -1,8 +1,24 @@
-"""Intervals, paired tests and corrections for scores measured over seeds and test items.
+"""Intervals for scores measured over seeds and test items: t over crossed effects, and a bootstrap.
 
 Every sample is a matrix ``[seeds, items]``: row = one trained model, column = one test item. The
-items are the same for every seed, so seeds and items are crossed, and one resample draws rows
-and columns independently (Owen 2007, "The pigeonhole bootstrap").
+items are the same for every seed, so seeds and items are crossed: both are random effects of one
+two-way layout (Searle, Casella and McCulloch 1992, chapter 4), and the bootstrap draws rows and
+columns independently (Owen 2007, "The pigeonhole bootstrap"). Tests: `peftree.bench.paired`.
+
+Simulated coverage of the 95 % intervals, 4000 rounds each over 15 cases with 100 items: standard
+deviation of items 0, 0.5 or 3 times that of the rest, of seeds ("spread") 0 to 4 times the standard
+error without them. The lowest values are those of spread 4:
+
+=====  =====================  =========================
+seeds  t, crossed effects     bootstrap, seeds x items
+=====  =====================  =========================
+2      84-97 %                77 % (spread 4)
+3      90-97 %                85 %
+5      93-97 % (items 0: 92)  90 %
+10     94-97 %                94 %
+=====  =====================  =========================
+
+So several seeds get the t interval, and one seed, where only items vary, the bootstrap.
 """
 
 from __future__ import annotations
@@ -15,14 +31,15 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from peftree.errors import DataError
 
 Array = NDArray[np.float64]
 Statistic = Callable[..., Array]
 Verdict = Literal["no difference shown", "higher", "lower"]
-CHUNK = 1 << 21  # numbers held at once while permuting
+Retained = Literal["yes", "no", "not shown"]
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ def bootstrap(
     samples: Sequence[ArrayLike],
     statistic: Statistic,
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -62,8 +79,7 @@ def bootstrap(
     difference is a paired one. Deviations between seeds are scaled by ``sqrt(S / (S - 1))``
     before resampling, which makes their resampled variance unbiased (Davison and Hinkley 1997,
     section 3.8). With few seeds and a large variance between them the interval is still too
-    short: where the standard deviation between seeds is 4 times the items' standard error, 95 %
-    intervals from 2, 3, 5 and 10 seeds covered the truth in 77, 85, 90 and 94 % of simulations.
+    short, see the table above.
 
     One seed: the interval covers items only. One item (or a score without items): Student's t
     over the seeds. One of both: no interval (infinite ends).
@@ -78,12 +94,12 @@ def bootstrap(
     Raises:
         DataError: a sample is empty, not finite, or of another shape than the first.
     """
-    matrices = _matrices(samples)
-    items = matrices[0].shape[1]
-    value = float(statistic(*(matrix.mean() for matrix in matrices)))
+    found = matrices(samples)
+    items = found[0].shape[1]
+    value = float(statistic(*(matrix.mean() for matrix in found)))
     if items == 1:
-        return _student(value, statistic(*(matrix[:, 0] for matrix in matrices)), level)
-    means = [_resampled_means(_expand(matrix), draws, seed) for matrix in matrices]
+        return _student(value, statistic(*(matrix[:, 0] for matrix in found)), level)
+    means = [_resampled_means(_expand(matrix), draws, seed) for matrix in found]
     tail = (1 - level) / 2
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         low, high = np.quantile(statistic(*means), [tail, 1 - tail])
@@ -92,45 +108,84 @@ def bootstrap(
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def mean_interval(sample: ArrayLike, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-    """Return the mean of a sample ``[seeds, items]`` with its interval.
+def spread(matrix: Array) -> tuple[float, float]:
+    """Return the standard error of the mean of ``[seeds, items]`` and its degrees of freedom.
 
-    Where every item is right (all 1) or wrong (all 0) no resample differs from another; Wilson's
-    interval for that proportion is returned instead of one of no width. Where all values lie in
-    0..1 so do the ends: scaling the seeds' deviations could otherwise push them out.
+    From the mean squares of the two-way layout, ``error^2 = (S' + I' + E) / (seeds items)`` with
+    ``S' = max(0, MS_seeds - E)``, ``I' = max(0, MS_items - E)`` and E that of the rest. Degrees of
+    freedom as Satterthwaite's (1946), ``(S' + I' + E)^2 / (S' MS_seeds / (seeds - 1) + MS_items^2 /
+    (items - 1))``: his own pieces overcover where seeds do not differ (99 % from 5), S'^2 undercovers
+    where they do. One seed or one item leave the usual standard error; one of both leaves none.
     """
-    (matrix,) = _matrices([sample])
-    first = matrix.flat[0]
-    if matrix.shape[1] > 1 and first in (0.0, 1.0) and bool((matrix == first).all()):
+    seeds, items = matrix.shape
+    if seeds == 1 or items == 1:
+        if matrix.size == 1:
+            return math.inf, 1.0
+        return float(matrix.std(ddof=1)) / math.sqrt(matrix.size), matrix.size - 1.0
+    mean, by_seed, by_item = matrix.mean(), matrix.mean(axis=1, keepdims=True), matrix.mean(axis=0, keepdims=True)
+    s = float(items * ((by_seed - mean) ** 2).sum() / (seeds - 1))
+    i = float(seeds * ((by_item - mean) ** 2).sum() / (items - 1))
+    e = float(((matrix - by_seed - by_item + mean) ** 2).sum() / ((seeds - 1) * (items - 1)))
+    total = max(s - e, 0.0) + max(i - e, 0.0) + e
+    pieces = max(s - e, 0.0) * s / (seeds - 1) + i**2 / (items - 1)
+    df = max(total**2 / pieces, seeds - 1.0) if pieces else seeds - 1.0
+    return math.sqrt(total / (seeds * items)), df
+
+
+def mean_interval(sample: ArrayLike, *, exponential: bool = False, level: float = LEVEL, seed: int = 0) -> Interval:
+    """Return the mean of a sample ``[seeds, items]``, or its ``exp``, with its interval.
+
+    Where all values lie in 0..1 the interval is made on the logit scale, so its ends do too. Where
+    every item is right (all 1) or wrong (all 0) it is Wilson's for that proportion of items.
+    """
+    (matrix,) = matrices([sample])
+    first, mean = matrix.flat[0], float(matrix.mean())
+    part = not exponential and matrix.min() >= 0 and matrix.max() <= 1 and matrix.shape[1] > 1
+    if part and first in (0.0, 1.0) and bool((matrix == first).all()):
         return wilson(int(first) * matrix.shape[1], matrix.shape[1], level=level)
-    found = bootstrap([matrix], lambda mean: mean, level=level, draws=draws, seed=seed)
-    if found.known and matrix.min() >= 0 and matrix.max() <= 1:
-        return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
-    return found
+    if matrix.shape[0] == 1 and matrix.shape[1] > 1:
+        return bootstrap([matrix], np.exp if exponential else np.positive, level=level, seed=seed)
+    error, df = spread(matrix)
+    if exponential:
+        return Interval(_exp(mean), *(_exp(end) for end in _ends(mean, error, df, level)))
+    if part and 0 < mean < 1:
+        ends = _ends(math.log(mean / (1 - mean)), error / (mean * (1 - mean)), df, level)
+        low, high = (float(1 / (1 + np.exp(-end))) for end in ends)
+        return Interval(mean, min(low, mean), max(high, mean))
+    return Interval(mean, *_ends(mean, error, df, level))
 
 
 def difference(
-    sample: ArrayLike,
-    reference: ArrayLike,
-    *,
-    transform: Statistic | None = None,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+    sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False, level: float = LEVEL, seed: int = 0
 ) -> Interval:
     """Return sample minus reference, paired on the same seeds and items, with its interval.
 
-    `transform` is applied to the means first (``np.exp`` for perplexities from losses).
+    With `exponential` the difference of ``exp(mean)`` (perplexities from losses), by the delta method.
     """
-    if transform is None:
-        return bootstrap([sample, reference], np.subtract, level=level, draws=draws, seed=seed)
-    to_score = transform
+    pair = matrices([sample, reference])
+    if pair[0].shape[0] == 1 and pair[0].shape[1] > 1:
 
-    def minus(left: Array, right: Array) -> Array:
-        out: Array = to_score(left) - to_score(right)
-        return out
+        def minus(left: Array, right: Array) -> Array:
+            out: Array = np.exp(left) - np.exp(right) if exponential else left - right
+            return out
 
-    return bootstrap([sample, reference], minus, level=level, draws=draws, seed=seed)
+        return bootstrap(pair, minus, level=level, seed=seed)
+    first, second = (_linear(matrix, exponential) for matrix in pair)
+    gap = first - second
+    return Interval(float(gap.mean()), *_ends(float(gap.mean()), *spread(gap), level))
+
+
+def detectable(
+    sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False, level: float = LEVEL, power: float = 0.8
+) -> float:
+    """Return the smallest true difference that this comparison would show with probability `power`.
+
+    ``(t(1 - alpha/2) + t(power)) * error`` with the paired difference's standard error and degrees
+    of freedom (`spread`), `alpha` being ``1 - level``: 2.8 errors where there are many of both.
+    """
+    first, second = (_linear(matrix, exponential) for matrix in matrices([sample, reference]))
+    error, df = spread(first - second)
+    return float(stats.t.ppf((1 + level) / 2, df) + stats.t.ppf(power, df)) * error
 
 
 def relative_score(
@@ -138,72 +193,67 @@ def relative_score(
     baseline: ArrayLike,
     full: ArrayLike,
     *,
-    transform: Statistic | None = None,
-    level: float = 0.95,
-    draws: int = 2000,
+    exponential: bool = False,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
     """Return ``(m - b) / (f - b)``: the part of full fine-tuning's gain that the method reaches.
 
-    None where the interval of ``f - b`` holds 0: there is then no gain to take a part of.
+    Several seeds: Fieller's interval (1954), all r that a t test of ``(m - b) - r (f - b) = 0``
+    does not reject. None where the interval of ``f - b`` holds 0: no gain to take a part of.
     """
-    gain = difference(full, baseline, transform=transform, level=level, draws=draws, seed=seed)
+    gain = difference(full, baseline, exponential=exponential, level=level, seed=seed)
     if not gain.known or gain.holds(0.0):
         return None
-    to_score = transform or (lambda mean: mean)
+    m, b, f = matrices([sample, baseline, full])
+    if m.shape[0] == 1:
 
-    def part(m: Array, b: Array, f: Array) -> Array:
-        m, b, f = to_score(m), to_score(b), to_score(f)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        def part(*means: Array) -> Array:
+            m, b, f = np.exp(means) if exponential else means
             out: Array = (m - b) / (f - b)
-        return out
+            return out
 
-    return bootstrap([sample, baseline, full], part, level=level, draws=draws, seed=seed)
+        return bootstrap([m, b, f], part, level=level, seed=seed)
+    m, b, f = (_linear(matrix, exponential) for matrix in (m, b, f))
+    return _fieller(m - b, f - b, level)
 
 
-def permutation_test(sample: ArrayLike, reference: ArrayLike, *, draws: int = 5000, seed: int = 0) -> float:
-    """Return the two-sided p of a paired permutation test on the mean difference.
+def _fieller(above: Array, below: Array, level: float) -> Interval:
+    """Return the ratio of two paired means with Fieller's interval."""
+    n, d = float(above.mean()), float(below.mean())
+    ratio = n / d
+    error, df = spread(above - ratio * below)
+    if not math.isfinite(error):
+        return Interval(ratio, -math.inf, math.inf)
+    if error <= 1e-12 * abs(d):
+        return Interval(ratio, ratio, ratio)
+    squared = float(stats.t.ppf((1 + level) / 2, df)) ** 2
 
-    Under the null hypothesis a method and the reference are exchangeable on every item, so the
-    sign of each item's difference (averaged over seeds) is flipped at random; the trained models
-    are taken as fixed. With one item the seeds are flipped instead. Exact when at most `draws`
-    sign patterns exist, else Monte Carlo with ``(1 + hits) / (1 + draws)``.
+    def excess(r: float) -> float:
+        one, _ = spread(above - r * below)
+        return (n - r * d) ** 2 - squared * one**2
+
+    return Interval(ratio, _root(excess, ratio, -error / abs(d)), _root(excess, ratio, error / abs(d)))
+
+
+def _root(excess: Callable[[float], float], inside: float, step: float) -> float:
+    """Return where `excess`, negative at `inside`, becomes positive in the direction of `step`."""
+    for doubling in range(40):
+        outside = inside + step * 2.0**doubling
+        if excess(outside) > 0:
+            return float(optimize.brentq(excess, min(inside, outside), max(inside, outside)))
+    return math.copysign(math.inf, step)
+
+
+def retained(relative: Interval | None, share: float = 0.9) -> Retained:
+    """Say whether at least `share` of full fine-tuning's gain is kept: "yes", "no" or "not shown".
+
+    "yes" only if the interval's lower end reaches `share`, "no" only if its upper end stays below;
+    "not shown" else, and where full fine-tuning's own gain is not shown (`relative` is then None).
     """
-    first, second = _matrices([sample, reference])
-    gaps = first - second
-    paired = np.round(gaps.mean(axis=0) if gaps.shape[1] > 1 else gaps[:, 0], 12)
-    paired = paired[paired != 0]
-    if paired.size == 0:
-        return 1.0
-    # Equal sizes are exchangeable: the sum of k random signs is 2 Binomial(k, 1/2) - k.
-    sizes, counts = np.unique(np.abs(paired), return_counts=True)
-    bound = abs(paired.sum()) - 1e-9 * sizes.max()
-    if paired.size <= math.log2(draws):
-        signs = 1 - 2 * ((np.arange(2**paired.size)[:, None] >> np.arange(paired.size)) & 1)
-        return float(np.mean(np.abs(signs @ np.abs(paired)) >= bound))
-    rng = np.random.default_rng(seed)
-    hits, left = 0, draws
-    while left:
-        rows = min(left, max(1, CHUNK // sizes.size))
-        shape = (rows, sizes.size)
-        if counts.max() == 1:  # the same numbers in distribution, many times faster
-            positive = rng.integers(0, 2, size=shape)
-        else:
-            positive = rng.binomial(counts, 0.5, size=shape)
-        hits += int((np.abs((2 * positive - counts) @ sizes) >= bound).sum())
-        left -= rows
-    return (1 + hits) / (1 + draws)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p values, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [0.0] * len(p_values)
-    running = 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    if relative is None or not relative.known:
+        return "not shown"
+    return "yes" if relative.low >= share else "no" if relative.high < share else "not shown"
 
 
 def verdict(interval: Interval) -> Verdict:
@@ -213,7 +263,7 @@ def verdict(interval: Interval) -> Verdict:
     return "higher" if interval.low > 0 else "lower"
 
 
-def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
     """Return a proportion with Wilson's score interval (Wilson 1927).
 
     Raises:
@@ -228,11 +278,15 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
     return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
 
 
-def _matrices(samples: Sequence[ArrayLike]) -> list[Array]:
-    """Check and convert samples: finite, two-dimensional, not empty, of one shape."""
-    matrices = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    shape = matrices[0].shape
-    for matrix in matrices:
+def matrices(samples: Sequence[ArrayLike]) -> list[Array]:
+    """Return samples as matrices ``[seeds, items]``, checked.
+
+    Raises:
+        DataError: a sample is not finite or not a matrix, is empty, or of another shape than the first.
+    """
+    found = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    shape = found[0].shape
+    for matrix in found:
         if matrix.ndim != 2 or matrix.size == 0 or not np.isfinite(matrix).all():
             raise DataError(
                 f"A sample of shape {matrix.shape} is not a finite matrix [seeds, items].",
@@ -243,7 +297,26 @@ def _matrices(samples: Sequence[ArrayLike]) -> list[Array]:
                 f"Paired samples differ in shape: {shape} and {matrix.shape}.",
                 "Compare runs on the same seeds and the same test items.",
             )
-    return matrices
+    return found
+
+
+def _linear(matrix: Array, exponential: bool) -> Array:
+    """Return `matrix`, or numbers whose mean is ``exp(mean)`` and whose spread is its by the delta method."""
+    if not exponential:
+        return matrix
+    mean = matrix.mean()
+    out: Array = np.exp(mean) * (1 + matrix - mean)
+    return out
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _ends(centre: float, error: float, df: float, level: float) -> tuple[float, float]:
+    """Return the ends of Student's interval."""
+    half = float(stats.t.ppf((1 + level) / 2, df)) * error
+    return centre - half, centre + half
 
 
 def _expand(matrix: Array) -> Array:

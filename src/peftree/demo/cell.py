@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peftree.bench.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import TrainError
 from peftree.train.config import RunConfig
@@ -53,18 +52,3 @@ def work(job: dict[str, Any]) -> Path:
     if result.adapter_bytes > KEPT:
         shutil.rmtree(config.output)
     return record.write(job["records"])
-
-
-def machine() -> dict[str, str | int | float]:
-    """Return what this machine is: processor, cores, memory in GiB, system."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {
-        "machine": f"{platform.machine()}, {cores} cores",
-        "processor": next(names, platform.processor() or "unknown"),
-        "memory GiB": round(memory, 1),
-        "system": platform.system(),
-    }

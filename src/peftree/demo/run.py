@@ -14,6 +14,7 @@ from rich.console import Console
 from peftree.assets.data import write_demo_data
 from peftree.assets.fetch import cache_root
 from peftree.assets.models import model_folder
+from peftree.bench.machine import free_memory
 from peftree.bench.pool import finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.demo.plan import Places, Plan, cells, read_plan
@@ -113,22 +114,6 @@ def check_machine(plan: Plan, out: Path) -> float:
                 "Free some, or choose other folders with --out and PEFTREE_CACHE.",
             )
     return memory
-
-
-def free_memory() -> float:
-    """Return the bytes of memory that new processes can take, a container's limit included."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = float(_number(Path("/proc/meminfo"), "MemAvailable:") * 1024 or pages)
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    used = _number(Path("/sys/fs/cgroup/memory.current"))
-    return min(free, limit - used) if limit else free
-
-
-def _number(path: Path, key: str = "") -> int:
-    """Return the first number of the line of `path` that starts with `key`; 0 if there is none."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    words = next((line.removeprefix(key).split() for line in lines if line.startswith(key)), [])
-    return int(words[0]) if words and words[0].isdecimal() else 0
 
 
 def _prepare(plan: Plan, name: str, out: Path) -> Places:

@@ -1,4 +1,4 @@
-"""From a folder of run records to a terminal table, Markdown, JSON and one HTML page."""
+"""From a folder of run records to a terminal table, Markdown, LaTeX, JSON and one HTML page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from peftree.files import atomic_write
 from peftree.report import html, terminal
 from peftree.report.build import build
 from peftree.report.data import Report
-from peftree.report.tables import to_json, to_markdown
+from peftree.report.markup import to_json, to_latex, to_markdown
 
-__all__ = ["Report", "build", "html", "terminal", "to_json", "to_markdown", "write"]
+__all__ = ["Report", "build", "html", "terminal", "to_json", "to_latex", "to_markdown", "write"]
 
 
 def write(folder: str | Path, out: str | Path) -> Path:

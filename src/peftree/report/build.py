@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from peftree.bench.record import RunRecord, in_order
+from peftree.bench.samples import FULL, HEAD_ONLY, Comparison, comparisons, labelled, sample
 from peftree.errors import DataError
 from peftree.report import compare
-from peftree.report.data import BRANCHES, FULL, HEAD_ONLY, Environment, Failure, Report, Row, Task
+from peftree.report.compare import facts, usual_environment
+from peftree.report.data import BRANCHES, Environment, Failure, Report, Row, Task
+from peftree.report.overview import overviews
 from peftree.report.text import NONE, clean, count, digits, join, plural, score
+from peftree.report.tuning import tuning
 
 FEW_SEEDS = 5
 
 
 def build(records: Iterable[RunRecord]) -> Report:
-    """Return the report on `records`.
+    """Return the report on `records`, trials and final runs together.
 
     Raises:
-        DataError: there is no record, or one run is there twice.
+        DataError: there is no record, one run is there twice, or a probe's figures cannot be read.
     """
     found = in_order(records)
     if not found:
@@ -27,88 +30,59 @@ def build(records: Iterable[RunRecord]) -> Report:
     repeated = [key for key, times in Counter(r.key for r in found).items() if times > 1]
     if repeated:
         raise DataError(f"Run {repeated[0]} is there twice.", "Give each run once.")
-    groups: dict[tuple[object, ...], list[RunRecord]] = {}
-    for record in found:
-        groups.setdefault(_comparison(record), []).append(record)
-    tasks = tuple(_task(number, group) for number, group in enumerate(groups.values(), 1))
-    failures = tuple(_failure(r) for r in found if r.status == "failed")
+    groups = comparisons(found)
+    tasks = tuple(_task(number, key, group, groups) for number, (key, group) in enumerate(groups.items(), 1))
+    failures = tuple(_failure(r) for r in found if r.status == "failed" or (r.status != "ok" and r.phase == "final"))
     environments = _environments(found)
-    suites = tuple(dict.fromkeys(clean(r.suite) for r in found))
     return Report(
-        suites=suites,
-        summary=_summary(found, tasks, failures, environments),
+        suites=tuple(dict.fromkeys(clean(r.suite) for r in found)),
+        summary=_summary(found, tasks, environments),
         runs=len(found),
         failures=failures,
         tasks=tasks,
         environments=environments,
+        overviews=overviews(tasks),
     )
 
 
-def _comparison(r: RunRecord) -> tuple[object, ...]:
-    """What two runs must share to stand in one table."""
-    return (r.suite, r.task, r.dataset, r.model, r.metric, r.higher_is_better, r.aggregate)
-
-
-def _task(number: int, records: list[RunRecord]) -> Task:
-    first = records[0]
-    groups = _labelled(records)
+def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterable[Comparison]) -> Task:
+    final, trials = ([r for r in records if r.phase == phase] for phase in ("final", "trial"))
+    groups = _named(labelled(final))
     full, notes = _full(groups)
-    found = compare.rows(groups, full)
-    scores = [row.score.value for row in found if row.score]
-    decimals = digits(scores)
-    notes += _notes(records, groups, found)
+    rows = compare.rows(groups, full) if groups else []
+    decimals = digits([row.score.value for row in rows if row.score])
+    twins = [other for other in every if other._replace(data=key.data) == key]
+    data = f" (data {key.data[:8] or 'unknown'})" if len(twins) > 1 else ""
+    notes += _notes(final, groups, rows) + _data_notes(records, len(twins))
     return Task(
         anchor=f"task-{number}",
-        suite=clean(first.suite),
-        name=clean(first.task),
-        dataset=clean(first.dataset),
-        model=clean(first.model),
-        modality=first.modality,
-        kind=first.kind,
-        metric=clean(first.metric),
-        higher_is_better=first.higher_is_better,
+        suite=clean(key.suite),
+        name=clean(key.task),
+        dataset=clean(key.dataset) + data,
+        model=clean(key.model),
+        modality=records[0].modality,
+        kind=records[0].kind,
+        metric=clean(key.metric),
+        higher_is_better=key.higher_is_better,
         decimals=decimals,
-        rows=tuple(found),
+        rows=tuple(rows),
         full=full,
         baseline=_baseline(groups),
-        statement=_statement(found, full, decimals),
+        statement=_statement(rows, full, decimals),
         notes=tuple(notes),
+        tuning=tuning(trials, usual_environment(records)),
     )
 
 
-def _labelled(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group runs that differ in their seed only; name each group by what tells it apart."""
-    variants: dict[str, list[RunRecord]] = {}
-    for r in records:
-        identity = [r.method, r.fields, r.budget, r.learning_rate]
-        variants.setdefault(json.dumps(identity, sort_keys=True), []).append(r)
-    by_method: dict[str, list[list[RunRecord]]] = {}
-    for runs in variants.values():
-        by_method.setdefault(runs[0].method, []).append(runs)
+def _named(groups: dict[str, list[RunRecord]]) -> dict[str, list[RunRecord]]:
+    """Return the groups under labels that are safe to show, none twice."""
     out: dict[str, list[RunRecord]] = {}
-    for method, several in by_method.items():
-        for runs in several:
-            detail = _differing(runs[0], [other[0] for other in several])
-            label = clean(f"{method} {detail}".strip(), limit=80)
-            while label in out:
-                label += "'"
-            out[label] = runs
+    for raw, runs in groups.items():
+        label = clean(raw, limit=80)
+        while label in out:
+            label += "'"
+        out[label] = runs
     return out
-
-
-def _differing(record: RunRecord, siblings: Sequence[RunRecord]) -> str:
-    """Return the settings of `record` in which its siblings differ, as ``r=8 lr=0.001``."""
-
-    def choices(r: RunRecord) -> dict[str, object]:
-        return {**r.fields, **r.budget, "lr": r.learning_rate}
-
-    mine, others = choices(record), [choices(r) for r in siblings]
-    parts = [
-        f"{key}={mine[key]:g}" if isinstance(mine[key], float) else f"{key}={mine[key]}"
-        for key in mine
-        if any(other.get(key) != mine[key] for other in others)
-    ]
-    return " ".join(parts)
 
 
 def _full(groups: dict[str, list[RunRecord]]) -> tuple[str | None, list[str]]:
@@ -152,18 +126,38 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: 
         notes.append(f"{join(labels)}: the interval covers {other}, elsewhere {usual}.")
     reasons: dict[str, list[str]] = {}
     for label, runs in groups.items():
-        one = compare.sample(runs)
+        one = sample(runs)
         if one is not None and one.note:
             reasons.setdefault(f"{one.note}, so the interval covers {one.covers}", []).append(label)
     for reason, labels in reasons.items():
         who = "All methods" if len(labels) == len(done) else join(labels)
         notes.append(f"{who}: {reason}.")
-    machines = {_facts(r) for r in records if r.status == "ok"}
+    absent = [f"{row.label} ({row.verdict}: {row.reason})" for row in found if not row.seeds]
+    if absent:
+        notes.append(f"Without a score: {join(absent)}.")
+    machines = Counter(facts(r) for r in records if r.status == "ok")
     if len(machines) > 1:
-        notes.append(f"The runs come from {len(machines)} environments: do not compare their memory or time.")
+        most = machines.most_common(1)[0][1]
+        notes.append(
+            f"The runs come from {len(machines)} environments. Memory and time cannot be compared across them: "
+            f"shown are those of the {most} runs of the most frequent one, and left blank where a method has none."
+        )
     work = {(r.n_train, r.steps, r.batch_size) for r in records if r.status == "ok"}
     if len(work) > 1:
         notes.append("Training examples, steps or batch size differ between the runs.")
+    return notes
+
+
+def _data_notes(records: list[RunRecord], twins: int) -> list[str]:
+    """Return what to note about data, suite versions and runs that are not there yet."""
+    notes = []
+    if twins > 1:
+        notes.append(f"This task was run on {twins} versions of its data; each has a table of its own.")
+    suites = {r.suite_hash for r in records}
+    if len(suites) > 1:
+        notes.append(f"The runs come from {len(suites)} versions of the suite.")
+    if all(r.phase == "trial" for r in records):
+        notes.append(f"There are {plural(len(records), 'trial')} and no final run yet.")
     return notes
 
 
@@ -171,6 +165,8 @@ def _statement(found: list[Row], full: str | None, decimals: int) -> str:
     """Return the sentence that answers the question: which methods differ from full?"""
     rivals = [r for r in found if r.difference is not None and r.difference.known]
     methods = [r for r in rivals if r.branch != "reference"]
+    if not found:
+        return "There is no final run yet."
     if full is None or not methods:
         return "No method could be compared with full fine-tuning."
     ties = [r for r in methods if r.verdict == "no difference shown"]
@@ -182,37 +178,43 @@ def _statement(found: list[Row], full: str | None, decimals: int) -> str:
         parts.append(f"{len(worse)} worse ({join([r.label for r in worse])})")
     if better:
         parts.append(f"{len(better)} better ({join([r.label for r in better])})")
-    halves = sorted(r.difference.half_width for r in methods if r.difference)
-    middle = score(halves[len(halves) // 2], decimals)
+    least = sorted(r.detectable for r in methods if r.detectable is not None)
     significant = sum(r.p_holm is not None and r.p_holm < 0.05 for r in methods)
+    kept = _kept(methods)
     items = max(r.items for r in methods)
     basis = f"{plural(max(r.seeds for r in methods), 'seed')}"
     basis += f", {plural(items, 'test item')}" if items else ""
     return (
         f"{', '.join(parts)} (paired 95 % interval of the difference; {basis}). "
-        f"A typical interval reaches {middle} to either side, so smaller differences cannot be "
-        f"seen here. After Holm's correction {significant} of {len(methods)} differ at p < 0.05."
+        f"The smallest difference that is found here with 80 % power is {score(least[len(least) // 2], decimals)} "
+        f"(median). After Holm's correction {significant} of {len(methods)} differ at p < 0.05.{kept}"
+    )
+
+
+def _kept(methods: list[Row]) -> str:
+    """Say of how many methods it is shown that they keep 90 % of full fine-tuning's gain, or do not."""
+    judged = Counter(row.retained for row in methods if row.retained)
+    if not judged:
+        return ""
+    return (
+        f" That at least 90 % of full fine-tuning's gain is kept is shown for {judged['yes']}, "
+        f"refuted for {judged['no']} and open for {judged['not shown']}."
     )
 
 
 def _failure(r: RunRecord) -> Failure:
     error = clean(r.error, lines=True, limit=4000)
-    return Failure(clean(r.task), clean(r.method, limit=80), r.seed, r.key, error)
-
-
-def _facts(r: RunRecord) -> tuple[tuple[str, str], ...]:
-    return tuple((clean(k), clean(str(v))) for k, v in sorted(r.environment.items()))
+    return Failure(clean(r.task), clean(r.method, limit=80), r.seed, r.key, error, r.status, r.phase)
 
 
 def _environments(records: list[RunRecord]) -> tuple[Environment, ...]:
-    counted = Counter(_facts(r) for r in records)
-    return tuple(Environment(facts, runs) for facts, runs in counted.most_common())
+    counted = Counter(facts(r) for r in records)
+    return tuple(Environment(each, runs) for each, runs in counted.most_common())
 
 
 def _summary(
     records: list[RunRecord],
     tasks: tuple[Task, ...],
-    failures: tuple[Failure, ...],
     environments: tuple[Environment, ...],
 ) -> str:
     """Return the first paragraph: what was run, where, and what failed."""
@@ -220,20 +222,20 @@ def _summary(
     branches = [b for b in BRANCHES if b != "reference" and any(r.branch == b for r in records)]
     days = sorted({r.started.date().isoformat() for r in records})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    seeds = len({r.seed for r in records})
+    seeds = len({r.seed for r in records if r.phase == "final"})
     parts = [
         f"{plural(len(records), 'run')} of {plural(len(methods), 'method')} from "
         f"{plural(len(branches), 'branch').replace('branchs', 'branches')} of the taxonomy on "
         f"{plural(len(tasks), 'task')}, {plural(seeds, 'seed')}, {when}: "
-        f"{len(records) - len(failures)} finished, {len(failures)} failed."
+        f"{_outcomes(records)}."
     ]
     largest = max((r.total_parameters or 0 for r in records), default=0)
     if largest:
         parts.append(f"The largest model has {count(largest)} parameters.")
-    facts = dict(environments[0].facts)
-    known = [f"{k} {facts[k]}" for k in ("peftree", "torch", "transformers", "python") if k in facts]
-    machine = facts.get("machine", NONE)
-    threads = f", {plural(int(facts['threads']), 'thread')}" if _whole(facts, "threads") else ""
+    here = dict(environments[0].facts)
+    known = [f"{k} {here[k]}" for k in ("peftree", "torch", "transformers", "python") if k in here]
+    machine = here.get("machine", NONE)
+    threads = f", {plural(int(here['threads']), 'thread')}" if _whole(here, "threads") else ""
     if known or machine != NONE:
         parts.append(f"Measured on {machine}{threads}, with {join(known) or 'unstated versions'}.")
     if len(environments) > 1:
@@ -241,5 +243,15 @@ def _summary(
     return " ".join(parts)
 
 
-def _whole(facts: dict[str, str], key: str) -> bool:
-    return facts.get(key, "").isdecimal()
+def _whole(here: dict[str, str], key: str) -> bool:
+    return here.get(key, "").isdecimal()
+
+
+def _outcomes(records: list[RunRecord]) -> str:
+    """Return how the runs ended, trials apart."""
+    ends = Counter(r.status for r in records)
+    parts = [f"{ends['ok']} finished", f"{ends['failed']} failed"]
+    parts += [f"{ends['diverged']} diverged"] if ends["diverged"] else []
+    parts += [f"{ends['inapplicable']} not applicable"] if ends["inapplicable"] else []
+    trials = sum(r.phase == "trial" for r in records)
+    return ", ".join(parts) + (f" ({plural(trials, 'trial')} of learning rates among them)" if trials else "")

@@ -3,82 +3,33 @@
 from __future__ import annotations
 
 import statistics as median_of
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from peftree.bench import statistics
+from peftree.bench import paired, statistics
 from peftree.bench.record import RunRecord
-from peftree.bench.statistics import Array, Interval
-from peftree.report.data import FULL, HEAD_ONLY, Costs, Curve, Row, Run
+from peftree.bench.samples import FULL, HEAD_ONLY, Sample, aligned, sample
+from peftree.bench.statistics import Interval
+from peftree.report.data import Costs, Curve, Row, Run
+from peftree.report.probes import probes
+from peftree.report.shift import shifted, stages
 from peftree.report.text import clean
 
-TOLERANCE = 1e-4
+Facts = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The finished runs of one row: per-item numbers where usable, else one score a seed."""
-
-    seeds: tuple[int, ...]
-    matrix: Array
-    exponential: bool
-    note: str = ""
-
-    @property
-    def covers(self) -> str:
-        """What the interval of the score covers."""
-        seeds, items = self.matrix.shape
-        if items > 1:
-            return "seeds and items" if seeds > 1 else "items only (one seed)"
-        return "seeds only" if seeds > 1 else "nothing (one seed, no items)"
-
-    def only(self, seeds: Sequence[int]) -> Array:
-        """Return the rows of `seeds`, in that order."""
-        return self.matrix[[self.seeds.index(seed) for seed in seeds]]
+def facts(record: RunRecord) -> Facts:
+    """Return a run's environment as sorted text."""
+    return tuple((clean(k), clean(str(v))) for k, v in sorted(record.environment.items()))
 
 
-def sample(records: Sequence[RunRecord]) -> Sample | None:
-    """Return the sample of the finished runs among `records` (one row's), or None.
-
-    Items are used if every run has equally many and they average to its score; else the scores
-    alone are used and a note says why.
-    """
-    done = sorted((r for r in records if r.status == "ok"), key=lambda r: r.seed)
-    if not done:
-        return None
-    seeds = tuple(r.seed for r in done)
-    scores = np.array([[r.score] for r in done], dtype=np.float64)
-    lengths = {len(r.items) for r in done}
-    if lengths == {0}:
-        return Sample(seeds, scores, False, "no per-item results")
-    if len(lengths) > 1:
-        return Sample(seeds, scores, False, "runs have different numbers of items")
-    matrix = np.array([r.items for r in done], dtype=np.float64)
-    exponential = done[0].aggregate == "exp_mean"
-    means = matrix.mean(axis=1)
-    with np.errstate(over="ignore"):
-        fits = np.exp(means) if exponential else means
-    if not np.allclose(fits, scores[:, 0], rtol=TOLERANCE, atol=TOLERANCE):
-        return Sample(seeds, scores, False, "items do not average to the score")
-    return Sample(seeds, matrix, exponential)
-
-
-def score_interval(one: Sample) -> Interval:
-    """Return the interval of the score."""
-    if one.exponential:
-        return statistics.bootstrap([one.matrix], np.exp)
-    return statistics.mean_interval(one.matrix)
-
-
-def aligned(*samples: Sample) -> list[Array] | None:
-    """Return matrices over the seeds that all samples share, items aligned, or None."""
-    seeds = [s for s in samples[0].seeds if all(s in other.seeds for other in samples[1:])]
-    shapes = {(one.matrix.shape[1], one.exponential) for one in samples}
-    if not seeds or len(shapes) > 1:
-        return None
-    return [one.only(seeds) for one in samples]
+def usual_environment(records: Sequence[RunRecord]) -> Facts | None:
+    """Return the environment of most finished runs; only its memory and time are compared."""
+    counted = Counter(facts(r) for r in records if r.status == "ok")
+    return counted.most_common(1)[0][0] if counted else None
 
 
 def compare(row: Row, one: Sample, full: Sample, higher_is_better: bool) -> Row:
@@ -86,13 +37,14 @@ def compare(row: Row, one: Sample, full: Sample, higher_is_better: bool) -> Row:
     pair = aligned(one, full)
     if pair is None:
         return replace(row, verdict="not comparable")
-    gap = statistics.difference(*pair, transform=np.exp if one.exponential else None)
+    gap = statistics.difference(*pair, exponential=one.exponential)
     if not gap.known:
         return replace(row, difference=gap, verdict="not enough data")
     says = statistics.verdict(gap)
     better = None if says == "no difference shown" else (says == "higher") == higher_is_better
-    p = statistics.permutation_test(*pair)
-    return replace(row, difference=gap, verdict=says, better=better, p=p)
+    p, test = paired.paired_p(*pair)
+    least = statistics.detectable(*pair, exponential=one.exponential)
+    return replace(row, difference=gap, verdict=says, better=better, p=p, test=test, detectable=least)
 
 
 def relative(one: Sample, full: Sample, base: Sample | None, start: float | None) -> Interval | None:
@@ -107,24 +59,27 @@ def relative(one: Sample, full: Sample, base: Sample | None, start: float | None
         three = [pair[0], np.full_like(pair[0], level), pair[1]]
     if three is None:
         return None
-    return statistics.relative_score(*three, transform=np.exp if one.exponential else None)
+    return statistics.relative_score(*three, exponential=one.exponential)
 
 
 def rows(groups: dict[str, list[RunRecord]], full: str | None) -> list[Row]:
     """Return one compared row for each group of records (label -> runs), best first."""
     samples = {label: sample(records) for label, records in groups.items()}
-    higher = next(iter(groups.values()))[0].higher_is_better
+    everything = [r for records in groups.values() for r in records]
+    higher, usual = everything[0].higher_is_better, usual_environment(everything)
     reference = samples[full] if full else None
     head = next((label for label in groups if groups[label][0].method == HEAD_ONLY), None)
-    start = start_score(groups)
+    base, start = samples[head] if head else None, start_score(groups)
     out = []
     for label, records in groups.items():
-        row, one = plain_row(label, records, samples[label]), samples[label]
+        row, one = plain_row(label, records, samples[label], usual), samples[label]
         if one is not None and reference is not None and label != full:
             row = compare(row, one, reference, higher)
         if one is not None and reference is not None:
-            base = samples[head] if head else None
             row = replace(row, relative=relative(one, reference, base, start))
+            if label not in (full, head) and (base is not None or start is not None):
+                row = replace(row, retained=statistics.retained(row.relative))
+        row = replace(row, shifted=shifted(records, groups[full] if full and label != full else []))
         out.append(row)
     out = with_holm(with_peak_share(out, full))
     return sorted(out, key=lambda row: _rank(row, higher))
@@ -137,12 +92,14 @@ def start_score(groups: dict[str, list[RunRecord]]) -> float | None:
     return sum(scores) / len(scores) if scores else None
 
 
-def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None) -> Row:
-    """Return a row without comparisons."""
+def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usual: Facts | None) -> Row:
+    """Return a row without comparisons; costs are those of the runs in the `usual` environment."""
     done = [r for r in records if r.status == "ok"]
+    timed = [r for r in done if facts(r) == usual]
     first = done[0] if done else records[0]
     total = first.total_parameters
     count = first.trainable_parameters
+    found = probes(done, timed)
     return Row(
         label=label,
         method=clean(first.method, limit=80),
@@ -157,15 +114,24 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None) -> R
         sites=first.sites,
         score=score_interval(one) if one else None,
         difference=None,
-        verdict="reference" if first.method == FULL and done else "" if done else "failed",
+        verdict="reference" if first.method == FULL and done else "" if done else records[0].status,
         better=None,
         p=None,
         p_holm=None,
         relative=None,
-        costs=costs(done),
+        costs=costs(timed, found.energy.joules if found.energy else None),
         peak_share=None,
         curves=tuple(Curve(r.seed, r.curve) for r in done if r.curve),
+        reason="" if done else clean((records[0].error.strip().splitlines() or [""])[-1], limit=200),
+        probes=found,
+        values=_values(done),
+        stages=stages(done),
     )
+
+
+def score_interval(one: Sample) -> Interval:
+    """Return the interval of the score."""
+    return statistics.mean_interval(one.matrix, exponential=one.exponential)
 
 
 def settings(record: RunRecord) -> str:
@@ -177,30 +143,42 @@ def settings(record: RunRecord) -> str:
     return clean(", ".join(parts))
 
 
-def costs(done: Sequence[RunRecord]) -> Costs:
+def costs(done: Sequence[RunRecord], joules: float | None = None) -> Costs:
     """Return the medians of what the finished runs measured."""
 
-    def middle(values: list[float | int | None]) -> float | None:
-        known = [value for value in values if value is not None]
+    def middle(read: Callable[[RunRecord], float | int | None]) -> float | None:
+        known = [value for value in map(read, done) if value is not None]
         return float(median_of.median(known)) if known else None
 
     return Costs(
-        peak=middle([r.peak_rss_bytes for r in done]),
-        after_load=middle([r.rss_after_load_bytes for r in done]),
-        saved=middle([r.saved_for_backward_bytes for r in done]),
-        disk=middle([r.adapter_bytes for r in done]),
-        train=middle([r.train_seconds for r in done]),
-        setup=middle([r.setup_seconds for r in done]),
-        evaluate=middle([r.eval_seconds for r in done]),
-        cpu=middle([r.cpu_seconds for r in done]),
-        step=middle([r.step_seconds for r in done]),
+        peak=middle(lambda r: r.peak_rss_bytes),
+        after_load=middle(lambda r: r.rss_after_load_bytes),
+        saved=middle(lambda r: r.saved_for_backward_bytes),
+        gradients=middle(lambda r: r.gradient_bytes),
+        optimizer=middle(lambda r: r.optimizer_bytes),
+        allocator=middle(lambda r: r.allocator_peak_bytes),
+        disk=middle(lambda r: r.adapter_bytes),
+        train=middle(lambda r: r.train_seconds),
+        setup=middle(lambda r: r.setup_seconds),
+        evaluate=middle(lambda r: r.eval_seconds),
+        cpu=middle(lambda r: r.cpu_seconds),
+        step=middle(lambda r: r.step_seconds),
+        throughput=middle(lambda r: r.throughput),
+        unit=next((r.throughput_unit for r in done if r.throughput_unit), ""),
+        joules=joules,
     )
+
+
+def _values(done: Sequence[RunRecord]) -> dict[str, float]:
+    """Return the mean of each further metric that every finished run has."""
+    shared = set.intersection(*(set(r.values) for r in done)) if done else set()
+    return {clean(name): sum(r.values[name] for r in done) / len(done) for name in sorted(shared)}
 
 
 def with_holm(found: list[Row]) -> list[Row]:
     """Return the rows with p values corrected for the number of methods compared."""
     tested = [row for row in found if row.p is not None]
-    adjusted = statistics.holm([row.p for row in tested if row.p is not None])
+    adjusted = paired.holm([row.p for row in tested if row.p is not None])
     by_label = {row.label: p for row, p in zip(tested, adjusted, strict=True)}
     return [replace(row, p_holm=by_label.get(row.label)) for row in found]
 

@@ -1,11 +1,15 @@
-"""What a report says, as plain data: tasks, rows, failures, environments."""
+"""What a report says, as plain data: tasks, rows, trials, failures, environments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from peftree.bench.expected import Expected
+from peftree.bench.ranks import Ranks
 from peftree.bench.record import CurvePoint
 from peftree.bench.statistics import Interval
+from peftree.bench.transfer import Transfer
+from peftree.report.probes import Probes
 
 BRANCHES = (
     "additive",
@@ -16,23 +20,38 @@ BRANCHES = (
     "unified",
     "reference",
 )
-FULL = "full"
-HEAD_ONLY = "head_only"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Medians over the seeds of a row; None where no run measured it. Bytes and seconds."""
+    """Medians over the seeds of a row; None where no run measured it. Bytes and seconds.
+
+    `throughput` is in `unit`; `joules` is the energy of a whole run.
+    """
 
     peak: float | None = None
     after_load: float | None = None
     saved: float | None = None
+    gradients: float | None = None
+    optimizer: float | None = None
+    allocator: float | None = None
     disk: float | None = None
     train: float | None = None
     setup: float | None = None
     evaluate: float | None = None
     cpu: float | None = None
     step: float | None = None
+    throughput: float | None = None
+    unit: str = ""
+    joules: float | None = None
+
+    @property
+    def rest(self) -> float | None:
+        """The part of the peak that is none of load, gradients, optimizer and saved for backward."""
+        parts = (self.after_load, self.gradients, self.optimizer, self.saved)
+        if self.peak is None or None in parts:
+            return None
+        return max(0.0, self.peak - sum(part for part in parts if part is not None))
 
 
 @dataclass(frozen=True)
@@ -53,8 +72,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """The score on another test set, and its paired difference from full fine-tuning there."""
+
+    name: str
+    score: Interval
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A sequence of tasks: mean scores ``[stage][task]`` over the seeds, and what they amount to."""
+
+    tasks: tuple[str, ...]
+    scores: tuple[tuple[float, ...], ...]
+    transfer: Transfer
+
+
+@dataclass(frozen=True)
 class Row:
-    """One method, with one choice of fields, on one task: all its seeds together."""
+    """One method, with one choice of fields, on one task: all its seeds together.
+
+    `reason` is why there is no score. `detectable` is the smallest difference from full fine-tuning
+    that these seeds and items show with 80 % power.
+    """
 
     label: str
     method: str
@@ -77,11 +118,48 @@ class Row:
     costs: Costs
     peak_share: float | None
     curves: tuple[Curve, ...]
+    retained: str = ""
+    detectable: float | None = None
+    test: str = ""
+    reason: str = ""
+    probes: Probes = field(default_factory=Probes)
+    values: dict[str, float] = field(default_factory=dict)
+    shifted: tuple[Shifted, ...] = ()
+    stages: Stages | None = None
 
     @property
     def failed(self) -> int:
-        """How many of the runs failed."""
-        return sum(run.status == "failed" for run in self.runs)
+        """How many of the runs gave no score."""
+        return sum(run.status != "ok" for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One try of a learning rate, scored on validation rows."""
+
+    rate: float
+    score: float | None
+    status: str
+    seconds: float | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All trials of one method on one task.
+
+    `low` to `high` is the range of rates around the best one where every trial scored within 95 %
+    of it; `expected` counts a diverged trial with the worst score of any method's trial.
+    """
+
+    label: str
+    method: str
+    branch: str
+    trials: tuple[Trial, ...]
+    best: Trial | None
+    low: float | None
+    high: float | None
+    expected: Expected | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +181,7 @@ class Task:
     baseline: str
     statement: str
     notes: tuple[str, ...]
+    tuning: tuple[Tuning, ...] = ()
 
     @property
     def title(self) -> str:
@@ -120,14 +199,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Overview:
+    """One suite's methods over all of its tasks. `ranks` is None where fewer than two can be ranked."""
+
+    suite: str
+    tasks: tuple[str, ...]
+    labels: tuple[str, ...]
+    ranks: Ranks | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Failure:
-    """One failed run."""
+    """One run without a score, and why."""
 
     task: str
     method: str
     seed: int
     key: str
     error: str
+    status: str = "failed"
+    phase: str = "final"
 
 
 @dataclass(frozen=True)
@@ -148,3 +240,4 @@ class Report:
     failures: tuple[Failure, ...]
     tasks: tuple[Task, ...]
     environments: tuple[Environment, ...]
+    overviews: tuple[Overview, ...] = ()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from peftree.report import curves, plots, svg, tables
+from peftree.report import diagrams, extras, panels, plots, svg, tables
 from peftree.report import text as words
 from peftree.report.data import BRANCHES, Report, Task
+from peftree.report.methods import sections
+from peftree.report.table import BUDGETS, Cell, Line, Table, budget
 
 HERE = Path(__file__).parent
+BUDGET_NAMES = tuple(name for _, name in BUDGETS)
+UNFOLDED = 4  # tasks up to which curves and further tables stand open
+MODALITIES = ("language", "vision", "vision-language")
 
 
 @functools.cache
@@ -35,6 +42,7 @@ def render(report: Report) -> str:
     A content security policy in the page forbids every request and every script but the page's
     own (named by its hash), so even a fault in escaping could not load or run anything.
     """
+    views = [_view(task, report) for task in report.tasks]
     script = (HERE / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -42,30 +50,72 @@ def render(report: Report) -> str:
         .get_template("template.html.j2")
         .render(
             report=report,
-            views=[_view(task, report) for task in report.tasks],
+            views=views,
+            unfolded=Markup(" open" if len(report.tasks) <= UNFOLDED else ""),
+            terms=_terms(each for task in report.tasks for each in extras.tables(task)),
+            overviews=[
+                (tables.overview_table(each, report), diagrams.critical_difference(each, report))
+                for each in report.overviews
+            ],
+            methods=sections(report),
             columns=tables.COLUMNS,
-            heading=tables.heading,
             direction=tables.direction,
+            tags=_tags,
+            plain=_plain,
+            budgets=BUDGET_NAMES,
+            choices={
+                "branch": _present([row.branch for task in report.tasks for row in task.rows], BRANCHES),
+                "modality": _present([task.modality for task in report.tasks], MODALITIES),
+                "budget": _present([budget(row.share) for task in report.tasks for row in task.rows], BUDGET_NAMES),
+            },
             style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
             script=Markup(script),
             script_hash=digest,
             symbol=symbol,
+            symbols=svg.symbols(),
             words=words,
         )
     )
 
 
 def _view(task: Task, report: Report) -> dict[str, object]:
-    """Return a task with its drawn figures and the branches that occur in it."""
-    present = {row.branch for row in task.rows}
+    """Return a task with its drawn figures, further tables and the branches that occur in it."""
+    figures = [*plots.figures(task), diagrams.retention(task)]
     return {
         "task": task,
-        "figures": plots.figures(task),
-        "curves": curves.panels(task, report),
-        "branches": [branch for branch in BRANCHES if branch in present],
+        "table": tables.results(task),
+        "figures": [figure for figure in figures if figure is not None],
+        "panels": panels.panels(task, report),
+        "extras": extras.tables(task),
+        "branches": _present([row.branch for row in task.rows], BRANCHES),
+        "runs": len({run.key for row in task.rows for run in row.runs}),
+        "trials": sum(len(one.trials) for one in task.tuning),
     }
+
+
+def _tags(line: Line) -> str:
+    """Return what the script filters a line by: its branch and the number of its budget class."""
+    found = budget(line.share)
+    return f"{line.branch} {BUDGET_NAMES.index(found)}" if found else line.branch
+
+
+def _terms(found: Iterable[Table]) -> dict[str, str]:
+    """Return the headings of the further tables that need explaining, with what they mean."""
+    names = {head.title: head.meaning for table in found for head in table.heads if head.meaning and not head.own}
+    return dict(sorted(names.items()))
+
+
+def _present(found: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Return those of `order` that were found."""
+    there = set(found)
+    return [each for each in order if each in there]
 
 
 def symbol(branch: str) -> Markup:
     """Return a branch's symbol for a legend or a table cell."""
     return Markup(f'<svg class="sym" viewBox="0 0 16 16" aria-hidden="true">{svg.marker(branch, 8, 8)}</svg>')
+
+
+def _plain(cell: Cell) -> bool:
+    """Return whether a cell's text is the number that it is sorted by, to within what is shown of it."""
+    return re.fullmatch(r"[+\u2212-]?\d+(\.\d+)?", cell.main) is not None

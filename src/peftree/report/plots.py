@@ -1,4 +1,4 @@
-"""The plots of one task: quality against cost, intervals, memory. Learning curves: `curves`."""
+"""The plots of one task: quality against cost, intervals, memory. Small multiples: `panels`; over tasks: `diagrams`."""
 
 from __future__ import annotations
 
@@ -81,14 +81,12 @@ def against(task: Task, cost: Cost) -> Figure | None:
     front = pareto(values, task.higher_is_better)
     points = [(across(x), up(y)) for x, y in values]
     corners = _corners(points, front)
-    body = [*_axes(across, up, cost.write, cost.title, task.metric), _stairs(corners)]
+    body = [*axes(across, up, cost.write, cost.title, task.metric), _stairs(corners)]
     for (x, _), (low, high), row in zip(points, ends, rows, strict=True):
         body.append(f'<path class="whisker b-{row.branch}" d="M{num(x)} {num(up(low))}V{num(up(high))}"/>')
     for index, ((x, y), row) in enumerate(zip(points, rows, strict=True)):
-        tip = f"{row.label}: {cost.write(values[index][0])}, {_value(task, row)}"
-        symbol = svg.marker(row.branch, x, y, solid=index in front)
-        body.append(f"<g><title>{escape(tip)}</title>{symbol}</g>")
-    body += _labels(points, [svg.cut(row.label, NAME) for row in rows], corners)
+        body.append(svg.marker(row.branch, x, y, solid=index in front))
+    body += labels_at(points, [svg.cut(row.label, NAME) for row in rows], corners)
     names = text.join([rows[index].label for index in front])
     title = f"{task.metric} against {cost.title}, {task.name}"
     caption = f"{task.metric} against {cost.title}"
@@ -111,7 +109,7 @@ def whiskers(task: Task) -> Figure | None:
     values += [end for s in intervals if s.known for end in (s.low, s.high)]
     across = svg.scale_over(values, left, WIDTH - right)
     bottom = height - BOTTOM
-    body = _x_axis(across, bottom, svg.tick_text(across), task.metric)
+    body = x_axis(across, bottom, svg.tick_text(across), task.metric)
     full = task.row(task.full)
     if full is not None and full.score is not None:
         middle = num(across(full.score.value))
@@ -124,21 +122,21 @@ def whiskers(task: Task) -> Figure | None:
         body.append(f'<path class="mid" d="M{middle} {num(TOP)}V{num(bottom)}"/>')
     for index, (row, s) in enumerate(zip(rows, intervals, strict=True)):
         y = TOP + line * (index + 0.5)
-        body.append(_name(row.label, left - 10, y))
+        body.append(name_at(row.label, left - 10, y))
         if s.known:
             start, end = num(across(s.low)), num(across(s.high))
             body.append(f'<path class="span b-{row.branch}" d="M{start} {num(y)}H{end}"/>')
-        tip = f"<title>{escape(f'{row.label}: {_value(task, row)}')}</title>"
+        tip = f"<title>{escape(f'{row.label}: {value_of(task, row)}')}</title>"
         body.append(f"<g>{tip}{svg.marker(row.branch, across(s.value), y)}</g>")
     shaded = "Shaded: the interval of full fine-tuning." if full is not None else ""
-    described = "; ".join(f"{row.label} {_value(task, row)}" for row in rows)
+    described = "; ".join(f"{row.label} {value_of(task, row)}" for row in rows)
     title = f"{task.metric} with 95 % intervals, {task.name}"
     drawn = svg.document(WIDTH, height, title, described, body)
     return Figure(f"{task.metric} with 95 % intervals", shaded, drawn)
 
 
 def memory(task: Task) -> Figure | None:
-    """Draw peak memory as bars: after loading, and what training added on top."""
+    """Draw peak memory as bars: after loading, and what training added on top, part by part where known."""
     rows = sorted((row for row in task.scored if row.costs.peak), key=lambda row: row.costs.peak or 0.0)
     if not rows or not any(row.costs.after_load for row in rows):
         return None
@@ -146,32 +144,45 @@ def memory(task: Task) -> Figure | None:
     height = TOP + line * len(rows) + BOTTOM
     largest = max(max(row.costs.peak or 0.0, row.costs.saved or 0.0) for row in rows)
     across = Scale(0.0, largest * 1.02, left, WIDTH - 78)
-    body = _x_axis(across, height - BOTTOM, text.size, "peak memory", _binary_ticks(across))
+    body = x_axis(across, height - BOTTOM, text.size, "peak memory", _binary_ticks(across))
+    used: dict[str, str] = {}
     for index, row in enumerate(rows):
-        y, peak = TOP + line * index, row.costs.peak or 0.0
-        loaded = min(row.costs.after_load or 0.0, peak)
-        body.append(_name(row.label, left - 10, y + line / 2))
-        body.append(_bar("load", across, 0, loaded, y + 3, 11))
-        body.append(_bar("train", across, loaded, peak, y + 3, 11))
-        if row.costs.saved is not None:
+        y, peak, end = TOP + line * index, row.costs.peak or 0.0, 0.0
+        body.append(name_at(row.label, left - 10, y + line / 2))
+        for css, said, size in _parts(row):
+            body.append(_bar(css, across, end, min(end + size, peak), y + 3, 11))
+            end, used[css] = min(end + size, peak), said
+        if row.costs.saved is not None and row.costs.rest is None:
             body.append(_bar("saved", across, 0, row.costs.saved, y + 15, 4))
-        end = num(across(peak) + 5)
-        body.append(f'<text class="t" x="{end}" y="{num(y + 13)}">{text.size(peak)}</text>')
+            used["saved"] = "of it saved for backward (counted by itself)"
+        x = num(across(peak) + 5)
+        body.append(f'<text class="t" x="{x}" y="{num(y + 13)}">{text.size(peak)}</text>')
     described = "; ".join(
         f"{row.label} {text.size(row.costs.peak)}, after loading {text.size(row.costs.after_load)}" for row in rows
     )
-    keys = '<span class="key load"></span> after loading '
-    keys += '<span class="key train"></span> added by training'
-    if any(row.costs.saved is not None for row in rows):
-        keys += ' <span class="key saved"></span> of it saved for backward (counted by itself)'
+    keys = " ".join(f'<span class="key {css}"></span> {said}' for css, said in used.items())
     drawn = svg.document(WIDTH, height, f"Peak memory, {task.name}", described, body)
     return Figure("Peak resident memory", Markup(keys), drawn)
 
 
+def _parts(row: Row) -> list[tuple[str, str, float]]:
+    """Return the parts of a row's peak: class, name and bytes."""
+    c = row.costs
+    loaded = min(c.after_load or 0.0, c.peak or 0.0)
+    if c.rest is None:
+        return [("load", "after loading", loaded), ("train", "added by training", (c.peak or 0.0) - loaded)]
+    return [
+        ("load", "after loading", loaded),
+        ("gradients", "gradients", c.gradients or 0.0),
+        ("optimizer", "optimizer", c.optimizer or 0.0),
+        ("saved", "saved for backward", c.saved or 0.0),
+        ("train", "rest", c.rest),
+    ]
+
+
 def _bar(css: str, across: Scale, low: float, high: float, y: float, height: float) -> str:
     x = across(low)
-    width = max(0.0, across(high) - x)
-    return f'<rect class="{css}" x="{num(x)}" y="{num(y)}" width="{num(width)}" height="{num(height)}"/>'
+    return f'<path class="bar {css}" d="M{num(x)} {num(y)}h{num(max(0.0, across(high) - x))}v{num(height)}H{num(x)}"/>'
 
 
 def _binary_ticks(across: Scale) -> list[float]:
@@ -181,22 +192,25 @@ def _binary_ticks(across: Scale) -> list[float]:
     return [tick * unit for tick in scaled.ticks(4)]
 
 
-def _value(task: Task, row: Row) -> str:
+def value_of(task: Task, row: Row) -> str:
+    """Return a row's score with its interval as text."""
     if row.score is None:
         return "no score"
     ends = text.interval(row.score, task.decimals)
     return f"{text.score(row.score.value, task.decimals)} {ends}"
 
 
-def _name(label: str, x: float, y: float) -> str:
+def name_at(label: str, x: float, y: float) -> str:
+    """Return a method's name that ends at `x`, with the whole of it as a tip where it is cut."""
     shown = escape(svg.cut(label, NAME))
-    return f'<text class="t end" x="{num(x)}" y="{num(y + 4)}"><title>{escape(label)}</title>{shown}</text>'
+    tip = f"<title>{escape(label)}</title>" if len(label) > NAME else ""
+    return f'<text class="t end" x="{num(x)}" y="{num(y + 4)}">{tip}{shown}</text>'
 
 
-def _axes(across: Scale, up: Scale, write: Callable[[float], str], x_title: str, y_title: str) -> list[str]:
+def axes(across: Scale, up: Scale, write: Callable[[float], str], x_title: str, y_title: str) -> list[str]:
     """Return grid, ticks and titles of a two-dimensional plot."""
     ticks = _binary_ticks(across) if write is text.size and not across.log else None
-    body = _x_axis(across, up.start, write, x_title, ticks)
+    body = x_axis(across, up.start, write, x_title, ticks)
     show = svg.tick_text(up)
     for value in up.ticks():
         y = num(up(value))
@@ -207,7 +221,7 @@ def _axes(across: Scale, up: Scale, write: Callable[[float], str], x_title: str,
     return body
 
 
-def _x_axis(
+def x_axis(
     across: Scale,
     bottom: float,
     write: Callable[[float], str],
@@ -239,7 +253,7 @@ def _stairs(corners: Sequence[tuple[float, float]]) -> str:
     return f'<path class="front" d="M{" ".join(f"{num(x)} {num(y)}" for x, y in corners)}"/>'
 
 
-def _labels(
+def labels_at(
     points: Sequence[tuple[float, float]],
     labels: Sequence[str],
     corners: Sequence[tuple[float, float]],

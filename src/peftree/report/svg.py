@@ -32,8 +32,8 @@ def cut(raw: str, limit: int) -> str:
 def document(width: float, height: float, title: str, description: str, body: Sequence[str], css: str = "") -> Markup:
     """Return an accessible inline SVG: role, title and description first."""
     return Markup(
-        f'<svg class="{css}" viewBox="0 0 {num(width)} {num(height)}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        f'<svg class="{css}" viewBox="0 0 {num(width)} {num(height)}" role="img">'
+        f"<title>{escape(title)}</title>"
         f"<desc>{escape(description)}</desc>{''.join(body)}</svg>"
     )
 
@@ -102,12 +102,15 @@ def tick_text(scale: Scale) -> Callable[[float], str]:
     return lambda value: f"{value:.{decimals}f}".replace("-", "\u2212")
 
 
-def marker(branch: str, x: float, y: float, *, solid: bool = True, radius: float = 5.0) -> str:
-    """Return the symbol of a branch; hollow symbols are off the Pareto front."""
-    r, css = radius, f'class="m b-{branch}{"" if solid else " hollow"}"'
-    if branch == "additive":
-        return f'<circle {css} cx="{num(x)}" cy="{num(y)}" r="{num(r)}"/>'
-    corners = {
+def marker(branch: str, x: float, y: float, *, solid: bool = True) -> str:
+    """Return the symbol of a branch, defined once a page by `symbols`; hollow ones are off the Pareto front."""
+    css = f"m b-{branch}{'' if solid else ' hollow'}"
+    return f'<use class="{css}" href="#s-{branch}" x="{num(x)}" y="{num(y)}"/>'
+
+
+def symbols() -> Markup:
+    """Return the definitions of the branches' symbols, centred on 0 and about 10 wide."""
+    shapes = {
         "selective": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "reparameterized": [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
         "hybrid": [(0, -1.3), (1.1, 0), (0, 1.3), (-1.1, 0)],
@@ -117,9 +120,12 @@ def marker(branch: str, x: float, y: float, *, solid: bool = True, radius: float
             (0.4, 1.2), (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4),
         ],
         "reference": _polygon(5, 1.5, 0.62),
-    }[branch]  # fmt: skip
-    points = " ".join(f"{num(x + a * r)},{num(y + b * r)}" for a, b in corners)
-    return f'<polygon {css} points="{points}"/>'
+    }  # fmt: skip
+    body = '<circle id="s-additive" r="5"/>'
+    for branch, corners in shapes.items():
+        points = " ".join(f"{num(5 * a)},{num(5 * b)}" for a, b in corners)
+        body += f'<polygon id="s-{branch}" points="{points}"/>'
+    return Markup(f'<svg class="defs" aria-hidden="true"><defs>{body}</defs></svg>')
 
 
 def _polygon(corners: int, outer: float, inner: float | None = None) -> list[tuple[float, float]]:

@@ -1,27 +1,18 @@
-"""The columns of a comparison, defined once for the page, the terminal, Markdown and JSON."""
+"""The results of a task as a table, its columns defined once for every output; the overview of a suite."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peftree.report import text
-from peftree.report.data import Report, Row, Task
+from peftree.report.data import Overview, Report, Row, Task
+from peftree.report.table import Cell, Head, Line, Table
 
-Key = float | str | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: the figure, a second line that qualifies it, and what to sort by."""
-
-    main: str
-    sub: str = ""
-    key: Key = None
+NAME = Head("Method", numeric=False)
+NOTHING = Cell(text.NONE)
 
 
 @dataclass(frozen=True)
@@ -36,12 +27,18 @@ class Column:
 
 
 def _method(_: Task, row: Row) -> Cell:
-    some = f"{row.failed} of {text.plural(len(row.runs), 'run')} failed" if row.failed else ""
-    return Cell(row.label, some, row.label)
+    some = f"{row.failed} of {text.plural(len(row.runs), 'run')} {_ended(row)}" if row.failed else ""
+    return Cell(row.label, some, row.label, href=f"#{method_anchor(row.method)}")
+
+
+def _ended(row: Row) -> str:
+    """Return how the runs without a score ended, in one word if they ended alike."""
+    ends = {run.status for run in row.runs} - {"ok"}
+    return {"inapplicable": "not applicable"}.get(word := ends.pop(), word) if len(ends) == 1 else "without a score"
 
 
 def _branch(_: Task, row: Row) -> Cell:
-    return Cell(row.branch, "", row.branch)
+    return Cell(row.branch, "", row.branch, "branch")
 
 
 def _trainable(_: Task, row: Row) -> Cell:
@@ -51,7 +48,7 @@ def _trainable(_: Task, row: Row) -> Cell:
 
 def _score(task: Task, row: Row) -> Cell:
     if row.score is None:
-        return Cell("failed")
+        return Cell(row.verdict or "failed")
     ends = text.interval(row.score, task.decimals)
     return Cell(text.score(row.score.value, task.decimals), ends, row.score.value)
 
@@ -67,7 +64,8 @@ def _difference(task: Task, row: Row) -> Cell:
 def _verdict(_: Task, row: Row) -> Cell:
     sub = "" if row.p_holm is None else f"p = {row.p_holm:.2g}"
     judged = {True: " (better)", False: " (worse)", None: ""}[row.better]
-    return Cell(f"{row.verdict}{judged}" or text.NONE, sub, row.verdict)
+    css = {True: "better", False: "worse", None: "tie"}[row.better]
+    return Cell(f"{row.verdict}{judged}" or text.NONE, sub, row.verdict, f"v {css}")
 
 
 def _relative(_: Task, row: Row) -> Cell:
@@ -76,7 +74,10 @@ def _relative(_: Task, row: Row) -> Cell:
         return Cell(text.NONE)
     value = _whole_percent(part.value)
     ends = f"[{_whole_percent(part.low)}, {_whole_percent(part.high)}]" if part.known else ""
-    return Cell(f"{value} %", ends or "no interval", part.value)
+    mark = {"yes": " \u2713", "no": " \u2717"}.get(row.retained, "")
+    return Cell(
+        f"{value} %{mark}", ends or "no interval", part.value, {"yes": "better", "no": "worse"}.get(row.retained, "")
+    )
 
 
 def _whole_percent(part: float) -> str:
@@ -98,7 +99,7 @@ def _disk(_: Task, row: Row) -> Cell:
 
 
 COLUMNS = (
-    Column("method", "Method", "The method, with its settings where several were run.", _method,
+    Column("method", "Method", "The method, with its settings where several were run; all are under Records.", _method,
            numeric=False),
     Column("branch", "Branch", "Its branch of the taxonomy.", _branch, numeric=False),
     Column("trainable", "Trainable", "Trainable parameters, and their share of all.", _trainable),
@@ -106,9 +107,11 @@ COLUMNS = (
     Column("difference", "Against full", "Score minus full fine-tuning's on the same seeds and "
            "test items, with its 95 % interval.", _difference),
     Column("verdict", "Verdict", "\u201cno difference shown\u201d where that interval holds 0; p "
-           "of a paired permutation test, corrected by Holm.", _verdict, numeric=False),
+           "of a paired permutation test (McNemar's for one seed of right or wrong answers), corrected "
+           "by Holm.", _verdict, numeric=False),
     Column("relative", "Relative", "(score - baseline) / (full - baseline), with its 95 % "
-           "interval.", _relative),
+           "interval. \u2713: at least 90 % is shown (the lower end reaches it), \u2717: refuted, no "
+           "mark: open.", _relative),
     Column("peak", "Peak memory", "Peak resident memory of the run's process (median over seeds), "
            "and its share of full fine-tuning's.", _peak),
     Column("train", "Train time", "Time spent training (median over seeds), and the median "
@@ -127,64 +130,104 @@ def direction(task: Task) -> str:
     return f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better"
 
 
-def to_markdown(report: Report) -> str:
-    """Return the report as Markdown: the summary, a table and its statement for each task."""
-    parts = [report.summary]
-    for task in report.tasks:
-        parts.append(f"## {escape_markdown(task.title)}\n\n{escape_markdown(task.statement)}")
-        parts.append(_markdown_table(task))
-        if task.notes:
-            parts.append("\n".join(f"- {escape_markdown(note)}" for note in task.notes))
-    if report.failures:
-        rows = ["## Failures"]
-        rows += [f"- {escape_markdown(f'{f.task}, {f.method}, seed {f.seed}: {f.error}')}" for f in report.failures]
-        parts.append("\n".join(rows))
-    return "\n\n".join(parts) + "\n"
+def method_anchor(method: str) -> str:
+    """Return the id of a method's section.
+
+    >>> method_anchor("lora"), method_anchor("a <b>")
+    ('method-lora', 'method-a--b-0ea4')
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", method)
+    return f"method-{plain}" if plain == method else f"method-{plain}{zlib.crc32(method.encode()) & 0xFFFF:04x}"
 
 
-def _markdown_table(task: Task) -> str:
-    heads = [escape_markdown(heading(column, task)) for column in COLUMNS]
-    rules = ["--:" if column.numeric else "---" for column in COLUMNS]
-    lines = [heads, rules]
-    for row in task.rows:
-        cells = [column.cell(task, row) for column in COLUMNS]
-        lines.append([escape_markdown(f"{cell.main} {cell.sub}".strip()) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def results(task: Task) -> Table:
+    """Return the table of a task, best method first."""
+    caption = f"{task.name}: {direction(task)}. Second lines hold shares, 95 % intervals and Holm-corrected p."
+    heads = tuple(Head(heading(c, task), c.meaning, c.numeric, c.name) for c in COLUMNS)
+    lines = tuple(
+        Line(
+            tuple(column.cell(task, row) for column in COLUMNS), row.branch, row.share,
+            "full" if row.label == task.full else "",
+        )
+        for row in task.rows
+    )  # fmt: skip
+    return Table(task.anchor, task.title, caption, heads, lines, task.notes, "results")
 
 
-def escape_markdown(raw: str) -> str:
-    """Return `raw` with everything that Markdown or HTML would act on made literal."""
-    one_line = " ".join(raw.split())
-    out = "".join(f"\\{char}" if char in "\\`*_[]|#~!" else char for char in one_line)
-    return out.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def to_json(report: Report) -> str:
-    """Return the report's figures as JSON; numbers that are not finite become null."""
-    out = {
-        "suites": report.suites,
-        "summary": report.summary,
-        "runs": report.runs,
-        "tasks": [dataclasses.asdict(task) for task in _without_curves(report)],
-        "failures": [dataclasses.asdict(failure) for failure in report.failures],
-        "environments": [{"runs": env.runs, "facts": dict(env.facts)} for env in report.environments],
-    }
-    return json.dumps(_plain(out), allow_nan=False, indent=1, ensure_ascii=False)
-
-
-def _without_curves(report: Report) -> list[Task]:
-    """Leave the curves out: the records hold them in full."""
-    return [
-        dataclasses.replace(task, rows=tuple(dataclasses.replace(row, curves=()) for row in task.rows))
-        for task in report.tasks
+def overview_table(overview: Overview, report: Report) -> Table:
+    """Return the grid of methods and tasks: relative scores, what is kept of full's gain, memory."""
+    tasks = [task for task in report.tasks if task.anchor in overview.tasks]
+    ranks = dict(zip(overview.ranks.names, overview.ranks.means, strict=True)) if overview.ranks else {}
+    heads = [
+        Head("Method", "The method, with its settings where several were run.", numeric=False),
+        Head("Mean rank", "Mean rank of the score over all tasks, 1 being best."),
+        Head(
+            "\u2265 90 % kept",
+            "On how many tasks it is shown that at least 90 % of full's gain is kept, of those judged.",
+        ),
+        Head("Memory", "Peak memory over full fine-tuning's, median over the tasks."),
+        *(Head(t.name, f"{t.title}: relative score", True, t.anchor, t.modality) for t in tasks),
     ]
+    lines = []
+    for label in overview.labels:
+        found = [task.row(label) for task in tasks]
+        rows = [row for row in found if row is not None]
+        judged = [row.retained for row in rows if row.retained]
+        shares = sorted(row.peak_share for row in rows if row.peak_share is not None)
+        middle = shares[len(shares) // 2] if shares else None
+        kept = judged.count("yes")
+        cells = [
+            Cell(label, rows[0].branch, label, href=f"#{method_anchor(rows[0].method)}"),
+            Cell(f"{ranks[label]:.2f}", "", ranks[label]) if label in ranks else Cell(text.NONE),
+            Cell(f"{kept} of {len(judged)}", "", kept) if judged else Cell(text.NONE),
+            Cell(text.percent(middle), "", middle),
+            *(_standing(task, row) for task, row in zip(tasks, found, strict=True)),
+        ]
+        lines.append(Line(tuple(cells), rows[0].branch, rows[0].share))
+    caption = (
+        "Relative score on each task, (score - baseline) / (full - baseline), with its 95 % interval. "
+        "\u2713: at least 90 % is shown; \u2717: refuted; no mark: open. Without a relative score the score "
+        "stands in brackets."
+    )
+    title = f"Overview: {overview.suite}"
+    number = report.overviews.index(overview) + 1
+    return Table(f"overview-{number}", title, caption, tuple(heads), tuple(lines), overview.notes, "overview")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key != "curves"}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
+def _standing(task: Task, row: Row | None) -> Cell:
+    if row is None:
+        return Cell("not run", css="none")
+    if row.score is None:
+        return Cell(row.verdict, css="none")
+    cell = _relative(task, row)
+    if row.relative is None:
+        return Cell(f"({text.score(row.score.value, task.decimals)})")
+    return cell
+
+
+def row_table(
+    task: Task,
+    name: str,
+    title: str,
+    caption: str,
+    heads: Sequence[Head],
+    fill: Callable[[Row], Sequence[Cell] | None],
+    probe: str = "",
+) -> Table | None:
+    """Return a further table of `task`: a line for each row that `fill` has cells for; None if there is none."""
+    lines, notes = [], []
+    for row in task.scored:
+        cells = fill(row)
+        if cells is not None:
+            first = Cell(row.label, "", row.label)
+            lines.append(Line((first, *cells), css="full" if row.label == task.full else ""))
+        elif probe and probe in row.probes.unmeasured:
+            notes.append(f"{row.label}: not measured. {row.probes.unmeasured[probe]}")
+    if not lines:
         return None
-    return value
+    return Table(f"{task.anchor}-{name}", title, caption, (NAME, *heads), tuple(lines), tuple(notes))
+
+
+def number(value: float | None, decimals: int = 3, *, signed: bool = False, sub: str = "") -> Cell:
+    """Return a cell with a number, a dash for None."""
+    return NOTHING if value is None else Cell(text.score(value, decimals, signed=signed), sub, value)

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftree.report.data import Report, Row, Task
-from peftree.report.tables import COLUMNS, Column, direction, heading
+from peftree.report.data import Overview, Report, Row, Task
+from peftree.report.tables import COLUMNS, Column, direction, heading, overview_table
 from peftree.report.text import clean
 
 STYLES = {"no difference shown": "green", "failed": "red", "reference": "bold"}
@@ -84,17 +84,38 @@ def _cell(column: Column, task: Task, row: Row, between: str) -> Text:
     return out
 
 
+def _overview(overview: Overview, report: Report) -> list[RenderableType]:
+    """Return the overview without its columns of tasks, which the tables below hold."""
+    whole = overview_table(overview, report)
+    few = len(whole.heads) - len(overview.tasks)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in whole.heads[:few]:
+        table.add_column(Text(head.title), justify="right" if head.numeric else "left", overflow="fold")
+    for line in whole.lines:
+        table.add_row(*(Text(cell.main) for cell in line.cells[:few]))
+    notes = list(whole.notes)
+    if overview.ranks:
+        notes.insert(
+            0, f"mean ranks closer than {overview.ranks.critical:.2f} are not told apart (Nemenyi, level .05)."
+        )
+    said = [Text(f"Note: {note}", style="dim") for note in notes]
+    return [Text(whole.title, style="bold"), table, *said, Text("")]
+
+
 def render(report: Report) -> RenderableType:
-    """Return the whole report: summary, a table with its statement and notes a task, failures."""
+    """Return the whole report: summary, overview, a table with its statement and notes a task, failures."""
     parts: list[RenderableType] = [Text(report.summary), Text("")]
+    for overview in report.overviews:
+        parts += _overview(overview, report)
     for task in report.tasks:
-        parts += [TaskTable(task), Padding(Text(task.statement), (1, 0, 0, 0))]
+        table = TaskTable(task) if task.rows else Text(task.title, style="bold")
+        parts += [table, Padding(Text(task.statement), (1, 0, 0, 0))]
         parts += [Text(f"Note: {note}", style="dim") for note in task.notes]
         parts.append(Text(""))
     if report.failures:
-        parts.append(Text("Failures", style="bold red"))
+        parts.append(Text("Runs without a score", style="bold red"))
     for failure in report.failures:
         lines = failure.error.strip().splitlines() or [""]
         said = clean(lines[-1], limit=200)
-        parts.append(Text(f"  {failure.task}, {failure.method}, seed {failure.seed}: {said}"))
+        parts.append(Text(f"  {failure.task}, {failure.method}, seed {failure.seed}, {failure.status}: {said}"))
     return Group(*parts)

@@ -81,10 +81,16 @@ def tree(model: nn.Module) -> list[Site]:
 
 
 def task_head(model: nn.Module) -> list[Site]:
-    """Return the heads made afresh for a task (classifiers, regressors); none for `lm_head`."""
+    """Return the heads made afresh for a task (classifiers, regressors); none for `lm_head`.
+
+    A model made of pretrained parts has more that is new: what joins them. Its config names those
+    modules in `fresh_modules`, as `["multi_modal_projector"]`; by its class it cannot be told.
+    """
     found = survey(model)
     pretrained = PRETRAINED_HEADS | found.projections
-    return [s for s in found.sites if s.role == "head" and not pretrained & {*s.path.split(".")}]
+    fresh = frozenset(getattr(getattr(model, "config", None), "fresh_modules", ()))
+    heads = [s for s in found.sites if s.role == "head" and not pretrained & {*s.path.split(".")}]
+    return heads + [s for s in found.sites if s.kind == "linear" and fresh & {*s.path.split(".")}]
 
 
 def _connector(modules: Modules, around: dict[str, Record], stacks: list[Stack]) -> list[str]:

@@ -19,9 +19,8 @@ from pydantic import (
 
 from peftree.errors import ConfigError, did_you_mean
 from peftree.files import atomic_write
-
-MAX_BYTES = 1 << 18
-MAX_DEPTH = 12
+from peftree.strict import read_yaml
+from peftree.train.facts import TaskName
 
 
 class DataConfig(BaseModel):
@@ -32,8 +31,10 @@ class DataConfig(BaseModel):
     valid: str | None = Field(None, description="validation file; none: a tenth is held out")
     test: str | None = Field(None, description="test file; none: results are on validation rows")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="the file's names of text, label, prompt, completion"
+        default_factory=dict, description="the file's names of text, label, score, prompt, completion"
     )
+    share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use, the same rows for a share")
+    label_noise: float = Field(0.0, ge=0, le=1, description="share of the training labels replaced by another label")
 
 
 class MethodConfig(BaseModel):
@@ -62,9 +63,7 @@ class RunConfig(BaseModel):
     model: str = Field(description="folder of a transformers model, or a hub name", min_length=1)
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's own config to change")
     data: DataConfig = Field(description="where the rows are")
-    task: Literal["text-classification", "generation", "image-classification"] | None = Field(
-        None, description="none: told from the data's columns"
-    )
+    task: TaskName | None = Field(None, description="none: told from the data's columns")
     method: MethodConfig = Field(MethodConfig(), description="the method and its fields")
     adapter: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="the adapter's name")
     head: bool | None = Field(None, description="train a copy of the task head; none: if it is new")
@@ -85,6 +84,9 @@ class RunConfig(BaseModel):
         None, ge=4, le=1 << 20, description="tokens of a row; none: 256 or what the model takes"
     )
     image_size: int | None = Field(None, ge=8, le=8192, description="side in pixels; none: the model's")
+    generate: int = Field(
+        0, ge=0, le=1 << 20, description="rows to complete by greedy decoding for exact match, ROUGE-L, chrF"
+    )
     chat: bool = Field(False, description="put prompts into the tokenizer's chat template")
     seed: int = Field(0, ge=0, lt=1 << 31, description="of head, adapter, data order and dropout")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
@@ -143,7 +145,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     lines: dict[str, str] = {}
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _parse(Path(path), lines)
+        tree = read_yaml(path, lines)
     for text in overrides:
         _override(tree, text, lines)
     try:
@@ -158,73 +160,6 @@ def write_resolved(path: str | Path, resolved: Mapping[str, Any]) -> Path:
     """Write `resolved` (see `RunConfig.resolved`) as YAML that `load_config` reads, atomically."""
     text = yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True)
     return atomic_write(path, "# Every setting of this run, defaults included.\n" + text)
-
-
-def _parse(path: Path, lines: dict[str, str]) -> dict[str, Any]:
-    """Return the mapping in a YAML file; `lines` gets where each dotted key stands."""
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist or is not a file.", "Check its name.")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes.", "This is no run file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_tokens(text, path)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8.", "Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line}: {problem}.", "Mend the YAML there.") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path} holds no keys.", "Write `model: ...` and `data: ...`.")
-    return _mapping(node, path, lines, "")
-
-
-_OPENING = (
-    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
-)  # fmt: skip
-_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
-
-
-def _check_tokens(text: str, path: Path) -> None:
-    """Refuse what makes YAML slow or huge, token by token, before anything is built."""
-    depth = 0
-    for token in yaml.scan(text):
-        if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-            raise ConfigError(f"{path} uses anchors or aliases (& *).", "Write values out.")
-        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
-        if depth > MAX_DEPTH:
-            raise ConfigError(f"{path} is nested too deeply.", f"Use {MAX_DEPTH} levels at most.")
-
-
-def _mapping(node: yaml.MappingNode, path: Path, lines: dict[str, str], prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{where}: a key is no plain word.", "Keys are names.")
-        key = str(key_node.value)
-        if key in out:
-            raise ConfigError(f"{where}: {key}: is set twice.", f"It stands in {lines[prefix + key]} too.")
-        lines[prefix + key] = where
-        if isinstance(value_node, yaml.MappingNode):
-            out[key] = _mapping(value_node, path, lines, f"{prefix}{key}.")
-        else:
-            out[key] = _value(value_node, where)
-    return out
-
-
-def _value(node: yaml.Node, where: str) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {first}.", "Use plain numbers, words and lists.") from None
-    finally:
-        loader.dispose()
 
 
 def _override(tree: dict[str, Any], text: str, lines: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree.adapter import Adapter, active, adapters, switch
-from peftree.errors import TrainError
+from peftree.errors import DivergedError, TrainError
 
 STEPS = 3  # a low-rank term's first factor gets a gradient only once the second moved; warm-up costs a step
 ROWS = 2  # rows on which the adapter's effect on the output is looked at
@@ -202,9 +202,9 @@ def main_output(output: Any) -> Tensor:
     return found.float()
 
 
-def not_finite(what: str) -> TrainError:
+def not_finite(what: str) -> DivergedError:
     """Return the error for a NaN or an infinity in `what`."""
-    return TrainError(
+    return DivergedError(
         f"{what} is not finite; training stopped and nothing of this step was saved.",
         "Lower lr, raise warmup, or use dtype float32; earlier checkpoints are good.",
     )

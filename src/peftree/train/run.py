@@ -16,14 +16,15 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
 from peftree.errors import ConfigError, did_you_mean
-from peftree.evaluate.cost import current_rss, peak_rss, reset_peak_rss, saved_bytes
+from peftree.evaluate.cost import current_rss, peak_rss, reset_peak_rss, saved_bytes, training_bytes
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
 from peftree.methods.contract import Method
 from peftree.train.config import RunConfig, load_config, write_resolved
-from peftree.train.data import Data, load_data
+from peftree.train.data import Data, Example, load_data
 from peftree.train.measure import Clock, Point, Saved, StepClock, calm, curve, environment
 from peftree.train.tasks import Items, Options, Task, build_task
+from peftree.train.thin import thinned
 from peftree.train.trainer import AdapterTrainer
 
 # Settings that a resumed run may change.
@@ -58,6 +59,7 @@ class RunResult:
         peak_rss_bytes: most resident memory while training, of the process as a whole where the
             kernel cannot start that count anew; rss_after_load_bytes: before training.
         saved_for_backward_bytes: what the graph of one training batch keeps.
+        gradient_bytes, optimizer_bytes: of one gradient for each trained tensor, and of the optimizer's state.
         setup_seconds, train_seconds, eval_seconds: wall time, each without the others.
         cpu_seconds: processor time of training alone.
         step_seconds: median of the steps after the first two.
@@ -93,6 +95,9 @@ class RunResult:
     peak_rss_bytes: int
     rss_after_load_bytes: int | None
     saved_for_backward_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    allocator_peak_bytes: int | None
     setup_seconds: float
     train_seconds: float
     eval_seconds: float
@@ -112,6 +117,17 @@ def run(config: RunConfig) -> RunResult:
         PeftreeError: a setting, file, site or value is wrong, or training would fail silently.
         SystemExit: with code 143 after SIGTERM, once a checkpoint is written.
     """
+    return complete(config)[0]
+
+
+def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[RunResult, OpenRun]:
+    """Do as `run` does, and return the trained model with its adapter on and its data too.
+
+    Args:
+        config: the run.
+        onto: go on training the adapter of this one, on the data of `config`, with the same model,
+            method, task and labels (else ConfigError).
+    """
     clock = Clock()
     with clock("setup"):
         method = make_method(config)
@@ -121,7 +137,7 @@ def run(config: RunConfig) -> RunResult:
         if config.threads:
             torch.set_num_threads(config.threads)
         with calm(config.quiet):
-            data, task, adapter = _prepare(config, method)
+            data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
         resolved["task"] = data.task
         items = {s: task.items(getattr(data, s)) for s in ("train", "valid", "test")}
         trainer = _trainer(config, task, adapter, items, clock, lr)
@@ -139,6 +155,7 @@ def run(config: RunConfig) -> RunResult:
     with clock("train"):
         trainer.train(resume_from_checkpoint=config.resume)
     peak = peak_rss()
+    sizes = training_bytes(adapter.parameters(), trainer.optimizer)
     with clock("eval"):
         scores = task.score(items[split], config.eval_batch_size)
     folder = store.save(adapter, Path(config.output) / "adapter", format="native")
@@ -146,13 +163,12 @@ def run(config: RunConfig) -> RunResult:
         **_what(config, method, resolved, lr), **_scored(scores, base, split), **_counts(task, adapter),
         labels=task.labels, n_train=len(data.train), steps=trainer.state.global_step,
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), peak_rss_bytes=peak,
-        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
+        gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
+        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, allocator_peak_bytes=None, **clock.results(),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
-    text = json.dumps(asdict(result), indent=1, allow_nan=False)
-    atomic_write(Path(config.output) / "metrics.json", text + "\n")
-    trainer.say(_last_line(result))
-    return result
+    _write_metrics(result, trainer)
+    return result, OpenRun(config, task, adapter, data)
 
 
 def make_method(config: RunConfig) -> Method:
@@ -192,6 +208,10 @@ class OpenRun:
     def score(self, split: str | None = None) -> Scores:
         """Score the model as it stands on a split (`train`, `valid`, `test`; None: test, or valid without one)."""
         rows = self.data.scored[1] if split is None else getattr(self.data, split)
+        return self.score_rows(rows)
+
+    def score_rows(self, rows: Sequence[Example]) -> Scores:
+        """Score the model as it stands on `rows`."""
         return self.task.score(self.task.items(rows), self.config.eval_batch_size)
 
 
@@ -210,14 +230,14 @@ def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
         raise ConfigError(f"{path} is no finished run: it has no folder 'adapter'.", "Train it to its end.")
     config = load_config(path / "resolved.yaml", overrides)
     with calm(quiet=True):
-        data = load_data(**config.data.model_dump(), task=config.task, seed=config.seed)
+        data = _data(config)
         task = build_task(config.model, data, _options(config))
         adapter = store.load(task.model, path / "adapter", name=config.adapter)
     return OpenRun(config, task, adapter, data)
 
 
 def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
-    data = load_data(**config.data.model_dump(), task=config.task, seed=config.seed)
+    data = _data(config)
     task = build_task(config.model, data, _options(config))
     adapter = adapt(task.model, method, name=config.adapter, head=config.head, seed=config.seed)
     if config.gradient_checkpointing:
@@ -226,6 +246,22 @@ def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
     return data, task, adapter
+
+
+def _goes_on(config: RunConfig, onto: OpenRun) -> tuple[Data, Task, Adapter]:
+    data, old = _data(config), onto.config
+    pairs = {"model": (config.model, old.model), "method": (config.method, old.method)}
+    pairs |= {"task": (data.task, onto.data.task), "labels": (set(data.labels), set(onto.data.labels))}
+    for what, (new, before) in pairs.items():
+        if new != before:
+            raise ConfigError(f"This run's {what} differs from that of the run it goes on from.", "Train anew.")
+    return data, onto.task, onto.adapter
+
+
+def _data(config: RunConfig) -> Data:
+    files = config.data.model_dump(exclude={"share", "label_noise"})
+    data = load_data(**files, task=config.task, seed=config.seed)
+    return thinned(data, config.data.share, config.data.label_noise)
 
 
 def _options(config: RunConfig) -> Options:
@@ -327,6 +363,12 @@ def _counts(task: Task, adapter: Adapter) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in adapter.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in task.model.parameters() if id(p) not in own),
     }
+
+
+def _write_metrics(result: RunResult, trainer: AdapterTrainer) -> None:
+    text = json.dumps(asdict(result), indent=1, allow_nan=False)
+    atomic_write(Path(result.output) / "metrics.json", text + "\n")
+    trainer.say(_last_line(result))
 
 
 def _last_line(result: RunResult) -> str:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from peftree.train.data import Data, TaskName
-from peftree.train.tasks import generation, text, vision
+from peftree.train.data import Data
+from peftree.train.facts import FACTS, TaskFacts, TaskName
+from peftree.train.tasks import captioning, diffusion, generation, retrieval, text, vision
 from peftree.train.tasks.base import Batch, Items, Options, Rows, Task, pad
+from peftree.train.tasks.captioning import Captioning
 from peftree.train.tasks.generation import Generation
-from peftree.train.tasks.text import TextClassification
+from peftree.train.tasks.retrieval import Retrieval
+from peftree.train.tasks.text import TextClassification, TextRegression
 from peftree.train.tasks.vision import ImageClassification
 
 __all__ = [
+    "FACTS",
     "Batch",
+    "Captioning",
     "Generation",
     "ImageClassification",
     "Items",
     "Options",
+    "Retrieval",
     "Rows",
     "Task",
+    "TaskFacts",
     "TextClassification",
+    "TextRegression",
     "build_task",
     "pad",
 ]
@@ -27,8 +35,12 @@ __all__ = [
 # Each loads the model of its task and returns the names of tensors that the model's files lack.
 _LOADERS: Mapping[TaskName, Callable[[str, Data, Options], tuple[Task, list[str]]]] = {
     "text-classification": text.load_classification,
+    "text-regression": text.load_regression,
     "generation": generation.load_generation,
     "image-classification": vision.load_classification,
+    "image-generation": diffusion.load_diffusion,
+    "image-text-retrieval": retrieval.load_retrieval,
+    "captioning": captioning.load_captioning,
 }
 
 

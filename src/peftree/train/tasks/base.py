@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from peftree.evaluate import quality
-from peftree.train.data import Example, TaskName
+from peftree.train.data import Example
+from peftree.train.facts import TaskName
 
 Batch = dict[str, Tensor]
 Items = Dataset[dict[str, Any]]
@@ -29,6 +30,7 @@ class Options:
     image_size: int | None = None
     chat: bool = False
     seed: int = 0
+    generate: int = 0
 
 
 class Task(ABC):
@@ -36,7 +38,7 @@ class Task(ABC):
 
     Attributes:
         model: the base model with a head for the task.
-        labels: class names by index; empty for generation.
+        labels: class names by index; empty where there are no classes.
         notes: sentences the user should see (a new head, rows that were cut).
         stop: id of the token that must end a completion; None for other tasks.
     """

@@ -47,6 +47,7 @@ def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -
 
 
 def label_order(config: Any) -> list[str]:
+    """Return the class names in the order of the model's outputs."""
     return [config.id2label[i] for i in sorted(config.id2label)]
 
 
@@ -68,6 +69,7 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
 
 
 def tokenizer(model: str) -> Any:
+    """Return the tokenizer of a folder or hub name; ConfigError if there is none."""
     local = is_local(model)
     path = str(Path(model).expanduser()) if local else model
     try:
@@ -111,4 +113,5 @@ def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
 
 
 def takes(model: nn.Module, name: str) -> bool:
+    """Return True if the model's forward has an argument `name`."""
     return name in inspect.signature(model.forward).parameters

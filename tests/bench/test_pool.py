@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from demo.runner import cell
+from bench.runner import cell
 from peftree.bench.pool import Cell, finished, run_cells, time_left
 from peftree.bench.record import RunRecord, file_name, read_records
 from peftree.errors import ConfigError

@@ -17,7 +17,7 @@ def cell(folder: Path, seed: int, *, sleep: float = 0.0, behaviour: str = "work"
         "metric": "accuracy",
     }  # fmt: skip
     job = {"facts": facts, "records": str(folder), "sleep": sleep, "behaviour": behaviour}
-    return Cell(facts, "demo.child:work", job, memory=memory)
+    return Cell(facts, "bench.child:work", job, memory=memory)
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""What `peftree bench` does: run, plan, state and pack, as data and tables."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from peftree.bench import cluster
+from peftree.bench.record import PATTERN, RunRecord, file_name, in_order, parse_record, read_records
+from peftree.bench.run import Choice, check_methods, run_suite, seconds_left, states
+from peftree.bench.suite import Suite
+from peftree.errors import DataError
+from peftree.files import atomic_write
+
+
+def plan(suite: Suite, tasks: tuple[str, ...] = (), methods: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a suite would run, checked as far as it can be without fetching anything.
+
+    Raises:
+        ConfigError, MethodError: the suite or the choice names something unknown.
+    """
+    choice = Choice(tasks, methods)
+    choice.check(suite)
+    check_methods(suite)
+    rows = []
+    for name, task in suite.tasks.items():
+        if choice.tasks and name not in choice.tasks:
+            continue
+        entries = [(e, m) for e, m in suite.entries(name) if not choice.methods or e in choice.methods]
+        each = suite.trials(name) + suite.protocol.seeds
+        seconds = sum(task.seconds * m.cost * each * (1 + len(task.stages)) for _, m in entries)
+        peak = max((task.memory * m.memory for _, m in entries), default=0.0)
+        rows.append(
+            {
+                "task": name, "modality": task.facts.modality, "kind": task.facts.kind, "model": task.model,
+                "dataset": task.dataset, "methods": len(entries), "runs": len(entries) * each,
+                "hours": seconds / 3600, "memory GiB": peak,
+            }
+        )  # fmt: skip
+    return {"suite": suite.suite, "hash": suite.hash, "title": suite.title, "tasks": rows}
+
+
+def run(
+    suite: Suite,
+    out: Path,
+    tasks: tuple[str, ...] = (),
+    methods: tuple[str, ...] = (),
+    *,
+    workers: int = 0,
+    slurm: str = "",
+    ray: str = "",
+) -> None:
+    """Run what is missing and say what comes next; exit code 1 if a run failed, 130 after Ctrl-C.
+
+    Raises:
+        PeftreeError: as `run_suite`; or a scheduler is not there.
+        SystemExit: see above.
+    """
+    console = Console()
+    submit = None
+    if slurm:
+        options = yaml.safe_load("{" + slurm.replace("=", ": ") + "}") if "=" in slurm else {}
+        submit = cluster.slurm(out / "jobs", options)
+    elif ray:
+        submit = cluster.ray(ray)
+    runner = cluster.runner(submit, jobs=workers or 64, console=console) if submit else None
+    console.print(f"{suite.title}: results go to {out}. Ctrl-C keeps what is done; the same command then goes on.")
+    try:
+        found = run_suite(suite, out, choice=Choice(tasks, methods), runner=runner, workers=workers, console=console)
+    except KeyboardInterrupt:
+        console.print("\nStopped; the same command goes on.")
+        raise SystemExit(130) from None
+    failed = sum(r.status == "failed" for r in found)
+    console.print(f"{len(found)} runs, {failed} failed. Next: peftree report {out} --html report.html")
+    if failed:
+        raise SystemExit(1)
+
+
+def status(suite: Suite, out: Path, workers: int = 2) -> dict[str, Any]:
+    """Return how far a suite is: per task and method, and the hours left at the pace measured so far."""
+    folder = out / "records"
+    there = read_records(folder) if folder.is_dir() and any(folder.glob(PATTERN)) else []
+    found = states(suite, there)
+    left = seconds_left(suite, found, _pace(suite, there)) / workers
+    rows = [
+        {
+            "task": s.task, "method": s.method, "trials": f"{s.trials}/{s.trials_wanted}",
+            "finals": f"{s.finals}/{s.finals_wanted}", "failed": s.failed, "diverged": s.diverged,
+            "inapplicable": s.inapplicable,
+        }
+        for s in found
+    ]  # fmt: skip
+    wanted = sum(s.trials_wanted + s.finals_wanted for s in found)
+    return {
+        "suite": suite.suite, "done": wanted - sum(s.missing for s in found), "runs": wanted,
+        "hours left": left / 3600, "workers": workers, "methods": rows,
+    }  # fmt: skip
+
+
+def _pace(suite: Suite, records: Sequence[RunRecord]) -> dict[str, float]:
+    """Return the median seconds of a run of cost 1, by task."""
+    costs = {entry.method or name: entry.cost for name, entry in suite.methods.items()}
+    took: dict[str, list[float]] = {}
+    for r in records:
+        parts = (r.setup_seconds, r.train_seconds, r.eval_seconds)
+        if r.status == "ok":
+            took.setdefault(r.task, []).append(sum(p or 0.0 for p in parts) / costs.get(r.method, 1.0))
+    return {task: statistics.median(values) for task, values in took.items()}
+
+
+def read_results(place: Path) -> list[RunRecord]:
+    """Return the records of a folder of records, of a suite's results, or of a packed file.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
+    if place.is_file():
+        return read_packed(place)
+    return read_records(place / "records" if (place / "records").is_dir() else place)
+
+
+def pack(results: Path, target: Path) -> int:
+    """Write all records of a folder as one gzip of JSON lines, in a fixed order; return how many.
+
+    Raises:
+        DataError: a record is damaged, or there is none.
+    """
+    found = read_results(results)
+    lines = "".join(json.dumps(r.model_dump(mode="json"), separators=(",", ":")) + "\n" for r in found)
+    atomic_write(target, gzip.compress(lines.encode(), 9, mtime=0))
+    return len(found)
+
+
+def unpack(packed: Path, out: Path) -> int:
+    """Write the records of a packed file that the folder lacks; return how many it wrote.
+
+    Raises:
+        DataError: the file is no pack of records.
+    """
+    written, records = 0, out / "records"
+    for record in read_packed(packed):
+        if not (records / file_name(record.key)).exists():
+            records.mkdir(parents=True, exist_ok=True)
+            record.write(records)
+            written += 1
+    return written
+
+
+def read_packed(packed: Path) -> list[RunRecord]:
+    """Return the records of a packed file.
+
+    Raises:
+        DataError: the file is missing, damaged, or a record in it is.
+    """
+    try:
+        text = gzip.decompress(packed.read_bytes()).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{packed} is no pack of run records: {error}.", "Make one with `peftree bench pack`."
+        ) from None
+    lines = enumerate(text.splitlines(), 1)
+    return in_order(parse_record(json.loads(line), f"{packed}:{number}") for number, line in lines)

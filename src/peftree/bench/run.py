@@ -1,0 +1,296 @@
+"""Runs a suite: trials of the learning rate, then fresh seeds of the best; resumable, task by task."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from peftree import registry
+from peftree.bench.machine import free_memory
+from peftree.bench.material import Material, gather
+from peftree.bench.pool import Cell, finished, run_cells
+from peftree.bench.record import RunRecord
+from peftree.bench.suite import Entry, Suite, SuiteTask
+from peftree.errors import ConfigError, did_you_mean
+from peftree.files import atomic_write
+
+TRIAL_SEED = 10_000  # far from the seeds of final runs
+GIB = 2**30
+# What no result depends on is no part of a run's address.
+_FREE = ("eval_batch_size", "log_every", "threads", "save_every", "keep")
+# What every run imports; done once, before runs are forked.
+PRELOAD = ("peftree.bench.cell",)
+Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a suite to run; empty: all."""
+
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    def check(self, suite: Suite) -> None:
+        """Raise ConfigError for a name that the suite does not have."""
+        for given, known in ((self.tasks, suite.tasks), (self.methods, suite.methods)):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(f"The suite {suite.suite} has no '{name}'.", did_you_mean(name, known))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One task of a suite with its material, which turns entries into cells."""
+
+    suite: Suite
+    name: str
+    task: SuiteTask
+    material: Material
+    out: Path
+
+    def trials(self, entries: Sequence[str]) -> list[Cell]:
+        """Return the trials of the methods, trial by trial.
+
+        Trial t of every method of a task draws the same point of the range, and ranges differ only by
+        the methods' default rates: luck with the draw is then nobody's advantage.
+        """
+        low, high = (math.log(end) for end in self.suite.protocol.rates)
+        cells = []
+        for trial in range(self.suite.trials(self.name)):
+            times = math.exp(random.Random(f"{self.name} {trial}").uniform(low, high))
+            for entry in entries:
+                cells.append(self._cell(entry, "trial", self._rate(entry, times), TRIAL_SEED + trial))
+        return cells
+
+    def finals(self, entries: Sequence[str], tried: Sequence[RunRecord]) -> list[Cell]:
+        """Return the fresh seeds of the methods at the best of the rates `tried`, seed by seed."""
+        rates = {entry: self._chosen(entry, tried) for entry in entries}
+        seeds = range(self.suite.protocol.seeds)
+        return [self._cell(entry, "final", rates[entry], seed) for seed in seeds for entry in entries]
+
+    def _rate(self, entry: str, times: float) -> float:
+        method = registry.make(self._entry(entry).method or entry, self._entry(entry).fields)
+        return float(f"{method.tags.lr * times:.4g}")
+
+    def _entry(self, entry: str) -> Entry:
+        return self.suite.methods[entry]
+
+    def _chosen(self, entry: str, tried: Sequence[RunRecord]) -> float:
+        """Return the rate of the best trial; of equal ones, and if all diverged, the lowest."""
+        if not self.suite.protocol.trials:
+            return self._rate(entry, self._entry(entry).times)
+        method, fields = _identity(entry, self._entry(entry))
+        mine = [r for r in tried if (r.method, r.fields) == (method, fields) and r.learning_rate]
+        sign = -1.0 if self.task.facts.higher_is_better else 1.0
+        done = [(sign * r.score, r.learning_rate) for r in mine if r.score is not None and r.learning_rate]
+        if done:
+            return min(done)[1]
+        known = [r.learning_rate for r in mine if r.learning_rate]
+        return min(known) if known else self._rate(entry, 1.0)
+
+    def _cell(self, entry: str, phase: Literal["trial", "final"], rate: float, seed: int) -> Cell:
+        chosen, task, data = self._entry(entry), self.task, self.material.data
+        method = registry.make(chosen.method or entry, chosen.fields)
+        source = {"train": data.split("train"), "valid": data.split("valid"), "share": task.share}
+        source["label_noise"] = task.label_noise
+        if phase == "final":
+            source["test"] = data.split("test")
+        facts = self._facts() | {
+            "method": method.name, "branch": method.tags.branch, "fields": registry.spec(method)["fields"],
+            "learning_rate": rate, "seed": seed, "phase": phase,
+        }  # fmt: skip
+        label = f"{self.name}-{entry}-{phase}-{seed}"
+        config = task.settings | {
+            "model": self.material.model, "data": source, "task": task.task,
+            "method": {"name": method.name, "fields": chosen.fields}, "lr": rate, "seed": seed,
+            "output": str(self.out / "runs" / label), "threads": 1, "quiet": True,
+            "base_score": phase == "final" and seed == 0,
+        }  # fmt: skip
+        job: dict[str, Any] = {"facts": facts, "config": config, "records": str(self.out / "records")}
+        if phase == "final":
+            job |= self._extras()
+        seconds = task.seconds * chosen.cost * (1 + len(task.stages)) * (1.3 if phase == "final" else 1)
+        return Cell(facts, "peftree.bench.cell:work", job, seconds, task.memory * chosen.memory * GIB)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what all records of the task say."""
+        task, facts = self.task, self.task.facts
+        settings = {k: v for k, v in task.settings.items() if k not in _FREE}
+        budget: dict[str, Any] = {
+            **{str(split): size for split, size in task.data.sizes.items()},
+            **settings,
+            "weights": self.material.weights,
+        }
+        budget |= {"share": task.share} if task.share < 1 else {}
+        budget |= {"label_noise": task.label_noise} if task.label_noise else {}
+        budget |= {"stages": list(task.stages)} if task.stages else {}
+        return {
+            "suite": self.suite.suite, "suite_hash": self.suite.hash, "task": self.name, "dataset": task.dataset,
+            "data": self.material.sha256, "model": task.model, "modality": facts.modality, "kind": facts.kind,
+            "metric": facts.metric, "higher_is_better": facts.higher_is_better,
+            "aggregate": facts.aggregate, "budget": budget,
+        }  # fmt: skip
+
+    def _extras(self) -> dict[str, Any]:
+        material = self.material
+        general = material.general
+
+        def data(name: str) -> dict[str, dict[str, str]]:
+            found = material.shifted if name == "shifted" else material.stages
+            splits = ("test",) if name == "shifted" else ("train", "valid", "test")
+            return {key: {split: files.split(split) for split in splits} for key, files in found.items()}
+
+        return {
+            "probes": self.task.probes, "shifted": data("shifted"), "stages": data("stages"),
+            "general": general.split("train") if general else None,
+        }  # fmt: skip
+
+
+def check_methods(suite: Suite) -> None:
+    """Raise ConfigError or MethodError for an entry with an unknown method, field or value."""
+    for name, entry in suite.methods.items():
+        registry.make(entry.method or name, entry.fields)
+
+
+def run_suite(
+    suite: Suite,
+    out: Path,
+    *,
+    choice: Choice | None = None,
+    runner: Runner | None = None,
+    workers: int = 0,
+    console: Console | None = None,
+) -> list[RunRecord]:
+    """Run what is missing of a suite; return all records of what was chosen, trials first, task by task.
+
+    The records go to ``out/records``; ``out/suite.json`` keeps the suite as it was run.
+
+    Args:
+        suite: what to run.
+        out: is made.
+        choice: a part of it.
+        runner: does cells, given the folder of records and the seconds expected after them; none: processes
+            of this machine.
+        workers: processes at a time; 0: two, or as many as there are cores.
+        console: where lines and the bar go.
+
+    Raises:
+        ConfigError, MethodError: the suite or the choice names something unknown, before any run.
+        AssetError, DataError: material is missing or is not what the suite was made for.
+    """
+    choice, out = choice or Choice(), out.absolute()
+    choice.check(suite)
+    check_methods(suite)
+    names = [name for name in suite.tasks if not choice.tasks or name in choice.tasks]
+    records = out / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "suite.json", suite.model_dump_json(indent=1) + "\n")
+    do = runner or _here(workers or min(2, os.cpu_count() or 1), console)
+    material = {name: gather(suite.tasks[name]) for name in names}
+    found: list[RunRecord] = []
+    expected = {name: _expected(suite, name) for name in names}
+    for number, name in enumerate(names):
+        planned = Planned(suite, name, suite.tasks[name], material[name], out)
+        entries = [e for e, _ in suite.entries(name) if not choice.methods or e in choice.methods]
+        later = sum(expected[other] for other in names[number + 1 :])
+        trials = planned.trials(entries)
+        tried = do(trials, records, later + expected[name] * suite.protocol.seeds / max(suite.runs(name), 1))
+        found += tried
+        found += do(planned.finals(entries, tried or _tuned(suite, name, found)), records, later)
+    return found
+
+
+def _identity(name: str, entry: Entry) -> tuple[str, dict[str, Any]]:
+    """Return the method's name and all its fields, as records hold them."""
+    method = registry.make(entry.method or name, entry.fields)
+    return method.name, registry.spec(method)["fields"]
+
+
+def _tuned(suite: Suite, name: str, found: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the trials of the task that `name` takes its rates from."""
+    other = suite.tasks[name].tuned_on
+    tried = [r for r in found if r.task == other and r.phase == "trial"]
+    if other and suite.protocol.trials and not tried:
+        raise ConfigError(f"{name} takes its rates from {other}, which was not run.", f"Run --task {other} too.")
+    return tried
+
+
+def _expected(suite: Suite, name: str) -> float:
+    return suite.runs(name) * suite.tasks[name].seconds
+
+
+def _here(workers: int, console: Console | None) -> Runner:
+    def run(cells: Sequence[Cell], records: Path, later: float) -> list[RunRecord]:
+        return run_cells(
+            cells, records, workers=workers, preload=PRELOAD, console=console, later=later, memory=free_memory()
+        )
+
+    return run
+
+
+@dataclass(frozen=True)
+class State:
+    """How far one method is on one task."""
+
+    task: str
+    method: str
+    trials: int
+    trials_wanted: int
+    finals: int
+    finals_wanted: int
+    failed: int
+    diverged: int
+    inapplicable: int
+
+    @property
+    def missing(self) -> int:
+        """How many runs are still to do."""
+        return self.trials_wanted + self.finals_wanted - self.trials - self.finals
+
+
+def states(suite: Suite, records: Sequence[RunRecord]) -> list[State]:
+    """Return the state of every method on every task, from the records that exist.
+
+    Records of other data, models, settings or fields than the suite names now do not count.
+    """
+    out = []
+    for name in suite.tasks:
+        for entry, chosen in suite.entries(name):
+            method, fields = _identity(entry, chosen)
+            mine = [r for r in records if (r.suite, r.task, r.method) == (suite.suite, name, method)]
+            mine = [r for r in mine if r.fields == fields]
+            done = [r for r in mine if r.settled]
+            count = {status: sum(r.status == status for r in mine) for status in ("diverged", "inapplicable")}
+            out.append(
+                State(
+                    name, entry,
+                    min(sum(r.phase == "trial" for r in done), suite.trials(name)), suite.trials(name),
+                    min(sum(r.phase == "final" for r in done), suite.protocol.seeds), suite.protocol.seeds,
+                    sum(not r.settled for r in mine), **count,
+                )
+            )  # fmt: skip
+    return out
+
+
+def missing_cells(cells: Sequence[Cell], records: Path) -> Iterator[Cell]:
+    """Yield the cells that have no settled record yet."""
+    return (cell for cell in cells if finished(cell, records) is None)
+
+
+def seconds_left(suite: Suite, found: Sequence[State], pace: Mapping[str, float]) -> float:
+    """Return the processor seconds that the missing runs will take, from the pace of those that are done.
+
+    Args:
+        suite: the suite.
+        found: its states.
+        pace: seconds of a run by task, as measured; tasks that are not in it go by the suite's estimate.
+    """
+    costs = {name: entry.cost for name, entry in suite.methods.items()}
+    return sum(s.missing * costs[s.method] * pace.get(s.task, suite.tasks[s.task].seconds) for s in found)

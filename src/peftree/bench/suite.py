@@ -1,0 +1,241 @@
+"""A suite: which methods on which tasks under which protocol, read from a YAML file and hashed. Imports no torch.
+
+The file is the pre-registration: its hash goes into every record, and what defines a run (data, model,
+settings, fields, rate, seed) is the run's address, so an edited suite never mixes with what was run before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from peftree.errors import ConfigError, did_you_mean
+from peftree.evaluate.settings import check as check_probes
+from peftree.strict import read_yaml
+from peftree.train.config import RunConfig
+from peftree.train.facts import FACTS, TaskFacts
+
+SUITES = Path(__file__).with_name("suites")
+DECADES = 2.5  # the least width of a search for the learning rate
+NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+# A suite decides these itself, for every run alike.
+OWN = ("model", "data", "task", "method", "adapter", "output", "lr", "seed", "resume", "quiet", "base_score")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Strict):
+    """Where rows come from: a packaged data set, or files of one's own."""
+
+    source: str = Field("files", description="a packaged data set, or 'files'")
+    path: str | None = Field(None, description="with 'files': a folder that holds the splits, or one file")
+    options: dict[str, Any] = Field(default_factory=dict, description="what the packaged data set takes")
+    sizes: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description="rows of each split")
+    seed: int = Field(0, ge=0, description="which rows are drawn")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="of the files; other data are refused")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.source == "files") != (self.path is not None):
+            raise ValueError("give either a packaged source, or source: files and its path")
+        return self
+
+
+class Entry(_Strict):
+    """A method in a suite; several entries may be one method with other fields."""
+
+    method: str = Field("", description="the method's name; none: the entry's")
+    fields: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the defaults")
+    times: float = Field(1.0, gt=0, description="without trials: learning rate over the method's default")
+    cost: float = Field(1.0, gt=0, description="time of a run over the task's usual, for estimates")
+    memory: float = Field(1.0, gt=0, description="peak memory over the task's usual, for estimates")
+
+
+class SuiteTask(_Strict):
+    """A task: model, data, and the same budget for every method."""
+
+    task: str = Field(description="the kind of task, as in `RunConfig`")
+    model: str = Field(description="a packaged model, a folder, or a hub name")
+    dataset: str = Field(description="what the data are, for people")
+    data: Source
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of `RunConfig`")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training rows")
+    label_noise: float = Field(0.0, ge=0, le=1, description="share of wrong training labels")
+    tuned_on: str = Field("", description="take the learning rates found on this task")
+    shifted: dict[str, Source] = Field(default_factory=dict, description="other test sets, scored by final runs")
+    stages: dict[str, Source] = Field(default_factory=dict, description="data to go on training with, one by one")
+    general: Source | None = Field(None, description="held-out general rows for the probe 'retention'")
+    probes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what final runs are probed for")
+    methods: tuple[str, ...] = Field((), description="entries to run; none: all of the suite")
+    seconds: float = Field(20.0, gt=0, description="how long a usual run takes")
+    memory: float = Field(1.0, gt=0, description="GiB that a usual run takes")
+
+    @property
+    def facts(self) -> TaskFacts:
+        """Modality, kind and metric."""
+        return FACTS[self.task]
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in FACTS:
+            raise ValueError(f"there is no task '{value}'. {did_you_mean(value, FACTS)}")
+        return value
+
+    @field_validator("settings")
+    @classmethod
+    def _settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(set(value) & set(OWN))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be set here: the suite decides it for every run")
+        try:
+            RunConfig.model_validate({**value, "model": "x", "data": "x"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            hint = did_you_mean(key, RunConfig.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+            raise ValueError(f"{key}: {hint}") from None
+        return value
+
+    @field_validator("probes")
+    @classmethod
+    def _probes(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        check_probes(value)
+        return value
+
+
+class Protocol(_Strict):
+    """How fair the comparison is."""
+
+    trials: int = Field(ge=0, le=1000, description="random learning rates tried by every method on every task")
+    seeds: int = Field(ge=1, le=100, description="fresh seeds of the chosen rate")
+    rates: tuple[float, float] = Field((0.1, 100.0), description="range of the search, over a method's default rate")
+
+    @model_validator(mode="after")
+    def _wide(self) -> Self:
+        low, high = self.rates
+        if not 0 < low < high or math.log10(high / low) < DECADES - 1e-9:
+            raise ValueError(f"rates: {low:g} to {high:g} is not {DECADES:g} decades wide")
+        return self
+
+
+class Suite(_Strict):
+    """A whole suite."""
+
+    suite: str = Field(pattern=NAME)
+    version: int = Field(ge=1)
+    tier: Literal["smoke", "small", "full"]
+    title: str
+    protocol: Protocol
+    methods: dict[str, Entry]
+    tasks: dict[str, SuiteTask]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name, task in self.tasks.items():
+            for entry in task.methods:
+                if entry not in self.methods:
+                    raise ValueError(f"tasks.{name}.methods: {did_you_mean(entry, self.methods)}")
+            other = self.tasks.get(task.tuned_on)
+            if task.tuned_on and (other is None or other.tuned_on):
+                raise ValueError(f"tasks.{name}.tuned_on: '{task.tuned_on}' is no task with trials of its own")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what the suite says, estimates of time and memory left out."""
+        plain = self.model_dump(mode="json")
+        for entry in (*plain["methods"].values(), *plain["tasks"].values()):
+            for estimate in ("seconds", "memory", "cost"):
+                entry.pop(estimate, None)
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def entries(self, task: str) -> Iterator[tuple[str, Entry]]:
+        """Yield name and entry of the methods of a task."""
+        for name, entry in self.methods.items():
+            if not self.tasks[task].methods or name in self.tasks[task].methods:
+                yield name, entry
+
+    def trials(self, task: str) -> int:
+        """Return how many trials each method gets on a task."""
+        return 0 if self.tasks[task].tuned_on else self.protocol.trials
+
+    def runs(self, task: str) -> int:
+        """Return how many runs a task takes in all."""
+        return sum(1 for _ in self.entries(task)) * (self.trials(task) + self.protocol.seeds)
+
+
+def known_suites() -> dict[str, Path]:
+    """Return the suites that come with the package, by name."""
+    return {path.stem: path for path in sorted(SUITES.glob("*.yaml"))}
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Read a suite by its name or from a file.
+
+    A task with `like: OTHER` starts as a copy of that one; what it says itself replaces or, in
+    mappings, adds to it. Its shifted sets, stages and probes are its own.
+
+    Raises:
+        ConfigError: no such suite, or a key or value in it is wrong: named, with file and line.
+    """
+    known = known_suites()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        raise ConfigError(f"There is no suite '{name}'.", did_you_mean(str(name), known) + " Or name a file.")
+    lines: dict[str, str] = {}
+    tree = read_yaml(path, lines)
+    tasks = tree.get("tasks")
+    if isinstance(tasks, Mapping):
+        tree["tasks"] = {key: _grown(key, tasks, lines) for key in tasks}
+    try:
+        return Suite.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*_explain(error, lines, path)) from None
+
+
+def _grown(name: str, tasks: Mapping[str, Any], lines: Mapping[str, str]) -> Any:
+    own = tasks[name]
+    if not isinstance(own, Mapping) or "like" not in own:
+        return own
+    other = tasks.get(own["like"])
+    if not isinstance(other, Mapping) or "like" in other:
+        where = lines.get(f"tasks.{name}.like", name)
+        raise ConfigError(f"{where}: like: '{own['like']}' is no task to start from.", did_you_mean(own["like"], tasks))
+    inherited = {k: v for k, v in other.items() if k not in ("shifted", "stages", "probes", "general", "tuned_on")}
+    merged = {**inherited, **{k: v for k, v in own.items() if k != "like"}}
+    for key in ("data", "settings"):
+        if isinstance(own.get(key), Mapping) and isinstance(inherited.get(key), Mapping):
+            merged[key] = {**inherited[key], **own[key]}
+    return merged
+
+
+def _explain(error: ValidationError, lines: Mapping[str, str], path: Path) -> tuple[str, str]:
+    # A misspelt key is also a missing one: the former says more.
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    loc = [str(part) for part in first["loc"]]
+    places = (lines.get(".".join(loc[:n])) for n in range(len(loc), 0, -1))
+    where = next((place for place in places if place), str(path))
+    what = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if first["type"] == "extra_forbidden":
+        model: type[BaseModel] = {0: Suite, 1: Suite}.get(len(loc) - 1, SuiteTask)
+        special: dict[str, type[BaseModel]] = {
+            "data": Source,
+            "general": Source,
+            "shifted": Source,
+            "stages": Source,
+            "protocol": Protocol,
+        }
+        model = next((special[part] for part in reversed(loc[:-1]) if part in special), model)
+        model = Entry if loc[0] == "methods" else model
+        return f"{where}: {'.'.join(loc)}: is no key here.", did_you_mean(loc[-1], model.model_fields, "Keys")
+    return f"{where}: {'.'.join(loc) or 'suite'}: {what}.", "Correct the suite."

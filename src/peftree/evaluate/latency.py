@@ -1,0 +1,107 @@
+"""Latency: time of a forward pass with the adapter on, off, and merged, interleaved."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftree.adapter import disabled
+from peftree.compose import merge, unmerge
+from peftree.errors import MergeError
+from peftree.evaluate.quality import evaluating
+from peftree.evaluate.settings import Latency
+from peftree.evaluate.subject import Result, Subject, inputs, not_measured
+
+Batch = Mapping[str, Any]
+_LEAST = 3
+
+
+def latency(subject: Subject, settings: Latency) -> Result:
+    """Time forward passes of the first row and of the first batch of the test rows, in eval mode, without labels.
+
+    Every round runs all states once, in rotated order, after one pass that is not counted; ratios are taken within a
+    round, so that a machine that slows down slows both sides. Merging and unmerging are not timed.
+
+    Returns:
+        `unit`; for one row `off`, `on`, `merged` (median milliseconds), `on_ratio`, `merged_ratio` (median of the
+        time over that of the same round with the adapter off); `batch`: the same with `rows`; `rounds`, `threads`;
+        `why_not_merged` in place of the merged figures, for methods that cannot be folded into the weights.
+    """
+    if not subject.rows:
+        return not_measured("There are no test rows.")
+    model = subject.model
+    one, many = (inputs(next(iter(subject.batches(subject.rows[:n])))) for n in (1, settings.batch))
+    names, why = ["off", "on"], ""
+    try:
+        with _state(model, "merged"):
+            names.append("merged")
+    except MergeError as error:
+        why = error.what
+    seconds = _rounds(model, {"one": one, "batch": many}, names, settings)
+    rows = next(v.shape[0] for v in many.values() if isinstance(v, torch.Tensor) and v.dim())
+    out: Result = {"unit": "ms", **_figures(seconds["one"]), "batch": {**_figures(seconds["batch"]), "rows": rows}}
+    out |= {"rounds": len(seconds["one"]["off"]), "threads": torch.get_num_threads()}
+    return out | ({"why_not_merged": why} if why else {})
+
+
+@contextlib.contextmanager
+def _state(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the adapter of `model` is off, on or merged."""
+    if name == "off":
+        with disabled(model):
+            yield
+    elif name == "merged":
+        merge(model)
+        try:
+            yield
+        finally:
+            unmerge(model)
+    else:
+        yield
+
+
+def _rounds(
+    model: nn.Module, batches: Mapping[str, Batch], names: list[str], settings: Latency
+) -> dict[str, dict[str, list[float]]]:
+    """Return seconds by batch and state, one number a round."""
+    seconds: dict[str, dict[str, list[float]]] = {b: {n: [] for n in names} for b in batches}
+    end = time.monotonic() + settings.seconds
+    for turn in range(settings.rounds):
+        if turn >= _LEAST and time.monotonic() > end:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            with _state(model, name), evaluating(model):
+                model(**batches["one"])  # fills caches after the change of state
+                for key, batch in batches.items():
+                    seconds[key][name].append(_seconds(model, batch))
+    return seconds
+
+
+def _seconds(model: nn.Module, batch: Batch) -> float:
+    device = next(model.parameters()).device
+    _wait(device)
+    start = time.perf_counter()
+    model(**batch)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for work that the device does on its own."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _figures(seconds: Mapping[str, list[float]]) -> Result:
+    out: Result = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    for name in seconds.keys() - {"off"}:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["off"], strict=True)]
+        out[f"{name}_ratio"] = statistics.median(ratios)
+    return out

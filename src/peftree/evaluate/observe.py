@@ -1,0 +1,162 @@
+"""What an adapter does while the model runs: layers switched off one by one, the load of routers, gates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftree.adapter import Adapter
+from peftree.deltas import Attend, Delta, TokenRouter
+from peftree.deltas.combine import GatedMemory, GatedOutput
+from peftree.evaluate.quality import evaluating
+from peftree.evaluate.spectra import layer_name
+from peftree.evaluate.subject import Result, Row, Subject, inputs, not_measured, real_tokens, some
+
+
+@contextlib.contextmanager
+def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
+    """Inside, these deltas of the active adapter do nothing; no tensor is touched."""
+    graft = adapter.graft
+    names, off = graft.shared.active, {id(d) for d in deltas}
+    hubs = [hub for _, _, hub in graft.hubs()]
+    try:
+        for hub in hubs:
+            whole = hub.program(names)
+            verbs: dict[str, Any] = {
+                verb: [(s, d) for s, d in getattr(whole, verb) if id(d) not in off]
+                for verb in ("reweights", "rewrites", "attends", "prepends", "sides")
+            }
+            single = None if whole.single is None or id(whole.single) in off else whole.single
+            hub.programs[names] = replace(whole, **verbs, single=single)
+        yield
+    finally:
+        for hub in hubs:
+            hub.programs.clear()  # compiled anew when asked for
+
+
+def knockout(subject: Subject, layers: int, limit: int) -> Result:
+    """Score the model with the deltas of one layer switched off, for evenly spread layers that have any.
+
+    Returns:
+        `knockout`: layer -> score without its deltas minus the score with all, in units of the metric; what lies in
+        no layer (virtual tokens, side networks, embeddings) counts as one under its role; the task head stays.
+        `knockout_score`: with all; `knockout_items`, `knockout_of`: rows scored, and how many layers have deltas.
+    """
+    inner = [(s, d) for _, s, d in subject.adapter.entries if s.role != "head"]
+    towers = len({s.tower for s, _ in inner}) > 1
+    groups: dict[str, list[Delta]] = {}
+    for site, delta in inner:
+        groups.setdefault(layer_name(site, towers), []).append(delta)
+    rows = [row for _, row in some(subject.rows, limit)]
+    if not groups or not rows:
+        why = "The adapter has no delta but the task head." if rows else "There are no test rows."
+        return {"knockout": not_measured(why)}
+    whole = subject.score(rows).score
+    change = {}
+    for _, name in some(list(groups), layers):
+        with without(subject.adapter, groups[name]):
+            change[name] = subject.score(rows).score - whole
+    return {"knockout": change, "knockout_score": whole, "knockout_items": len(rows), "knockout_of": len(groups)}
+
+
+def routing(subject: Subject, rows: Sequence[Row]) -> Result:
+    """Watch the token routers of a mixture on real tokens.
+
+    Returns:
+        Means over the routers: `load`: share of tokens whose first choice is each expert, largest first (experts of
+        different routers have no common order); `balance`: `N sum_e f_e P_e`, 1 if even, N if one expert gets all;
+        `entropy`: of the mean probabilities over `log N`, 1 if even; `confidence`: mean largest probability of a
+        token; `experts`, `routers`.
+    """
+    routers = [m for m in _modules(subject.adapter) if isinstance(m, TokenRouter)]
+    if not routers:
+        return not_measured(f"{subject.adapter.method.name} routes no tokens.")
+    found = [np.concatenate(p) for p in _watched(subject, rows, routers) if p]
+    figures = [_load(p) for p in found]
+    loads = [f.pop("load") for f in figures]
+    widths = {len(load) for load in loads}
+    means: Result = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+    if len(widths) == 1:
+        means["load"] = np.mean(loads, 0).tolist()
+    return means | {"experts": max(widths), "routers": len(found)}
+
+
+def _load(p: Any) -> dict[str, Any]:
+    """Return the figures of one router from its probabilities `[tokens, experts]`."""
+    experts = p.shape[1]
+    first = np.bincount(p.argmax(1), minlength=experts) / len(p)
+    mean = p.mean(0)
+    entropy = -(mean * np.log(np.maximum(mean, 1e-300))).sum()
+    return {
+        "load": np.sort(first)[::-1],
+        "balance": float(experts * (first * mean).sum()),
+        "entropy": float(entropy / np.log(experts)) if experts > 1 else 1.0,
+        "confidence": float(p.max(1).mean()),
+    }
+
+
+def gates(subject: Subject, rows: Sequence[Row]) -> Result:
+    """Watch the gates of a hybrid, and read those of attention memories.
+
+    Returns:
+        Part -> mean gate, `low` and `high` (the least and largest mean of a place), and `places`. Gates of a hybrid
+        lie in 0..1 and are means over the rows; a memory's gate is a learned factor, taken absolute.
+    """
+    parts = subject.adapter.method.parts()
+    found: dict[str, list[float]] = {}
+    gated: list[tuple[str, nn.Module]] = []
+    for key, delta in subject.adapter.deltas.items():
+        number = key.rsplit("/", 1)[-1].partition("_")[0].removeprefix("p")
+        part = parts[int(number)].name if len(parts) > 1 and number.isdecimal() else subject.adapter.method.name
+        if isinstance(delta, GatedOutput):
+            gated.append((part, delta.gate))
+        elif isinstance(delta, GatedMemory):
+            gated.append((part, delta.gate_net))
+        elif isinstance(delta, Attend) and (factor := delta.gate()) is not None:
+            found.setdefault(part, []).append(float(factor.detach().abs().mean()))
+    if gated:
+        for (part, _), values in zip(gated, _watched(subject, rows, [m for _, m in gated]), strict=True):
+            found.setdefault(part, []).append(float(np.concatenate(values).mean()))
+    if not found:
+        return not_measured(f"{subject.adapter.method.name} has no gates.")
+    return {
+        part: {"mean": float(np.mean(v)), "low": min(v), "high": max(v), "places": len(v)} for part, v in found.items()
+    }
+
+
+def _modules(adapter: Adapter) -> list[nn.Module]:
+    """Return every module inside the adapter's deltas, each once."""
+    return list({id(m): m for d in adapter.deltas.values() for m in d.modules()}.values())
+
+
+def _watched(subject: Subject, rows: Sequence[Row], modules: Sequence[nn.Module]) -> list[list[Any]]:
+    """Run `rows` and return for each module its outputs as `[tokens or rows, ...]` arrays, padding left out."""
+    out: list[list[Any]] = [[] for _ in modules]
+    batch: dict[str, Any] = {}
+
+    def watch(column: list[Any]) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, value: Tensor) -> None:
+            if value.dim() == 3:
+                mask = real_tokens(batch, (value.shape[0], value.shape[1]))
+                value = value.flatten(0, 1) if mask is None else value[mask]
+            column.append(value.double().cpu().numpy())
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(column)) for m, column in zip(modules, out, strict=True)]
+    try:
+        with evaluating(subject.model), torch.random.fork_rng(devices=[]):
+            for current in subject.batches(rows):
+                batch.clear()
+                batch.update(current)
+                subject.model(**inputs(current))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return out

@@ -1,0 +1,80 @@
+"""What every probe looks at: a finished run, open, with its rows; and what a probe gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+from torch import Tensor, nn
+
+from peftree.adapter import Adapter
+from peftree.evaluate.quality import Scores
+
+T = TypeVar("T")
+Result = dict[str, Any]
+"""Plain JSON of finite numbers."""
+
+
+class Row(Protocol):
+    """One row of a task; a named tuple such as `train.data.Example` is one."""
+
+    @property
+    def source(self) -> str:
+        """A text, a prompt, or the path of an image."""
+
+    @property
+    def target(self) -> str:
+        """A label, a completion, or a number as text."""
+
+    def _replace(self, *, source: str = ..., target: str = ...) -> Self: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished run, open.
+
+    Attributes:
+        model: the base model with its adapter on; in training or eval mode.
+        adapter: the only adapter that is on.
+        task: as `text-classification`.
+        rows: the test rows.
+        score: scores the model as it stands on rows.
+        batches: rows as batches with labels, on the model's device.
+        general: held-out general data for retention, rows or (for language models) texts; may be empty.
+        seed: the run's seed. No probe draws from it: every method and seed is probed with the same noise.
+        folder: scratch space; runs that share it share their corrupted images.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    task: str
+    rows: Sequence[Row]
+    score: Callable[[Sequence[Row]], Scores]
+    batches: Callable[[Sequence[Row]], Iterable[Mapping[str, Any]]]
+    general: Sequence[Any]
+    seed: int
+    folder: Path
+
+
+def not_measured(reason: str) -> Result:
+    """Return the result of a probe that cannot be done, with one sentence that says why."""
+    return {"not measured": reason}
+
+
+def some(rows: Sequence[T], limit: int) -> list[tuple[int, T]]:
+    """Return at most `limit` of `rows` (0: all), evenly spread, each with its index: rows may be sorted by class."""
+    count = len(rows) if limit == 0 else min(limit, len(rows))
+    return [(i * len(rows) // count, rows[i * len(rows) // count]) for i in range(count)]
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch without its labels: what a model sees when it is used."""
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def real_tokens(batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Return where states of `shape` (rows, tokens) are no padding, bool; None if they are not the batch's tokens."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and tuple(mask.shape) == shape else None

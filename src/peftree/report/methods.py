@@ -1,0 +1,47 @@
+"""One section a method: its results on every task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftree.report import tables, text
+from peftree.report.data import BRANCHES, Report, Row, Task
+from peftree.report.table import Cell, Head, Line, Table
+
+# Of the results table; the first column is the task here.
+SHOWN = ("score", "difference", "verdict", "relative", "trainable", "peak")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A method with its table: a line for each task and setting, or why it has none."""
+
+    method: str
+    branch: str
+    table: Table
+
+
+def sections(report: Report) -> list[Section]:
+    """Return the methods in the order of the taxonomy, each with its results on every task."""
+    found: dict[str, list[tuple[Task, Row]]] = {}
+    for task in report.tasks:
+        for row in task.rows:
+            found.setdefault(row.method, []).append((task, row))
+    order = sorted(found, key=lambda method: (BRANCHES.index(found[method][0][1].branch), method))
+    return [Section(method, found[method][0][1].branch, _table(method, found[method])) for method in order]
+
+
+def _table(method: str, rows: list[tuple[Task, Row]]) -> Table:
+    columns = [column for column in tables.COLUMNS if column.name in SHOWN]
+    heads = [Head("Task", numeric=False), *(Head(c.title, c.meaning, c.numeric, c.name) for c in columns)]
+    lines = []
+    for task, row in rows:
+        first = Cell(task.name, row.label if row.label != method else task.metric, task.name, href=f"#{task.anchor}")
+        cells = [_bare(column.cell(task, row)) for column in columns]
+        lines.append(Line((first, *cells)))
+    caption = f"{method}: {text.plural(len(rows), 'result')}. The runs of each are listed under its task in Records."
+    return Table(tables.method_anchor(method), method, caption, tuple(heads), tuple(lines))
+
+
+def _bare(cell: Cell) -> Cell:
+    return Cell(cell.main, cell.sub, cell.key, cell.css)

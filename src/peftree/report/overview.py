@@ -1,0 +1,47 @@
+"""One suite over all of its tasks: mean ranks and what does not allow them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peftree.bench.ranks import Ranks, mean_ranks
+from peftree.report.data import Overview, Task
+from peftree.report.text import join, plural
+
+
+def overviews(tasks: Sequence[Task]) -> tuple[Overview, ...]:
+    """Return an overview of each suite with two tasks or more: tiers are never mixed in one table."""
+    by_suite: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_suite.setdefault(task.suite, []).append(task)
+    return tuple(_one(suite, several) for suite, several in by_suite.items() if len(several) > 1)
+
+
+def _one(suite: str, tasks: Sequence[Task]) -> Overview:
+    labels = list(dict.fromkeys(row.label for task in tasks for row in task.rows))
+    everywhere = [label for label in labels if all(_score(task, label) is not None for task in tasks)]
+    notes = []
+    ranks: Ranks | None = None
+    if len(everywhere) > 1:
+        ranks = mean_ranks({label: [_score(task, label) or 0.0 for task in tasks] for label in everywhere})
+    rest = [label for label in labels if label not in everywhere]
+    if rest and ranks:
+        shown = join(rest) if len(rest) <= 8 else f"{join(rest[:7])} and {len(rest) - 7} more"
+        notes.append(f"Not ranked, because without a score on some task: {shown}.")
+    data = {(task.dataset, task.model) for task in tasks}
+    if len(data) < len(tasks):
+        notes.append(
+            f"The {len(tasks)} tasks use {plural(len(data), 'pair')} of data set and model; tasks that "
+            "share them are not independent, so the ranks' test sees more evidence than there is."
+        )
+    order = {label: place for place, label in enumerate(ranks.names)} if ranks else {}
+    labels.sort(key=lambda label: (order.get(label, len(order)), label))
+    return Overview(suite, tuple(task.anchor for task in tasks), tuple(labels), ranks, tuple(notes))
+
+
+def _score(task: Task, label: str) -> float | None:
+    """Return the score, turned so that higher is better."""
+    row = task.row(label)
+    if row is None or row.score is None:
+        return None
+    return row.score.value if task.higher_is_better else -row.score.value

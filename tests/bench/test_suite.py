@@ -1,0 +1,108 @@
+"""Suites: read strictly, hashed, and every wrong word named with its line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftree.bench.suite import known_suites, load_suite
+from peftree.errors import ConfigError
+
+GOOD = """\
+suite: mine
+version: 1
+tier: smoke
+title: Mine
+protocol: {trials: 2, seeds: 3, rates: [0.1, 100]}
+methods:
+  full: {cost: 2}
+  lora: {}
+  wide: {method: lora, fields: {r: 32}}
+tasks:
+  reviews:
+    task: text-classification
+    model: minilm-l6
+    dataset: reviews
+    data: {source: movies, sizes: {train: 20, valid: 10, test: 10}}
+    settings: {steps: 4, max_length: 16}
+    probes: {calibration: {}}
+  fewer:
+    like: reviews
+    share: 0.1
+    tuned_on: reviews
+    settings: {steps: 2}
+    methods: [lora]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", known_suites())
+def test_every_suite_of_the_package_reads(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.suite == name
+    assert len(suite.hash) == 64
+    assert {"full", "head_only"} <= set(suite.methods), "the protocol compares with both"
+
+
+def test_like_copies_and_adds(tmp_path: Path) -> None:
+    suite = load_suite(write(tmp_path, GOOD))
+    fewer = suite.tasks["fewer"]
+    assert fewer.settings == {"steps": 2, "max_length": 16}
+    assert fewer.data == suite.tasks["reviews"].data
+    assert fewer.probes == {}
+    assert [suite.runs(task) for task in suite.tasks] == [3 * (2 + 3), 1 * (0 + 3)]
+    assert fewer.facts.metric == "accuracy"
+
+
+def test_the_hash_is_of_what_the_suite_says(tmp_path: Path) -> None:
+    first = load_suite(write(tmp_path, GOOD)).hash
+    assert load_suite(write(tmp_path, "# a comment\n" + GOOD.replace("cost: 2", "cost: 3"))).hash == first
+    assert load_suite(write(tmp_path, GOOD.replace("seeds: 3", "seeds: 4"))).hash != first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("title: Mine", "titel: Mine", ["mine.yaml:4", "titel", "Did you mean 'title'"]),
+        ("seeds: 3", "seeds: 0", ["mine.yaml:5", "protocol.seeds"]),
+        ("seeds: 3", "sedes: 3", ["mine.yaml:5", "Did you mean 'seeds'"]),
+        ("[0.1, 100]", "[0.1, 10]", ["mine.yaml:5", "2.5 decades"]),
+        ("trials: 2", "trials: many", ["mine.yaml:5", "protocol.trials"]),
+        ("task: text-classification", "task: text-clasification", ["Did you mean 'text-classification'"]),
+        ("{steps: 4, max_length: 16}", "{steps: 4, lr: 0.1}", ["mine.yaml:16", "lr cannot be set here"]),
+        ("{steps: 4, max_length: 16}", "{stepps: 4}", ["mine.yaml:16", "stepps"]),
+        ("{calibration: {}}", "{calibratoin: {}}", ["mine.yaml:17", "calibration"]),
+        ("{calibration: {}}", "{calibration: {bins: 0}}", ["mine.yaml:17", "bins"]),
+        ("methods: [lora]", "methods: [lroa]", ["Did you mean 'lora'"]),
+        ("tuned_on: reviews", "tuned_on: fewer", ["tuned_on", "fewer"]),
+        ("like: reviews", "like: revues", ["mine.yaml:19", "Did you mean 'reviews'"]),
+        ("{source: movies,", "{path: x, source: movies,", ["mine.yaml:15", "source"]),
+        ("test: 10}}", "tset: 10}}", ["mine.yaml:15"]),
+        ("version: 1", "version: 1\nversion: 2", ["mine.yaml:3", "twice"]),
+        ("cost: 2", "cots: 2", ["mine.yaml:7", "Did you mean 'cost'"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError) as error:
+        load_suite(write(tmp_path, GOOD.replace(old, new, 1)))
+    assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+def test_no_such_suite() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'smoke'"):
+        load_suite("smoek")
+
+
+def test_reading_a_suite_does_not_bring_torch() -> None:
+    code = "import sys; from peftree.bench.suite import load_suite; load_suite('smoke'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
