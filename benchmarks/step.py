@@ -232,7 +232,9 @@ def markdown(result: dict[str, Any]) -> str:
         "# Step time and memory beside Hugging Face PEFT", "",
         "Written by `make bench-step`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
         f"8 x 128 tokens, float32, AdamW, {result['rounds']} rounds. Ratios: peftree / PEFT; below 1 is less.", "",
-        "Noise: PEFT's model beside a second copy of itself, in the same rounds.", "",
+        "Noise: PEFT's model beside a second copy of itself, in the same rounds; a ratio within its quartiles is no "
+        "difference shown. `smol` and `bert` are bodies of few layers; `whole` is all of SmolLM2-135M with its head "
+        "of 49,152 words, on which most of a step is spent, and which no adapter changes.", "",
         "| shape | method | trainable (ours, PEFT) | CPU time | quartiles | noise | quartiles | saved for backward "
         "| allocator peak |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -424,6 +424,9 @@ def test_real_data(tmp_path: Path) -> None:
     check_demo_data(tmp_path, {"train": 300, "valid": 50, "test": 100})
 
 
+JOINTS = {"text_projection", "visual_projection", "multi_modal_projector"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.MODELS)
 def test_real_model(name: str) -> None:
@@ -433,7 +436,9 @@ def test_real_model(name: str) -> None:
     folder = models.model_folder(name, quiet=True)
     kind = getattr(transformers, str(models.describe(name)["architecture"]))
     model, report = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()) and model.dtype == torch.float32
+    new = set(getattr(model.config, "fresh_modules", ()))
+    assert all(new & set(key.split(".")) for keys in report.values() for key in keys) and model.dtype == torch.float32
+    assert new == {part for key in report["missing_keys"] for part in key.split(".")} & JOINTS
     assert sum(p.numel() for p in model.parameters()) == models.describe(name)["parameters"]
     if name.startswith("dinov2"):
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
@@ -441,6 +446,10 @@ def test_real_model(name: str) -> None:
         assert pixels.shape == (1, 3, 224, 224) and model(pixels)[0].isfinite().all()
         return
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if new:
+        assert "<image>" in tokenizer.get_vocab() or "llava" not in name
+        assert "peftree" not in (folder / "config.json").read_text()  # the cache's place
+        return
     if name == "minilm-l6":
         texts = ["A man plays a guitar.", "Someone performs music.", "Stocks fell on Monday."]
         batch = tokenizer(texts, padding=True, return_tensors="pt")

@@ -92,6 +92,7 @@ def test_final_runs_are_probed(found: list[RunRecord]) -> None:
     assert final.probes["energy"]
     assert final.gradient_bytes == 4 * (final.trainable_parameters or 0)
     assert (final.optimizer_bytes or 0) >= 2 * (final.gradient_bytes or 0)
+    assert (final.allocator_peak_bytes or 0) > (final.saved_for_backward_bytes or 0) > 0
     assert final.throughput
     assert final.throughput_unit == "tokens/s"
     trial = next(r for r in found if r.phase == "trial" and r.status == "ok")
@@ -104,7 +105,7 @@ def test_a_sequence_scores_every_test_set_after_every_stage(found: list[RunRecor
         assert probe["tasks"] == ["sequence", "other"]
         matrix = probe["scores"]
         assert isinstance(matrix, list)
-        assert [len(row) for row in matrix] == [2, 2]  # type: ignore[arg-type]
+        assert [len(row) for row in matrix] == [2, 2, 2], "before training and after each stage"  # type: ignore[arg-type]
         assert r.score == pytest.approx(sum(matrix[-1]) / 2)  # type: ignore[arg-type]
         assert len(r.items) == 2 * SIZES["test"]
 

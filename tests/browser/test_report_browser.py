@@ -65,9 +65,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")
     out = {}
     for name, records in (("plain", fabricated()), ("hostile", hostile()), ("study", study())):
-        for record in records:
-            record.write(folder / name)
-        out[name] = report.write(folder / name, folder / f"{name}.html")
+        out[name] = folder / f"{name}.html"
+        out[name].write_text(report.html.render(report.build(records)), encoding="utf-8")
     return out
 
 
@@ -260,7 +259,7 @@ def test_filters_of_the_whole_page(opened: Watched) -> None:
     results = page.locator("section.task:visible").first
     assert results.locator("output").inner_text() == "2 of 12 methods shown"
     form.get_by_role("button", name="Show all").press("Enter")
-    page.wait_for_function("document.querySelectorAll('section.task:not([hidden])').length === 6")
+    sync_api.expect(page.locator("section.task:visible")).to_have_count(6)
     assert len(shown(opened, "table.overview tbody tr")) == 12 and form.locator("output").inner_text() == ""
 
 
@@ -311,13 +310,15 @@ def test_screen_readers_find_captions_headings_and_labels(opened: Watched) -> No
             ...[...document.querySelectorAll("table")].filter(t => !t.caption || !t.caption.textContent.trim())
                 .map(t => "no caption: " + t.className),
             ...[...document.querySelectorAll("th:not([scope])")].map(t => "no scope: " + t.textContent),
-            ...[...document.querySelectorAll("input, select")].filter(c => !c.labels.length).map(c => "no label " + c.id),
+            ...[...document.querySelectorAll("input, select")].filter(c => !c.labels.length)
+                .map(c => "no label " + c.id),
             ...[...document.querySelectorAll("tbody tr")].filter(r => r.cells[0].tagName !== "TH")
                 .map(r => "no row head: " + r.textContent),
             ...[...document.querySelectorAll("svg[role=img]")].filter(s => s.firstElementChild.tagName !== "title")
                 .map(s => "no title"),
             ...[...document.querySelectorAll("table.sorts")].filter(t =>
-                [...t.rows].some(r => r.cells.length !== t.rows[0].cells.length)).map(t => "ragged " + t.caption.textContent),
+                [...t.rows].some(r => r.cells.length !== t.rows[0].cells.length))
+                .map(t => "ragged " + t.caption.textContent),
         ]"""
     )
     assert faults == []

@@ -12,7 +12,8 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from train.tiny import PIXELS, SHAPE, WORDS, reviews, save, tokenizer, write_csv, write_jsonl
+from peftree.assets import composed
+from train.tiny import PIXELS, SHAPE, WORDS, reviews, save, tokenizer, write_csv, write_jsonl, write_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,42 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
                 "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 2}  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved Dinov2Model with a preprocessor's settings."""
+    folder = tmp_path_factory.mktemp("dino")
+    shape = {k: v for k, v in SHAPE.items() if k != "intermediate_size"}
+    save("Dinov2Model", tf.Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, **shape), folder)
+    settings = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 28},
+                "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dual(dino: str, encoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dual encoder made of the tiny vision model and the tiny BERT."""
+    folder = tmp_path_factory.mktemp("dual")
+    composed.dual(Path(dino), Path(encoder), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llava(dino: str, decoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A LLaVA made of the tiny vision model and the tiny Llama."""
+    folder = tmp_path_factory.mktemp("llava")
+    composed.llava(Path(dino), Path(decoder), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pair_data(tmp_path: Path) -> Path:
+    """A folder with train/, valid/ and test/ of images whose shade tells the text."""
+    for split, n, seed in (("train", 24, 0), ("valid", 8, 1), ("test", 8, 2)):
+        write_pairs(tmp_path / "pairs" / split, n, seed)
+    return tmp_path / "pairs"
 
 
 @pytest.fixture

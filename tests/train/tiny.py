@@ -8,8 +8,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as tf
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import TrainingArguments
 
@@ -66,6 +68,19 @@ def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> Path:
     """Write prompts and completions."""
     path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
     return path
+
+
+def write_pairs(folder: Path, n: int, seed: int = 0) -> Path:
+    """Write `n` images with metadata.jsonl; each of four texts has its own shade."""
+    draw = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(n):
+        pixels = draw.integers(0, 40, (PIXELS, PIXELS, 3), dtype=np.uint8) + np.uint8(60 * (i % 4))
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {WORDS[i % 4]} film"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
 
 
 def trainer(

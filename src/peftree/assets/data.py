@@ -21,6 +21,7 @@ from peftree.assets.sources import (
     FASHION_CLASSES,
     VADER_DOMAINS,
     Definition,
+    Emoji,
     Turn,
     binary,
     chatterbot,
@@ -34,6 +35,7 @@ from peftree.assets.sources import (
     wordnet_definitions,
 )
 from peftree.errors import DataError, did_you_mean
+from peftree.files import sha256
 
 # Loaders that are asked for here too; the others are in `sources`.
 __all__ = ["SOURCES", "fashion_mnist", "grouped", "stratified", "write_data", "write_demo_data"]
@@ -229,14 +231,23 @@ def _ratings(domain: str, folder: Path, sizes: Sizes, rng: random.Random, option
 
 
 def _glosses(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
-    rows = unique((row.definition, row.lexname) for row in wordnet_definitions(("noun",), quiet=True))
-    for split, chosen in stratified(rows, lambda row: row[1], sizes, rng).items():
-        _table(folder / f"{split}.csv", ("text", "label"), chosen)
+    _classes(folder, unique((row.definition, row.lexname) for row in wordnet_definitions(("noun",), True)), sizes, rng)
 
 
 def _examples(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
-    rows = unique(labelled_examples(quiet=True))
-    for split, chosen in stratified(rows, lambda row: row[1], sizes, rng).items():
+    _classes(folder, unique(labelled_examples(quiet=True)), sizes, rng)
+
+
+def _classes(folder: Path, rows: list[tuple[str, str]], sizes: Sizes, rng: random.Random) -> None:
+    """Write texts with one of many classes; those too rare to get a training row are left out."""
+    while True:
+        splits = stratified(rows, lambda row: row[1], sizes, rng)
+        known = {label for _, label in splits.get("train", rows)}
+        rare = {label for part in splits.values() for _, label in part} - known
+        if not rare:
+            break
+        rows = [row for row in rows if row[1] not in rare]
+    for split, chosen in splits.items():
         _table(folder / f"{split}.csv", ("text", "label"), chosen)
 
 
@@ -298,7 +309,11 @@ def _emoji(form: str, folder: Path, sizes: Sizes, rng: random.Random, options: M
         if name not in known:
             raise DataError(f"emoji has no category {name!r}.", did_you_mean(str(name), known))
     rows = [row for row in rows if row.category in (options["categories"] or known)]
-    for split, chosen in grouped(rows, concept, lambda row: row.category, sizes, rng).items():
+
+    def keys(row: Emoji) -> tuple[str, ...]:
+        return (*concept(row), sha256(row.path.read_bytes()))  # a few flags are the same picture
+
+    for split, chosen in grouped(rows, keys, lambda row: row.category, sizes, rng).items():
         (folder / split).mkdir()
         for row in chosen:
             name = f"{row.path.stem}.png" if form == "pairs" else f"{_slug(row.category)}/{row.path.stem}.png"

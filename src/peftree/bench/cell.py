@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from peftree.adapter import disabled
 from peftree.bench.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import DivergedError, MethodError, SiteError, TrainError
+from peftree.evaluate.cost import allocator_peak
 from peftree.evaluate.energy import Meter
 from peftree.evaluate.probe import Row, Subject, run_probes
 from peftree.evaluate.quality import Scores
@@ -25,7 +28,7 @@ from peftree.train.run import OpenRun, RunResult, complete
 COPIED = (
     *("base_score", "n_train", "steps", "batch_size", "trainable_parameters"),
     *("total_parameters", "sites", "adapter_bytes", "peak_rss_bytes", "rss_after_load_bytes"),
-    *("saved_for_backward_bytes", "gradient_bytes", "optimizer_bytes", "allocator_peak_bytes"),
+    *("saved_for_backward_bytes", "gradient_bytes", "optimizer_bytes"),
     *("setup_seconds", "train_seconds", "eval_seconds", "cpu_seconds", "step_seconds"),
 )
 SETTLED = {DivergedError: "diverged", SiteError: "inapplicable", MethodError: "inapplicable"}
@@ -51,7 +54,9 @@ def work(job: dict[str, Any]) -> Path:
         with Meter() as meter:
             result, opened = complete(config)
         _check(result, facts)
-        measured = _measured(result, opened) | {"environment": {**result.environment, **machine()}}
+        measured = _measured(result, opened, final=facts["phase"] == "final") | {
+            "environment": {**result.environment, **machine()}
+        }
         found = _found(job, result, opened)
         found["probes"]["energy"] = meter.result()
         record = RunRecord(**facts, **measured, **found, status="ok", started=started)
@@ -72,9 +77,11 @@ def _check(result: RunResult, facts: dict[str, Any]) -> None:
         raise TrainError(f"The run differs from its plan in {', '.join(wrong)}.", "Correct the suite.")
 
 
-def _measured(result: RunResult, opened: OpenRun) -> dict[str, Any]:
+def _measured(result: RunResult, opened: OpenRun, *, final: bool) -> dict[str, Any]:
     found = {key: getattr(result, key) for key in COPIED}
     found["curve"] = tuple(CurvePoint.model_validate(point) for point in result.curve)
+    if final:
+        found["allocator_peak_bytes"] = _allocator_peak(opened)
     if result.step_seconds:
         rows = opened.data.train[:64]
         features = [opened.task.items(rows)[i] for i in range(len(rows))]
@@ -83,6 +90,21 @@ def _measured(result: RunResult, opened: OpenRun) -> dict[str, Any]:
         found["throughput"] = each * result.batch_size / result.step_seconds
         found["throughput_unit"] = "tokens/s" if tokens else "images/s"
     return found
+
+
+def _allocator_peak(opened: OpenRun) -> int:
+    """Return the allocator's peak in the forward and backward pass of one training batch, without the optimizer."""
+    task, size = opened.task, opened.config.batch_size
+    batch = next(task.batches(task.items(opened.data.train[:size]), size))
+    model: Any = task.model.train()
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    with torch.random.fork_rng():
+        step()
+        return allocator_peak(step)
 
 
 def _found(job: dict[str, Any], result: RunResult, opened: OpenRun) -> dict[str, Any]:
@@ -97,7 +119,8 @@ def _found(job: dict[str, Any], result: RunResult, opened: OpenRun) -> dict[str,
             probes |= run_probes(_subject(job, opened, Path(scratch)), job["probes"])
     if job.get("stages"):
         probes["sequence"], items = _sequence(job, opened)
-        score, values = float(np.mean(items)), {}
+        mean = float(np.mean(items))
+        score, values = (float(np.exp(mean)) if result.aggregate == "exp_mean" else mean), {}
     return {"score": score, "items": _rounded(items), "values": values, "probes": probes}
 
 
@@ -121,12 +144,15 @@ def _examples(rows: Sequence[Row]) -> list[Example]:
 def _sequence(job: dict[str, Any], opened: OpenRun) -> tuple[dict[str, Any], tuple[float, ...]]:
     """Go on training on one set of data after another; score all test sets after each.
 
-    Returns the matrix of scores (a row a stage, a column a test set), and the items of the last row.
+    Returns the matrix of scores (a row a stage, the first before any training; a column a test set), and
+    the items of the last row.
     """
     first = opened.config
     sets = {job["facts"]["task"]: opened.data.test}
     sets |= {name: _rows(opened, data) for name, data in job["stages"].items()}
-    found = [[opened.score_rows(rows) for rows in sets.values()]]
+    with disabled(opened.task.model):
+        found = [[opened.score_rows(rows) for rows in sets.values()]]
+    found.append([opened.score_rows(rows) for rows in sets.values()])
     for data in job["stages"].values():
         output = f"{first.output}-stage{len(found)}"
         shutil.rmtree(output, ignore_errors=True)

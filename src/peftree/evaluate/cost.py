@@ -1,8 +1,10 @@
-"""What training costs: bytes saved for backward, bytes of tensors, resident memory."""
+"""What training costs: bytes saved for backward, bytes of tensors, peak of the allocator, resident memory."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import resource
 import sys
 import weakref
@@ -89,6 +91,27 @@ def training_bytes(
         "gradients": tensor_bytes(p.grad for p in trained),
         "optimizer": tensor_bytes(v for s in state for v in s.values() if isinstance(v, Tensor)),
     }
+
+
+def allocator_peak(step: Callable[[], object]) -> int:
+    """Return the most bytes that torch's CPU allocator held at once of what it gave out within `step()`.
+
+    Exact: every allocation and release is recorded. What was there before is not counted, and its release within the
+    step is not taken off: let a training step end with `zero_grad`, and measure the second one, as the first makes
+    the optimizer's state. Recording slows `step` down.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr that it starts and stops
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    level = peak = 0
+    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        if event.device_type() == torch._C._autograd.DeviceType.CPU:
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
 
 
 def peak_rss() -> int:

@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftree.evaluate.quality import evaluating
+from peftree.evaluate.settings import IMAGES, TEXTS
 from peftree.evaluate.subject import Row, Subject, inputs, real_tokens
 from peftree.sites import Site
 
 _TOKENS = 2048  # states that CKA looks at
+_READ = tuple(dict.fromkeys((*TEXTS, *IMAGES)))  # a diffusion model gives out no hidden states
 _TOWERS = {"image-text-retrieval": "vision", "captioning": "text"}  # of models with two; the others have one
 
 
 def body(subject: Subject) -> Site | None:
     """Return the stack of layers whose states are read, the same for every method of a task; None if there is none."""
-    if not isinstance(subject.model, PreTrainedModel):
+    if subject.task not in _READ or not isinstance(subject.model, PreTrainedModel):
         return None
     tower = _TOWERS.get(subject.task)
     stacks = [s for s in subject.adapter.graft.tree if s.role == "stack"]
@@ -91,7 +93,8 @@ def cka(X: NDArray[np.float64], Y: NDArray[np.float64]) -> float:
     Args:
         X, Y: states `[n, d]` and `[n, e]` of the same n tokens. 1: equal up to rotation, shift and scale.
 
-    States that do not vary are alike (1) if both do not, else unlike (0).
+    States that do not vary are alike (1) if both do not, else unlike (0). Few dimensions of large values, as language
+    models have, decide it where they occur.
     """
     X, Y = X - X.mean(0), Y - Y.mean(0)
     own, other = np.linalg.norm(X.T @ X), np.linalg.norm(Y.T @ Y)

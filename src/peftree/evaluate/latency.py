@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def latency(subject: Subject, settings: Latency) -> Result:
 
     Returns:
         `unit`; for one row `off`, `on`, `merged` (median milliseconds), `on_ratio`, `merged_ratio` (median of the
-        time over that of the same round with the adapter off); `batch`: the same with `rows`; `rounds`, `threads`;
+        time over that of the same round with the adapter off); `batch`: the same with `rows`; `rounds`, `threads`,
+        `clock`: `thread`, processor time of the one thread that computes, or `wall`;
         `why_not_merged` in place of the merged figures, for methods that cannot be folded into the weights.
     """
     if not subject.rows:
@@ -47,6 +48,7 @@ def latency(subject: Subject, settings: Latency) -> Result:
     rows = next(v.shape[0] for v in many.values() if isinstance(v, torch.Tensor) and v.dim())
     out: Result = {"unit": "ms", **_figures(seconds["one"]), "batch": {**_figures(seconds["batch"]), "rows": rows}}
     out |= {"rounds": len(seconds["one"]["off"]), "threads": torch.get_num_threads()}
+    out["clock"] = "thread" if _clock(model) is time.thread_time else "wall"
     return out | ({"why_not_merged": why} if why else {})
 
 
@@ -85,12 +87,18 @@ def _rounds(
 
 
 def _seconds(model: nn.Module, batch: Batch) -> float:
-    device = next(model.parameters()).device
+    clock, device = _clock(model), next(model.parameters()).device
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     model(**batch)
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def _clock(model: nn.Module) -> Callable[[], float]:
+    """On one processor thread its own time, which other work on the machine does not stretch; else wall time."""
+    alone = torch.get_num_threads() == 1 and next(model.parameters()).device.type == "cpu"
+    return time.thread_time if alone else time.perf_counter
 
 
 def _wait(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from peftree.deltas.combine import GatedMemory, GatedOutput
 from peftree.evaluate.quality import evaluating
 from peftree.evaluate.spectra import layer_name
 from peftree.evaluate.subject import Result, Row, Subject, inputs, not_measured, real_tokens, some
+from peftree.sites import Site
 
 
 @contextlib.contextmanager
@@ -45,14 +46,11 @@ def knockout(subject: Subject, layers: int, limit: int) -> Result:
 
     Returns:
         `knockout`: layer -> score without its deltas minus the score with all, in units of the metric; what lies in
-        no layer (virtual tokens, side networks, embeddings) counts as one under its role; the task head stays.
+        no layer (virtual tokens, side networks, embeddings) counts as one under its role, or as `outside`; the task
+        head stays.
         `knockout_score`: with all; `knockout_items`, `knockout_of`: rows scored, and how many layers have deltas.
     """
-    inner = [(s, d) for _, s, d in subject.adapter.entries if s.role != "head"]
-    towers = len({s.tower for s, _ in inner}) > 1
-    groups: dict[str, list[Delta]] = {}
-    for site, delta in inner:
-        groups.setdefault(layer_name(site, towers), []).append(delta)
+    groups = _by_layer(subject.adapter)
     rows = [row for _, row in some(subject.rows, limit)]
     if not groups or not rows:
         why = "The adapter has no delta but the task head." if rows else "There are no test rows."
@@ -63,6 +61,26 @@ def knockout(subject: Subject, layers: int, limit: int) -> Result:
         with without(subject.adapter, groups[name]):
             change[name] = subject.score(rows).score - whole
     return {"knockout": change, "knockout_score": whole, "knockout_items": len(rows), "knockout_of": len(groups)}
+
+
+def _by_layer(adapter: Adapter) -> dict[str, list[Delta]]:
+    """Return the deltas of every layer, and of what lies outside, by name; those of the task head are left out."""
+    tree = adapter.graft.tree
+    heads = {s.path for s in tree if s.role == "head"}
+    layers = {path: (s.tower, i) for s in tree if s.role == "stack" for i, path in enumerate(s.layers)}
+
+    def within(site: Site) -> Site:
+        """Say in which layer a place lies that is named by its parameter alone."""
+        found = [at for path, at in layers.items() if f"{site.path}.".startswith(f"{path}.")]
+        return replace(site, tower=found[0][0], layer=found[0][1]) if site.layer is None and found else site
+
+    inner = [(within(s), d) for _, s, d in adapter.entries if s.role != "head" and s.path not in heads]
+    towers = len({s.tower for s, _ in inner}) > 1
+    groups: dict[str, list[Delta]] = {}
+    for site, delta in inner:
+        name = "outside" if site.layer is None and site.kind == "raw" else layer_name(site, towers)
+        groups.setdefault(name, []).append(delta)
+    return groups
 
 
 def routing(subject: Subject, rows: Sequence[Row]) -> Result:

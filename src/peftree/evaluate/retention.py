@@ -22,9 +22,9 @@ def retention(subject: Subject, settings: Retention) -> Result:
     """Compare the model on `subject.general` with the adapter on and off.
 
     Language models (generation, captioning): perplexity, `exp` of the mean over items of an item's mean negative
-    log-likelihood per token; a bare text counts with all its tokens but the first, and with the stop token that the
-    task adds. A rise means that the model predicts general text worse. It does not tell why: a change of style or of
-    the stop token's chance counts like lost knowledge, and no generated text is judged.
+    log-likelihood per token: of a row's target, given its source; of a bare text all tokens but the first, and the
+    stop token that the task adds. A rise means that the model predicts general text worse. It does not tell why: a
+    change of style or of the stop token's chance counts like lost knowledge, and no generated text is judged.
 
     All others: leave-one-out accuracy of the nearest neighbours in the features of the body, by the general rows'
     own targets, which need not be those of the task. A row's feature is the mean over its real tokens (class tokens

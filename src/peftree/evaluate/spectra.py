@@ -82,7 +82,7 @@ def weights(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor]:
         before = _matrix(read_from(dict(holder._parameters), site).weight)
         if new[site.parameter] is holder._parameters[site.parameter]:
             return before, before
-        return before, _matrix(read_from(new, site).weight)
+        return before, _matrix(read_from(new, site).weight).detach()
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ def noise(subject: Subject, settings: Noise) -> Result:
     """Score the model on damaged texts (prompts, where it completes them); targets stay.
 
     What is damaged depends on the row's index, the kind and the severity alone, so it is the same for every method
-    and seed; a higher severity keeps the damage of the lower ones and adds to it.
+    and seed; a higher severity keeps the damage of the lower ones and adds to it. A short text may stay whole at a
+    low severity: over many texts the shares are those of `LETTERS` and `WORDS`.
 
     Returns:
         `metric`, `items`, `clean`: the score on the same rows unharmed; `kinds`: kind -> five scores, from mild to
@@ -30,13 +32,25 @@ def noise(subject: Subject, settings: Noise) -> Result:
     chosen = some(subject.rows, settings.limit)
     if not chosen:
         return not_measured("There are no test rows.")
-    clean = subject.score([row for _, row in chosen])
-    kinds: dict[str, list[float]] = {}
-    for kind in KINDS:
-        for severity in range(5):
-            rows = [row._replace(source=damage(row.source, kind, severity, index)) for index, row in chosen]
-            kinds.setdefault(kind, []).append(subject.score(rows).score)
-    return summary(clean.metric, clean.score, clean.higher_is_better, kinds) | {"items": len(chosen)}
+    texts = {
+        (kind, severity): [damage(row.source, kind, severity, index) for index, row in chosen]
+        for kind in KINDS
+        for severity in range(5)
+    }
+    clean = [row.source for _, row in chosen]
+    # Every text is scored once, the variants of a row side by side, which pads least.
+    variants = [dict.fromkeys([whole, *column]) for whole, *column in zip(clean, *texts.values(), strict=True)]
+    rows = [row._replace(source=text) for (_, row), each in zip(chosen, variants, strict=True) for text in each]
+    scores = subject.score(rows)
+    items = iter(scores.items)
+    known = [{text: next(items) for text in each} for each in variants]
+
+    def total(column: list[str]) -> float:
+        mean = float(np.mean([item[text] for item, text in zip(known, column, strict=True)]))
+        return mean if scores.aggregate == "mean" else math.exp(min(mean, 700.0))
+
+    kinds = {kind: [total(texts[kind, severity]) for severity in range(5)] for kind in KINDS}
+    return summary(scores.metric, total(clean), scores.higher_is_better, kinds) | {"items": len(chosen)}
 
 
 def summary(metric: str, clean: float, higher_is_better: bool, kinds: dict[str, list[float]]) -> Result:
@@ -75,9 +89,9 @@ NEIGHBOURS = _neighbours()
 
 
 def _hit(places: list[int], share: float, draw: np.random.Generator) -> list[int]:
-    """Return that share of `places`, at least one, in an order that is the same for every share."""
-    order = draw.permutation(len(places))
-    return [places[i] for i in order[: max(1, round(share * len(places)))]]
+    """Return that share of `places`, rounded at random and never all, from an order that is the same for all shares."""
+    order, count = draw.permutation(len(places)), int(share * len(places) + draw.random())
+    return [places[i] for i in order[: min(count, len(places) - 1)]]
 
 
 Noisy = Callable[[str, int, np.random.Generator], str]

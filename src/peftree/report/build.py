@@ -116,9 +116,14 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: 
     seeds = sorted({row.seeds for row in done})
     if seeds and seeds[0] < FEW_SEEDS:
         span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        effect = (
+            "cover the test items only"
+            if seeds[-1] == 1
+            else ("are wide for that reason, and from 2 or 3 seeds may still be too short")
+        )
         notes.append(
-            f"{span} seed{'s' if seeds[-1] > 1 else ''} a method: too few to measure the variance "
-            "between seeds well; the intervals mostly reflect the test items."
+            f"{span} seed{'s' if seeds[-1] > 1 else ''} a method: too few to know the variance between seeds well; "
+            f"the intervals {effect}."
         )
     usual, _ = Counter(row.covers for row in done).most_common(1)[0] if done else ("", 0)
     for other in sorted({row.covers for row in done} - {usual}):

@@ -89,8 +89,12 @@ def task_head(model: nn.Module) -> list[Site]:
     found = survey(model)
     pretrained = PRETRAINED_HEADS | found.projections
     fresh = frozenset(getattr(getattr(model, "config", None), "fresh_modules", ()))
-    heads = [s for s in found.sites if s.role == "head" and not pretrained & {*s.path.split(".")}]
-    return heads + [s for s in found.sites if s.kind == "linear" and fresh & {*s.path.split(".")}]
+
+    def new(site: Site) -> bool:
+        names = {*site.path.split(".")}
+        return (site.role == "head" and not pretrained & names) or (site.kind == "linear" and bool(fresh & names))
+
+    return [site for site in found.sites if new(site)]
 
 
 def _connector(modules: Modules, around: dict[str, Record], stacks: list[Stack]) -> list[str]:

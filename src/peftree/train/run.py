@@ -97,7 +97,6 @@ class RunResult:
     saved_for_backward_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    allocator_peak_bytes: int | None
     setup_seconds: float
     train_seconds: float
     eval_seconds: float
@@ -164,7 +163,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[RunResult,
         labels=task.labels, n_train=len(data.train), steps=trainer.state.global_step,
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), peak_rss_bytes=peak,
         gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
-        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, allocator_peak_bytes=None, **clock.results(),
+        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
     _write_metrics(result, trainer)

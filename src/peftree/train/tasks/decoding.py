@@ -13,7 +13,7 @@ from peftree.train.tasks.base import IGNORED, Batch
 
 
 def greedy(
-    model: nn.Module, features: Sequence[Mapping[str, Any]], pad: int, stop: int | None, batch_size: int
+    model: nn.Module, features: Sequence[Mapping[str, Any]], pad: int, stop: int, batch_size: int
 ) -> list[list[int]]:
     """Return the tokens that `model` writes after each prompt, the stop token and what follows it left out.
 
@@ -22,7 +22,7 @@ def greedy(
         features: `input_ids`, `labels` (-100 on the prompt) and perhaps `pixel_values` of each row; the longest
             completion among them is how many tokens are written at most.
         pad: id to pad prompts with, at the left.
-        stop: id at which a row ends; None: none.
+        stop: id at which a row ends.
         batch_size: rows at a time.
     """
     most = max(sum(label != IGNORED for label in f["labels"]) for f in features)

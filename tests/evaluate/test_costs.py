@@ -1,0 +1,135 @@
+"""What use costs: latency, energy, the allocator's peak."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftree
+from evaluate import tiny
+from peftree.evaluate import latency as module
+from peftree.evaluate.cost import allocator_peak
+from peftree.evaluate.energy import Meter
+from peftree.evaluate.probe import run_probes
+
+
+def timed(subject: Any) -> Any:
+    return run_probes(subject, {"latency": {"rounds": 3, "seconds": 0, "batch": 3}})["latency"]
+
+
+def test_latency_of_what_merges_and_what_does_not(tmp_path: Path) -> None:
+    found = timed(tiny.subject("bert_cls", "lora", tmp_path, moved=0.1))
+    assert (found["unit"], found["rounds"], found["threads"], found["clock"]) == ("ms", 3, 1, "thread")
+    assert found["batch"]["rows"] == 3
+    for part in (found, found["batch"]):
+        assert all(0 < part[k] < 1000 for k in ("off", "on", "merged", "on_ratio", "merged_ratio"))
+    beside = timed(tiny.subject("bert_cls", "pfeiffer", tmp_path))
+    assert "merged" not in beside and "merged" not in beside["batch"]
+    assert beside["why_not_merged"] == "default: Bottleneck cannot be folded into weights."
+
+
+def test_latency_sees_a_slow_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny.subject("bert_cls", "pfeiffer", tmp_path)
+    branch = next(iter(subject.adapter.deltas.values()))
+    quick = type(branch).output
+
+    def slow(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+        return quick(self, x, y)
+
+    monkeypatch.setattr(type(branch), "output", slow)
+    found = timed(subject)
+    assert found["on"] > 40 > found["off"] and found["on_ratio"] > 2  # two layers
+
+
+def test_states_are_run_in_rotated_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny.subject("bert_cls", "lora", tmp_path)
+    order: list[str] = []
+    state = module._state
+
+    def listen(model: nn.Module, name: str) -> Any:
+        order.append(name)
+        return state(model, name)
+
+    monkeypatch.setattr(module, "_state", listen)
+    timed(subject)
+    names = ["off", "on", "merged"]
+    assert order == ["merged", *names, *names[1:], *names[:1], *names[2:], *names[:2]]
+    assert peftree.active(subject.model) == ("default",)
+
+
+def counters(folder: Path, *joules: int, most: int = 1000) -> Path:
+    """Write a kernel's counters: packages with one part each."""
+    for i, value in enumerate(joules):
+        for name, amount in ((f"intel-rapl:{i}", value), (f"intel-rapl:{i}:0", value // 2)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "energy_uj").write_text(f"{amount * 1_000_000}\n")
+            (folder / name / "max_energy_range_uj").write_text(f"{most * 1_000_000 - 1}\n")
+    return folder
+
+
+def test_energy_sums_the_packages_and_their_new_starts(tmp_path: Path) -> None:
+    with Meter(counters(tmp_path, 100, 990)) as meter:
+        assert meter.joules is None
+        counters(tmp_path, 150, 20)
+    assert meter.joules == pytest.approx(50 + 30) and meter.result() == {"joules": meter.joules}
+
+
+def test_energy_without_a_meter_says_so(tmp_path: Path) -> None:
+    with Meter(tmp_path / "none") as meter:
+        pass
+    assert meter.joules is None and "No energy counter" in meter.result()["not measured"]
+    (counters(tmp_path, 5, 5) / "intel-rapl:1" / "energy_uj").write_text("no number")
+    with Meter(tmp_path) as meter:
+        pass
+    assert meter.joules is None  # half a machine is no measurement
+    counters(tmp_path, 5)
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1")
+    (tmp_path / "intel-rapl:0" / "max_energy_range_uj").unlink()
+    with Meter(tmp_path) as meter:
+        pass
+    assert "range" in meter.result()["not measured"]
+
+
+def test_energy_is_there_after_an_error_too(tmp_path: Path) -> None:
+    meter = Meter(counters(tmp_path, 1))
+    with pytest.raises(FileNotFoundError), meter:
+        (counters(tmp_path, 4) / "none").read_text()
+    assert meter.joules == pytest.approx(3)
+
+
+def test_the_peak_of_known_allocations(capfd: pytest.CaptureFixture[str]) -> None:
+    kept: list[torch.Tensor] = []
+
+    def step() -> None:
+        a = torch.empty(1000, 1000)  # 4 MB
+        b = a.neg()  # 8 MB
+        del a  # 4 MB
+        kept.append(b.double())  # 12 MB
+        del b  # 8 MB
+        kept.append(torch.empty(250_000))  # 9 MB
+
+    assert allocator_peak(step) == 12_000_000
+    assert allocator_peak(lambda: kept.clear()) == 0  # releasing is no peak
+    assert allocator_peak(lambda: None) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_peak_of_a_training_step() -> None:
+    """Input and output of a layer, its gradients: exact to the byte."""
+    layer, x = nn.Linear(100, 200, bias=False), torch.randn(50, 100)
+
+    def step() -> None:
+        y = layer(x)  # 40,000 bytes
+        y.backward(torch.ones_like(y))  # 40,000 of ones, 80,000 of the weight's gradient
+        layer.zero_grad()
+
+    step()
+    assert allocator_peak(step) == allocator_peak(step) == 160_000
