@@ -433,13 +433,17 @@ def test_real_model(name: str) -> None:
     import torch
     import transformers
 
+    from peftree.assets import dit
+
     folder = models.model_folder(name, quiet=True)
-    kind = getattr(transformers, str(models.describe(name)["architecture"]))
+    kind = getattr(dit if name.startswith("dit") else transformers, str(models.describe(name)["architecture"]))
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     new = set(getattr(model.config, "fresh_modules", ()))
     assert all(new & set(key.split(".")) for keys in report.values() for key in keys) and model.dtype == torch.float32
     assert new == {part for key in report["missing_keys"] for part in key.split(".")} & JOINTS
     assert sum(p.numel() for p in model.parameters()) == models.describe(name)["parameters"]
+    if name.startswith("dit"):
+        return
     if name.startswith("dinov2"):
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
         pixels = processor(np.zeros((28, 28, 3), np.uint8), return_tensors="pt").pixel_values

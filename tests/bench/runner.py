@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def cell(folder: Path, seed: int, *, sleep: float = 0.0, behaviour: str = "work"
 
 def main() -> None:
     """Do COUNT cells that sleep SLEEP seconds each, two at a time."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background starts with it ignored
     sys.path.append(str(Path(__file__).parents[1]))  # where the cells' function is found
     folder, count, sleep = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     run_cells([cell(folder, seed, sleep=sleep) for seed in range(count)], folder, workers=2)

@@ -42,7 +42,7 @@ __all__ = ["SOURCES", "fashion_mnist", "grouped", "stratified", "write_data", "w
 
 Row = TypeVar("Row")
 Sizes = Mapping[str, int]
-FORMAT = 2  # raised when the written rows change: folders are then written again
+FORMAT = 3  # raised when the written rows change: folders are then written again
 SPLITS = ("train", "valid", "test")
 DEMO = {"text-classification": "movies", "generation": "definitions", "image-classification": "fashion-mnist"}
 

@@ -59,7 +59,8 @@ class RunRecord(BaseModel):
 
     `items` holds one number for each test item, in the order of the test set; `score` is their
     mean, or ``exp(mean)`` where `aggregate` is ``exp_mean`` (perplexity from losses). Bytes are
-    bytes, times are seconds, `step_seconds` is the median of a training step after warm-up.
+    bytes, times are seconds, `step_seconds` is the median of a training step after warm-up (processor time on one
+    thread of a CPU, else wall time).
 
     `phase`: a ``trial`` is one try of a learning rate, scored on validation rows only, which is what
     `score` and `items` then are; a ``final`` run is scored on the test rows. `data` is the SHA-256 of

@@ -62,7 +62,7 @@ class RunResult:
         gradient_bytes, optimizer_bytes: of one gradient for each trained tensor, and of the optimizer's state.
         setup_seconds, train_seconds, eval_seconds: wall time, each without the others.
         cpu_seconds: processor time of training alone.
-        step_seconds: median of the steps after the first two.
+        step_seconds: median of the steps after the first two; processor time on one thread of a CPU, else wall time.
         curve: points `{"step", "loss", "score"}`, the last on validation rows; None where not measured.
         environment: versions and threads.
     """
