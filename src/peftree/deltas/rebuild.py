@@ -2,8 +2,9 @@
 
 A low-rank delta needs its input `x` in the backward pass. In most transformer layers `x` was just made by an operation
 whose own saved tensors determine it: a product of two saved factors (gated FFN), a normalised row times a scale
-(RMSNorm), or the transposed output of an attention kernel. `recipe` walks the autograd graph behind `x`, and where it
-knows the way back returns the tensors that the graph holds anyway and a function that makes `x` from them.
+(RMSNorm, LayerNorm), an activation of a saved input (GELU, SiLU), or the transposed output of an attention kernel.
+`recipe` walks the autograd graph behind `x`, and where it knows the way back returns the tensors that the graph holds
+anyway and a function that makes `x` from them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Tensors = list[Tensor]
 
@@ -41,7 +43,8 @@ class Recipe(NamedTuple):
 def recipe(x: Tensor) -> Recipe | None:
     """Return `(kept, remake)` with `remake(kept)` equal to `x` to the bit, or None if no way back is known.
 
-    `kept` shares the storage of tensors that the graph behind `x` has saved already.
+    Behind a LayerNorm they are equal but for rounding: the order of its operations is not on record. `kept` shares
+    the storage of tensors that the graph behind `x` has saved already.
     """
     if (
         torch.compiler.is_compiling()
@@ -77,6 +80,13 @@ def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
             return None
         layout = _LAYOUT[name](node)
         return Recipe(inner.kept, lambda tensors: layout(inner.remake(tensors)))
+    if name == "NativeLayerNormBackward0":
+        return _normalised(node)
+    if name == "GeluBackward0":
+        form = node._saved_approximate
+        return Recipe([node._saved_self], lambda tensors: functional.gelu(tensors[0], approximate=form))
+    if name == "SiluBackward0":
+        return Recipe([node._saved_self], lambda tensors: functional.silu(tensors[0]))
     if name == "ScaledDotProductFlashAttentionForCpuBackward0":
         return Recipe([node._saved_output], lambda tensors: tensors[0])
     return None
@@ -109,6 +119,31 @@ def _product(node: Any, depth: int) -> Recipe | None:
         lambda tensors: tensors[0] * inner.remake(tensors[1:]),
         scaled if by_column and known.shape[0] == _width(inner.kept) else None,
     )
+
+
+def _normalised(node: Any) -> Recipe | None:
+    """`(x - mean) rstd weight + bias`, and its product with `left` by way of `left rstd`, which is thin."""
+    mean, rstd = node._saved_result1, node._saved_result2
+    affine = [t for t in (node._saved_weight, node._saved_bias) if t is not None]
+    if rstd.dtype not in (torch.float32, torch.float64) or (node._saved_weight is None and affine):
+        return None  # statistics kept in half precision do not determine the value
+
+    def remake(tensors: Tensors) -> Tensor:
+        x, mean, rstd, *scale = tensors
+        y = (x - mean).mul_(rstd)
+        y = y.mul_(scale[0]) if scale else y
+        return (y.add_(scale[1]) if len(scale) > 1 else y).to(x.dtype)
+
+    def gram(left: Tensor, tensors: Tensors) -> Tensor:
+        x, mean, rstd, *scale = tensors
+        thin = left * rstd.reshape(-1, 1)
+        out = thin.t() @ x.reshape(-1, x.shape[-1]) - thin.t() @ mean.reshape(-1, 1)
+        out = out * scale[0] if scale else out
+        return torch.addr(out, left.sum(0), scale[1]) if len(scale) > 1 else out
+
+    x = node._saved_input
+    plain = len(node._saved_normalized_shape) == 1 and x.dtype == rstd.dtype
+    return Recipe([x, mean, rstd, *affine], remake, gram if plain else None)
 
 
 def _width(factors: Tensors) -> int:
