@@ -115,7 +115,7 @@ class Planned:
         }  # fmt: skip
         job: dict[str, Any] = {"facts": facts, "config": config, "records": str(self.out / "records")}
         if phase == "final":
-            job |= self._extras()
+            job |= self._extras(seed)
         seconds = task.seconds * chosen.cost * (1 + len(task.stages)) * (1.3 if phase == "final" else 1)
         return Cell(facts, "peftree.bench.cell:work", job, seconds, task.memory * chosen.memory * GIB)
 
@@ -138,8 +138,9 @@ class Planned:
             "aggregate": facts.aggregate, "budget": budget,
         }  # fmt: skip
 
-    def _extras(self) -> dict[str, Any]:
+    def _extras(self, seed: int) -> dict[str, Any]:
         material = self.material
+        probed = seed < (self.suite.protocol.probe_seeds or self.suite.protocol.seeds)
         general = material.general
 
         def data(name: str) -> dict[str, dict[str, str]]:
@@ -148,7 +149,7 @@ class Planned:
             return {key: {split: files.split(split) for split in splits} for key, files in found.items()}
 
         return {
-            "probes": self.task.probes, "shifted": data("shifted"), "stages": data("stages"),
+            "probes": self.task.probes if probed else {}, "shifted": data("shifted"), "stages": data("stages"),
             "general": general.split("train") if general else None,
         }  # fmt: skip
 

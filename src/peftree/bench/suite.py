@@ -117,6 +117,7 @@ class Protocol(_Strict):
 
     trials: int = Field(ge=0, le=1000, description="random learning rates tried by every method on every task")
     seeds: int = Field(ge=1, le=100, description="fresh seeds of the chosen rate")
+    probe_seeds: int = Field(0, ge=0, description="how many of these are probed, the first ones; 0: all")
     rates: tuple[float, float] = Field((0.1, 100.0), description="range of the search, over a method's default rate")
 
     @model_validator(mode="after")
