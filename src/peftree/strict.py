@@ -81,7 +81,9 @@ def _mapping(node: yaml.MappingNode, path: Path, lines: dict[str, str], prefix: 
 def _value(node: yaml.Node, where: str) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)
+        value = loader.construct_object(node, deep=True)
+        # YAML 1.1 reads 1:30 as a number to the base 60; here it is a range of layers.
+        return node.value if isinstance(value, int | float) and ":" in node.value else value
     except (yaml.YAMLError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"{where}: {first}.", "Use plain numbers, words and lists.") from None

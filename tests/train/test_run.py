@@ -123,6 +123,11 @@ def test_early_stopping_keeps_the_best(encoder: str, review_data: Path, tmp_path
     assert opened.score("valid").score == max(scores)
 
 
+def test_a_single_step_trains(encoder: str, review_data: Path, tmp_path: Path) -> None:
+    """The default warm-up would be that step, at a learning rate of zero."""
+    assert run(configured(encoder, review_data, tmp_path / "out", "steps=1")).steps == 1
+
+
 def test_bfloat16_base(encoder: str, review_data: Path, tmp_path: Path) -> None:
     result = run(configured(encoder, review_data, tmp_path / "out", "epochs=2", "dtype=bfloat16", "lr=0.01"))
     opened = open_run(tmp_path / "out")
@@ -151,6 +156,7 @@ BAD: list[tuple[list[str], type[PeftreeError], str]] = [
     (["max_length=4000"], ConfigError, "the model takes 40 tokens"),
     (["data.train=nothing.csv"], DataError, "nothing.csv does not exist"),
     (["config.layers=3"], ConfigError, "BertConfig has no layers"),
+    ([f"output={__file__}/x"], ConfigError, "test_run.py is no folder that can be written to"),
 ]
 
 
@@ -199,7 +205,11 @@ def test_paired_difference_by_hand() -> None:
     assert found.shown == "no difference shown"
     assert compare(scores([0] * 30), scores([1] * 29 + [0])).shown == "better"
     assert compare(scores([1.0] * 30 + [2.0], False), scores([2.0] * 31, False)).shown == "worse"
+    losses = [Scores("perplexity", (x, x), {"perplexity": 2.7**x}, False, "exp_mean") for x in (2.0, 1.0)]
+    found = compare(*losses)
+    assert (found.metric, found.of, found.difference, found.shown) == ("perplexity", "log perplexity", -1, "better")
     same = compare(scores([1, 0]), scores([1, 0]))
+    assert same.of == "accuracy"
     assert (same.low, same.high, same.shown) == (0, 0, "no difference shown")
     with pytest.raises(DataError, match="no paired difference"):
         compare(scores([1]), scores([1, 0]))

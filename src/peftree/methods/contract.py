@@ -73,7 +73,7 @@ class Moment:
 class Method(BaseModel):
     """One method with its fields. Subclasses add fields, `tags` and `build`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
     name: ClassVar[str] = ""
     tags: ClassVar[Tags]
 
@@ -82,7 +82,9 @@ class Method(BaseModel):
         description="where: roles such as `attn.q attn.v`, see `peftree inspect`",
         min_length=1,
     )
-    layers: str = Field("", description="layer range such as `0-3,8` or `-4:`; empty: all layers")
+    layers: str = Field(
+        "", coerce_numbers_to_str=True, description="layer range such as `0-3,8` or `-4:`; empty: all layers"
+    )
 
     def build(self, place: Place) -> Delta:
         """Return the delta for one place; called once per site, in model order."""

@@ -59,7 +59,7 @@ class MethodConfig(BaseModel):
 class RunConfig(BaseModel):
     """Everything that decides a training run. `None` means: chosen by the method, model or data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     model: str = Field(description="folder of a transformers model, or a hub name", min_length=1)
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's own config to change")
     data: DataConfig = Field(description="where the rows are")
@@ -168,10 +168,7 @@ def _override(tree: dict[str, Any], text: str, lines: dict[str, str]) -> None:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"'{text}' is no override.", "Write key=value, as in epochs=5 or r=32.")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw
+    value = _value(raw)
     steps = key.split(".")
     if steps[0] not in RunConfig.model_fields:
         _check_stray(key, text)
@@ -181,9 +178,22 @@ def _override(tree: dict[str, Any], text: str, lines: dict[str, str]) -> None:
         old = tree.get("method")
         same = (old if isinstance(old, str) else (old or {}).get("name", "lora")) == value
         tree["method"] = old if same and isinstance(old, dict) else {"name": value}
+        if not same:
+            for stale in [k for k in lines if k.startswith("method.")]:
+                del lines[stale]
     else:
         _put(tree, steps, value)
     lines[".".join(steps)] = f"'{text}'"
+
+
+def _value(raw: str) -> Any:
+    """Return what YAML reads; a colon in bare words (`layers=-4:`, `layers=1:3`) is text, no mapping and no time."""
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+    bare = raw.lstrip()[:1] not in ("{", "[", '"', "'")
+    return raw.strip() if bare and ":" in raw and not isinstance(value, str) else value
 
 
 def _check_stray(key: str, text: str) -> None:
@@ -210,8 +220,8 @@ def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
 
 
 def _explain(error: ValidationError, lines: Mapping[str, str], source: str) -> tuple[str, str]:
-    """Turn pydantic's first complaint into what is wrong and what to do."""
-    first = error.errors()[0]
+    """Turn pydantic's first complaint into what is wrong and what to do; an unknown key may be a missing one."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     loc = [str(p) for p in first["loc"]]
     key = ".".join(loc)
     where = lines.get(key) or next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
-from peftree.errors import ConfigError, did_you_mean
+from peftree.errors import ConfigError, MethodError, did_you_mean
 from peftree.evaluate.cost import current_rss, peak_rss, reset_peak_rss, saved_bytes, training_bytes
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
@@ -177,7 +178,11 @@ def make_method(config: RunConfig) -> Method:
         MethodError, ConfigError: an unknown method or field, or a value out of range, with file and line.
     """
     name, fields = config.method.name, config.method.fields
-    known = registry.get(name).model_fields
+    try:
+        known = registry.get(name).model_fields
+    except MethodError as error:
+        where = config.where("method.name") or config.where("method")
+        raise MethodError(where + error.what, error.fix) from None
     for key in fields:
         if key not in known:
             where = config.where(f"method.{key}") or config.where(f"method.fields.{key}")
@@ -268,8 +273,14 @@ def _options(config: RunConfig) -> Options:
 
 
 def _check_output(config: RunConfig, resolved: dict[str, Any]) -> None:
-    """Refuse to mix two runs in one folder."""
+    """Refuse a folder that cannot be made, and to mix two runs in one."""
     output = Path(config.output)
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"{config.where('output')}output: {output}: {there} is no folder that can be written to.",
+            "Name another output folder.",
+        )
     used = (output / "metrics.json").exists() or any(output.glob("checkpoint-*"))
     if used and not config.resume:
         raise ConfigError(f"{output} holds a run already.", "Set resume: true to go on, or name another output folder.")
