@@ -127,8 +127,9 @@ def inspect(model: Model, as_json: Json = False) -> None:
     from peftree.describe import inspect_model
 
     info = inspect_model(model)
-    keys = ["tower", "role", "kind", "count", "layers", "shape", "parameters"]
-    rows = [[r.get(k, "") for k in keys] for r in info["sites"]]
+    keys = ["tower", "role", "kind", "count", "layers", "in x out", "parameters"]
+    shapes = [", ".join(" x ".join(map(str, shape)) for shape in r["shapes"]) for r in info["sites"]]
+    rows = [[{**r, "in x out": s}[k] for k in keys] for r, s in zip(info["sites"], shapes, strict=True)]
     table = _table(f"{info['class']}: {info['parameters']:,} parameters", keys, rows)
     _print(info, as_json, table)
 
@@ -176,9 +177,10 @@ def evaluate(
 def merge(
     run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
+    as_json: Json = False,
 ) -> None:
-    """Fold a trained adapter into its base model and write a plain model folder."""
-    _export(run_folder, out, "merged")
+    """Fold a trained adapter into its base model and write a plain model folder, tokenizer included."""
+    _export(run_folder, out, "merged", as_json)
 
 
 @app.command("export")
@@ -186,16 +188,19 @@ def export_run(
     run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
     out: Annotated[Path, typer.Argument(help="Where to write.")],
     to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
+    as_json: Json = False,
 ) -> None:
     """Write a trained adapter in Hugging Face PEFT's format, or merged into its base."""
-    _export(run_folder, out, to)
+    _export(run_folder, out, to, as_json)
 
 
-def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"]) -> None:
-    from peftree import store
-    from peftree.train.run import open_run
+def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool) -> None:
+    from peftree.train.export import export_run
 
-    typer.echo(f"Wrote {store.export(open_run(run_folder).adapter, out, to)}")
+    found = export_run(run_folder, out, to)
+    _print(found, as_json)
+    if not as_json:
+        typer.echo(f"Wrote {found['folder']}: {', '.join(found['files'])}")
 
 
 @app.command()
@@ -212,7 +217,9 @@ def demo(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A folder of run records or of a suite's results, or a pack.")],
+    results: Annotated[
+        Path, typer.Argument(help="What demo, bench or train wrote: records, results, runs, or a pack.")
+    ],
     html: Annotated[Path | None, typer.Option(help="Also write one HTML page here.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX tables (booktabs).")] = False,
@@ -345,12 +352,13 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    """Run the command line; an error of ours or of a file is one line on stderr and exit code 2."""
     try:
         app()
-    except PeftreeError as error:
+    except (PeftreeError, OSError) as error:
         clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
-        typer.echo(f"peftree: {clean}", err=True)
+        advice = "" if isinstance(error, PeftreeError) else ". Check the path, its permissions and the free space."
+        typer.echo(f"peftree: {clean}{advice}", err=True)
         sys.exit(2)
 
 

@@ -93,9 +93,9 @@ def skeleton(source: str) -> nn.Module:
 
             cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
             model: nn.Module = cls._from_config(config) if cls is not AutoModel else cls.from_config(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a config is anybody's file, and every model class fails in its own way
         raise ConfigError(
-            f"{source} cannot be built from its config: {str(error).splitlines()[0]}",
+            f"{source} cannot be built from its config: {(str(error) or type(error).__name__).splitlines()[0]}",
             "Check the folder or name; custom model code is not run.",
-        ) from None
+        ) from error
     return model

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from peftree.bench import cluster
+from peftree.bench.own import own_runs
 from peftree.bench.record import PATTERN, RunRecord, file_name, in_order, parse_record, read_records
 from peftree.bench.run import Choice, check_methods, run_suite, seconds_left, states
 from peftree.bench.suite import Suite
@@ -123,7 +124,8 @@ def read_results(place: Path) -> list[RunRecord]:
     """
     if place.is_file():
         return read_packed(place)
-    return read_records(place / "records" if (place / "records").is_dir() else place)
+    folder = place / "records" if (place / "records").is_dir() else place
+    return (own_runs(folder) if not any(folder.glob(PATTERN)) else []) or read_records(folder)
 
 
 def pack(results: Path, target: Path) -> int:

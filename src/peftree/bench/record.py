@@ -239,7 +239,9 @@ def read_records(folder: str | Path) -> list[RunRecord]:
         raise DataError(f"{folder} is not a folder.", "Give the folder the runs were written to.")
     paths = sorted(folder.glob(PATTERN))
     if not paths:
-        raise DataError(f"{folder} holds no run records ({PATTERN}).", "Run the suite first.")
+        raise DataError(
+            f"{folder} holds no run records ({PATTERN}) and no runs.", "Name what demo, bench or train wrote."
+        )
     return in_order(read_record(path) for path in paths)
 
 

@@ -19,8 +19,9 @@ class Comparison:
     """Paired difference of two results on the same items, `new - base`.
 
     Attributes:
-        metric: what was scored; for perplexity the items are negative log-likelihoods.
+        metric: what was scored.
         base, new: the two scores.
+        of: what `difference` is a difference of: the metric itself, or for perplexity its logarithm.
         difference: mean over items of the items' differences.
         low, high: its 95 % interval over items (Student's t); both equal `difference` if no item differs.
         better, worse, equal: how many items changed in which direction.
@@ -30,6 +31,7 @@ class Comparison:
     metric: str
     base: float
     new: float
+    of: str
     difference: float
     low: float
     high: float
@@ -72,7 +74,8 @@ def compare(base: Scores, new: Scores) -> Comparison:
     shown = "better" if (mean > 0) == new.higher_is_better else "worse"
     if low <= 0 <= high:
         shown = "no difference shown"
+    of = f"log {new.metric}" if new.aggregate == "exp_mean" else new.metric
     return Comparison(
-        new.metric, base.score, new.score, mean, low, high,
+        new.metric, base.score, new.score, of, mean, low, high,
         int((gain > 0).sum()), int((gain < 0).sum()), int((gain == 0).sum()), shown,
     )  # fmt: skip

@@ -119,7 +119,10 @@ def target(folder: str | Path) -> Path:
     path = Path(os.path.abspath(folder))  # resolve() would follow a link
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise StoreError(f"{path} is a link or a file.", "Save to a folder of its own.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path.parent} cannot be made: {error.strerror}.", "Save to another folder.") from None
     return path
 
 
