@@ -158,6 +158,7 @@ def evaluate(
     overrides: Overrides = None,
     against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
     split: Annotated[str, typer.Option(help="train, valid or test; empty: test where there is one.")] = "",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Score a trained adapter beside the base model on the same items (data.test=other.csv for other data)."""
@@ -168,7 +169,7 @@ def evaluate(
         raise ConfigError(f"--against {against} is unknown.", "Use --against base.")
     if split not in ("", "train", "valid", "test"):
         raise ConfigError(f"--split {split} is unknown.", "Use train, valid or test.")
-    opened = open_run(run_folder, overrides or [])
+    opened = open_run(run_folder, overrides or [], progress=not (quiet or as_json))
     found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None)))
     _print(found, as_json, _table(str(run_folder), ["what", "value"], [[k, _short(v)] for k, v in found.items()]))
 

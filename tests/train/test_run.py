@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peftree.evaluate.quality import Scores
 from peftree.train.config import RunConfig, load_config
 from peftree.train.data import load_data
 from peftree.train.run import RunResult, open_run, run
-from peftree.train.tasks import build_task
+from peftree.train.tasks import base, build_task
 
 
 def configured(model: str, data: Path, output: Path, *more: str) -> RunConfig:
@@ -121,6 +122,24 @@ def test_early_stopping_keeps_the_best(encoder: str, review_data: Path, tmp_path
     assert result.steps < 40 * 6
     opened = open_run(tmp_path / "out")
     assert opened.score("valid").score == max(scores)
+
+
+def test_texts_are_written_and_compared_if_asked_for(decoder: str, prompt_data: Path, tmp_path: Path) -> None:
+    found = run(configured(decoder, prompt_data, tmp_path / "out", "steps=1", "generate=2", "base_score=false"))
+    assert {"exact", "rouge_l", "chrf"} <= set(found.values)
+
+
+def test_a_long_scoring_shows_a_bar(
+    encoder: str, review_data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    data = load_data(review_data)
+    task = build_task(encoder, data)
+    monkeypatch.setattr(base, "tqdm", functools.partial(base.tqdm, mininterval=0))
+    for progress, delay, seen in ((True, 0, True), (True, 60, False), (False, 0, False)):
+        task.progress = progress
+        monkeypatch.setattr(base, "DELAY", delay)
+        task.score(task.items(data.test), 4)
+        assert ("scoring" in capsys.readouterr().err) == seen
 
 
 def test_a_single_step_trains(encoder: str, review_data: Path, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[RunResult,
         with calm(config.quiet):
             data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
         resolved["task"] = data.task
+        task.progress = not config.quiet
         items = {s: task.items(getattr(data, s)) for s in ("train", "valid", "test")}
         trainer = _trainer(config, task, adapter, items, clock, lr)
         for line in (*data.warnings, *task.notes):
@@ -219,12 +220,13 @@ class OpenRun:
         return self.task.score(self.task.items(rows), self.config.eval_batch_size)
 
 
-def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
+def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: bool = False) -> OpenRun:
     """Load the model, data and adapter of a finished run.
 
     Args:
         folder: its output folder.
         overrides: as for `load_config`: `data.test=other.csv`, `model=/moved/here`.
+        progress: show a bar where scoring takes long.
 
     Raises:
         PeftreeError: the folder is not a finished run, or something in it is damaged or was moved.
@@ -236,6 +238,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     with calm(quiet=True):
         data = _data(config)
         task = build_task(config.model, data, _options(config))
+        task.progress = progress
         adapter = store.load(task.model, path / "adapter", name=config.adapter)
     return OpenRun(config, task, adapter, data)
 
@@ -269,7 +272,8 @@ def _data(config: RunConfig) -> Data:
 
 
 def _options(config: RunConfig) -> Options:
-    return Options(config.config, config.dtype, config.max_length, config.image_size, config.chat, config.seed)
+    names = ("config", "dtype", "max_length", "image_size", "chat", "seed", "generate")
+    return Options(**{name: getattr(config, name) for name in names})
 
 
 def _check_output(config: RunConfig, resolved: dict[str, Any]) -> None:

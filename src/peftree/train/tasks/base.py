@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from peftree.evaluate import quality
 from peftree.train.data import Example
@@ -18,6 +19,7 @@ from peftree.train.facts import TaskName
 Batch = dict[str, Tensor]
 Items = Dataset[dict[str, Any]]
 IGNORED = -100
+DELAY = 2.0  # seconds before a progress bar shows
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Task(ABC):
         labels: class names by index; empty where there are no classes.
         notes: sentences the user should see (a new head, rows that were cut).
         stop: id of the token that must end a completion; None for other tasks.
+        progress: show a bar for a pass over items that takes longer than `DELAY`.
     """
 
     name: ClassVar[TaskName]
@@ -52,6 +55,7 @@ class Task(ABC):
         self.labels = tuple(labels)
         self.notes = list(notes)
         self.stop: int | None = None
+        self.progress = False
 
     @abstractmethod
     def items(self, rows: Sequence[Example]) -> Items:
@@ -69,9 +73,14 @@ class Task(ABC):
         """Yield `items` in their order, batch by batch, on the model's device."""
         device = next(self.model.parameters()).device
         count = len(items)  # type: ignore[arg-type]
-        for start in range(0, count, batch_size):
+        for start in self.bar(range(0, count, batch_size)):
             batch = self.collate([items[i] for i in range(start, min(start + batch_size, count))])
             yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def bar(self, places: range) -> Iterable[int]:
+        """Return `places` with a progress bar around them, which is gone when it is done."""
+        bar: Iterable[int] = tqdm(places, "scoring", leave=False, delay=DELAY, disable=not self.progress)
+        return bar
 
 
 class Rows(Dataset[dict[str, Any]]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from peftree.train.tasks.base import IGNORED, Batch
 
 
 def greedy(
-    model: nn.Module, features: Sequence[Mapping[str, Any]], pad: int, stop: int, batch_size: int
+    model: nn.Module,
+    features: Sequence[Mapping[str, Any]],
+    pad: int,
+    stop: int,
+    batch_size: int,
+    bar: Callable[[range], Iterable[int]] = iter,
 ) -> list[list[int]]:
     """Return the tokens that `model` writes after each prompt, the stop token and what follows it left out.
 
@@ -24,13 +29,14 @@ def greedy(
         pad: id to pad prompts with, at the left.
         stop: id at which a row ends.
         batch_size: rows at a time.
+        bar: is put around the places where a batch begins, to show progress.
     """
     most = max(sum(label != IGNORED for label in f["labels"]) for f in features)
     settings = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad)
     written: list[list[int]] = []
     device = next(model.parameters()).device
     net: Any = model
-    for start in range(0, len(features), batch_size):
+    for start in bar(range(0, len(features), batch_size)):
         batch = _prompts(features[start : start + batch_size], pad)
         width = batch["input_ids"].shape[1]
         out: Tensor = net.generate(**{k: v.to(device) for k, v in batch.items()}, generation_config=settings)

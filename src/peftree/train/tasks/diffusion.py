@@ -88,7 +88,7 @@ class ImageGeneration(Task):
             raise TrainError("There is nothing to score.", "Give a test or validation file with rows.")
         losses: list[float] = []
         with quality.evaluating(self.model):
-            for start in range(0, count, max(1, batch_size // LEVELS)):
+            for start in self.bar(range(0, count, max(1, batch_size // LEVELS))):
                 losses += self._losses(items, range(start, min(start + max(1, batch_size // LEVELS), count)))
             pixels, classes = self._pixels([items[i] for i in range(count)])
             wanted = classes[torch.arange(SAMPLES) * count // SAMPLES]

@@ -98,7 +98,7 @@ class Completions(Task):
         if not first:
             return scores
         with quality.evaluating(self.model):
-            written = greedy(self.model, first, self.pad, self.ending[0], batch_size)
+            written = greedy(self.model, first, self.pad, self.ending[0], batch_size, self.bar)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         found = text_metrics.compare(texts, [f["target"] for f in first])
         return replace(scores, values={**scores.values, **found})
