@@ -178,7 +178,7 @@ def adapt(
         ConfigError, MethodError, SiteError, AdapterError: before anything is changed.
     """
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"{model!r} is no model but a {type(model).__name__}.", "Pass a torch module.")
+        raise AdapterError(f"{model!r} is no model: its type is {type(model).__name__}.", "Pass a torch module.")
     if not isinstance(method, str | Method):
         raise AdapterError(f"{method!r} is no method.", "Pass a name such as 'lora', or peftree.get('lora')(r=16).")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftree import registry, sites
-from peftree.errors import ConfigError
 from peftree.methods.contract import Method
 
 
@@ -80,22 +77,12 @@ def inspect_model(source: str) -> dict[str, Any]:
 
 
 def skeleton(source: str) -> nn.Module:
-    """Return the model of a config on the meta device: shapes without values."""
-    from transformers import AutoConfig, AutoModel
+    """Return the model of a config on the meta device: shapes without values.
 
-    folder = Path(source)
-    if (folder.exists() or source.startswith((".", "/"))) and not (folder / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json.", "Name a model folder, or a hub name such as org/model.")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            import transformers
+    Raises:
+        ConfigError: there is no config, or transformers knows no class for it.
+    """
+    from peftree.plan.skeleton import bare_class, build, read_config
 
-            cls: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
-            model: nn.Module = cls._from_config(config) if cls is not AutoModel else cls.from_config(config)
-    except Exception as error:  # a config is anybody's file, and every model class fails in its own way
-        raise ConfigError(
-            f"{source} cannot be built from its config: {(str(error) or type(error).__name__).splitlines()[0]}",
-            "Check the folder or name; custom model code is not run.",
-        ) from error
-    return model
+    config = read_config(source)
+    return build(config, bare_class(config))

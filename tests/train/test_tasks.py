@@ -204,6 +204,14 @@ def test_tokens_without_an_embedding(encoder: str, tmp_path: Path) -> None:
         build_task(str(folder), data)
 
 
+def test_an_encoder_is_no_generator(encoder: str, prompt_data: Path) -> None:
+    """Without a causal mask a token's loss is on what the model was shown; the loss would fall and teach nothing."""
+    data = load_data(prompt_data)
+    with pytest.raises(ConfigError, match="its tokens see those after them"):
+        build_task(encoder, data)
+    build_task(encoder, data, Options(config={"is_decoder": True}))
+
+
 def test_scores_refuse_what_is_not_finite(encoder: str, review_data: Path) -> None:
     data = load_data(review_data)
     task = build_task(encoder, data)

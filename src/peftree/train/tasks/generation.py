@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -151,8 +152,25 @@ class Generation(Completions):
 
 
 def load_generation(model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
-    """Load a causal language model."""
+    """Load a causal language model.
+
+    Raises:
+        ConfigError: the model does not load, or its tokens see those after them.
+    """
     config, tokens = read_config(model, options.config, data.labels), tokenizer(model)
     net, fresh = load(AutoModelForCausalLM, model, config, options)
+    _check_causal(net, model)
     fit = length(net, tokens, options.max_length)
     return Generation(net, tokens, fit, options.chat, options.generate), fresh
+
+
+def _check_causal(net: nn.Module, model: str) -> None:
+    """Refuse a model whose first token sees the second: it would learn to copy what it is to predict."""
+    mask = torch.ones(1, 2, dtype=torch.long)
+    with quality.evaluating(net):
+        first, other = (net(input_ids=torch.tensor([[0, i]]), attention_mask=mask).logits[0, 0].float() for i in (1, 2))
+    if float((first - other).abs().max()) > 1e-4 * max(1.0, float(first.abs().max())):
+        raise ConfigError(
+            f"model: {model}: its tokens see those after them, which they are to predict.",
+            "Use a decoder such as Llama or GPT-2; some encoders are one with config.is_decoder=true.",
+        )
