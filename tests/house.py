@@ -38,7 +38,7 @@ LAYERS = (
     ("errors", "files", "strict"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
-ON_THE_CORE = ("assets", "bench", "cli", "demo", "describe", "doctor", "evaluate", "report", "train")
+ON_THE_CORE = ("assets", "bench", "cli", "demo", "describe", "doctor", "evaluate", "plan", "report", "train")
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

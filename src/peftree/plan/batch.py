@@ -1,0 +1,73 @@
+"""One training batch of the right shapes for a model, on the meta device."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftree.errors import ConfigError
+from peftree.plan.request import Request
+
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str, Any]:
+    """Return what `model(**batch)` takes, as meta tensors; with labels where the class has a loss."""
+    config: Any = model.config
+    takes = inspect.signature(model.forward).parameters
+    rows, length = request.batch, _length(model, request, "return_loss" in takes)
+    batch: dict[str, Any] = {}
+    if "input_features" in takes and "input_ids" not in takes:
+        frames = 2 * int(getattr(config, "max_source_positions", 1500))
+        batch["input_features"] = _real(model, rows, int(config.num_mel_bins), frames)
+    elif "input_ids" in takes:
+        batch["input_ids"] = _whole(rows, length)
+        if request.padded and "attention_mask" in takes:
+            batch["attention_mask"] = _whole(rows, length)
+    if "pixel_values" in takes:
+        vision = getattr(config, "vision_config", config)
+        size = request.image or _side(getattr(vision, "image_size", 224))
+        batch["pixel_values"] = _real(model, rows, int(getattr(vision, "num_channels", 3)), size, size)
+    if "return_loss" in takes and labels:
+        batch["return_loss"] = True
+    elif "labels" in takes and labels:
+        plain = type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+        batch["labels"] = _whole(rows) if plain else _whole(rows, length)
+    return batch
+
+
+def _length(model: nn.Module, request: Request, captions: bool) -> int:
+    """Return the tokens of a row; a model with a table of positions takes no more than it holds."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_TABLES)]
+    most = min((t.num_embeddings for t in tables), default=request.length)
+    if request.length > most and not captions:
+        raise ConfigError(
+            f"length={request.length}: the model has {most} positions.", f"Ask for length={most} at most."
+        )
+    return min(request.length, most)
+
+
+def open_images(model: nn.Module) -> None:
+    """Let a model that puts image features in the place of image tokens do so without looking for the tokens."""
+    for module in model.modules():
+        if callable(getattr(type(module), "get_placeholder_mask", None)):
+            module.get_placeholder_mask = _everywhere  # type: ignore[assignment]
+
+
+def _everywhere(input_ids: Any, inputs_embeds: Tensor, *features: Any, **more: Any) -> Tensor:
+    return torch.ones_like(inputs_embeds, dtype=torch.bool)
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _whole(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.long, device="meta")
+
+
+def _real(model: nn.Module, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=next(model.parameters()).dtype, device="meta")

@@ -1,0 +1,204 @@
+"""The planner: builds the model without weights, traces few of its layers, and works out the rest.
+
+Layers of one kind hold the same bytes, so memory grows by the same amount with each: the step is traced with two depths
+and the difference carried on to the whole depth, phase by phase and part by part. What every layer shares (embedding,
+head, logits, loss) is in both and cancels. Weights, gradients of the optimizer's state are counted on the full model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftree.errors import ConfigError, PeftreeError
+from peftree.plan import formulas, skeleton
+from peftree.plan.request import Request
+from peftree.plan.result import Plan
+from peftree.plan.step import PARTS, Traced, adapted, trace
+from peftree.plan.trace import supported
+
+SLACK = 0.05  # of what varies, in the high figure
+CONTEXT = 600 << 20  # bytes that a CUDA process takes for itself; no allocator counts them
+Parts = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The full model's own figures."""
+
+    model: str
+    parts: dict[str, int]
+    scratch: int
+    layer: int
+    gradients: int
+    trainable: int
+    total: int
+    sites: int
+
+
+def plan(request: Request) -> Plan:
+    """Return what `request` takes; no weights are read, nothing runs.
+
+    Raises:
+        ConfigError: no config, an unknown task, or a mode that the model does not have.
+        MethodError, SiteError: the method does not fit the model.
+    """
+    config, kind = _read(request.model, request.task, request.labels)
+    dtype = formulas.dtype_of(config, request.dtype)
+    whole = _whole(config, kind, request, dtype)
+    notes: list[str] = []
+    how, operations = "traced", 0.0
+    found: Parts = {}
+    why = "" if supported() else f"torch {torch.__version__} is not among the tested versions"
+    if not why:
+        try:
+            found, operations = traced(config, kind, request, dtype)
+        except PeftreeError:
+            raise
+        except Exception as error:  # noqa: BLE001  a model's own code may want real values
+            why = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:120]}"
+    if why:
+        how = "formula"
+        notes.append(f"not traced ({why}): a rule of thumb, far less exact")
+        found = rough(config, request, dtype, whole.gradients)
+    phases = {name: _with(whole, parts, request, name) for name, parts in found.items()}
+    if request.mode == "train":
+        phases["optimizer"] = _with(
+            whole, {"gradients": whole.gradients, "temporaries": whole.scratch}, request, "step"
+        )
+    if request.mode == "generate":
+        phases["generation"] = _generation(config, whole, request, dtype)
+    return _plan(request, whole, phases, round(operations), how, notes)
+
+
+def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tuple[Parts, float]:
+    """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers."""
+    stacks = _cuttable(config, request)
+    base = {depth: depth.period + 1 for depth in stacks}
+
+    def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
+        return trace(*adapted(skeleton.cut(config, dict(counts)), kind, request, dtype), request)
+
+    first = run(base)
+    total: Parts = {phase: dict(parts) for phase, parts in first.parts.items()}
+    operations = float(sum(first.operations.values()))
+    for depth in stacks:
+        more = run(base | {depth: base[depth] + depth.period})
+        times = (depth.count - base[depth]) / depth.period
+        for phase, parts in more.parts.items():
+            for part, value in parts.items():
+                total[phase][part] += times * (value - first.parts[phase][part])
+        operations += times * (sum(more.operations.values()) - sum(first.operations.values()))
+    return total, operations
+
+
+def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:
+    """Return the stacks to trace with fewer layers: those deep enough, unless the request names layers."""
+    chosen = str(request.fields)
+    if "layers" in request.fields or "@" in chosen:
+        return []
+    return [d for d in skeleton.depths(config) if d.count > 2 * d.period + 1]
+
+
+@lru_cache(maxsize=8)
+def _read(model: str, task: str, labels: int) -> tuple[Any, Any]:
+    config = skeleton.read_config(model)
+    kind = skeleton.model_class(config, task)
+    if kind.__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+        config.num_labels = labels
+    return config, kind
+
+
+def _whole(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> _Whole:
+    """Count weights, adapter, gradients and optimizer state on the full model."""
+    model, adapter = adapted(config, kind, request, dtype)
+    mine = {id(p) for p in adapter.parameters()}
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    base = [p for p in model.parameters() if id(p) not in mine]
+    low = formulas.linear_weights(model) if request.base != "dense" else []
+    weights = formulas.size(base) - formulas.size(low) + formulas.quantised(low, request.base)
+    buffers = {id(b): b for b in model.buffers()}.values()
+    training = request.mode == "train"
+    parts = {
+        "weights": weights,
+        "adapter": formulas.size([*adapter.parameters(), *buffers]),
+        "optimizer": formulas.optimizer_state(trained, request.optimizer) if training else 0,
+    }
+    scratch = formulas.optimizer_scratch(trained, request.optimizer)
+    return _Whole(
+        type(model).__name__, parts, scratch, _largest_layer(model), formulas.size(trained) if training else 0,
+        sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas),
+    )  # fmt: skip
+
+
+def _largest_layer(model: nn.Module) -> int:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return max((formulas.size(layer.parameters()) for layers in lists for layer in layers), default=0)
+
+
+def _with(whole: _Whole, parts: Mapping[str, float], request: Request, phase: str) -> dict[str, int]:
+    """Return all parts of a phase: what was traced, the weights, what sharding does to them."""
+    out = dict.fromkeys(PARTS, 0) | whole.parts
+    for part, value in parts.items():
+        out[part] += formulas.rounded(max(value, 0))
+    if request.base != "dense" and phase != "step":  # a layer's weight is read through a dense copy of it
+        out["temporaries"] += whole.layer // 4
+    gathered = whole.layer if phase != "step" else 0
+    return formulas.sharded(out, request, gathered, whole.gradients)
+
+
+def _generation(config: Any, whole: _Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
+    """Return the parts while the last token is made: the whole cache, and one layer's copy that grows."""
+    tokens = request.length + request.new_tokens
+    held = formulas.cache(config, request.batch, tokens, dtype.itemsize)
+    layers = max((d.count for d in skeleton.depths(config)), default=1)
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+    logits = request.batch * vocabulary * (dtype.itemsize + 4)
+    return _with(whole, {"activations": held, "temporaries": held / layers, "logits": logits}, request, "generation")
+
+
+def rough(config: Any, request: Request, dtype: torch.dtype, gradients: int) -> Parts:
+    """Return phase -> part -> bytes by a rule of thumb: 34 bytes an activation of a layer (arXiv 2205.05198, eq. 2)."""
+    text = config.get_text_config()
+    width = int(getattr(text, "hidden_size", 0) or 0)
+    layers = sum(d.count for d in skeleton.depths(config)) or 1
+    if not width:
+        raise ConfigError(f"{type(config).__name__} states no width.", "Use a config with hidden_size.")
+    rows = request.batch * request.length * width
+    kept = rows * dtype.itemsize * (layers if request.checkpointing else 17 * layers)
+    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    logits = request.batch * request.length * vocabulary * (dtype.itemsize + 8)
+    if request.mode != "train":
+        return {"forward": {"activations": 8.0 * rows * dtype.itemsize, "logits": float(logits)}}
+    return {
+        "forward": {"activations": float(kept), "logits": float(logits)},
+        "backward": {"activations": float(kept), "logits": float(logits), "gradients": float(gradients)},
+    }
+
+
+def _plan(
+    request: Request, whole: _Whole, phases: dict[str, dict[str, int]], operations: int, how: str, notes: list[str]
+) -> Plan:
+    totals = {name: sum(parts.values()) for name, parts in phases.items()}
+    phase = max(totals, key=lambda name: totals[name])
+    low = totals[phase]
+    still = whole.parts["weights"]
+    expected = low if request.device == "cpu" else reserved(low, still)
+    margin = SLACK if how == "traced" else 0.5
+    high = round(expected + margin * (expected - min(still, expected)))
+    if request.device == "cuda":
+        notes.append(f"a CUDA process takes some {CONTEXT >> 20} MiB more for its context")
+    return Plan(
+        request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
+        whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),
+    )  # fmt: skip
+
+
+def reserved(low: int, still: int) -> int:
+    """Return what CUDA's caching allocator reserves for a peak of `low` bytes, `still` of which never move."""
+    return low

@@ -1,0 +1,53 @@
+"""What a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peftree.plan.request import Request
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one setting on one device, in bytes.
+
+    Attributes:
+        request: the setting.
+        model: name of the model's class.
+        low: the most bytes that live at once, exact where traced.
+        expected: what the device's allocator holds for them.
+        high: with a margin for what no plan sees: other kernels, fragments, the longest batch.
+        phase: when the peak is.
+        phases: bytes at the peak of each phase.
+        parts: what the peak is made of.
+        trainable, total, sites: parameters trained, all parameters of the base, places adapted.
+        operations: floating-point operations of a step (matrix products, convolutions, attention).
+        how: `traced`, or `formula` where the model could not be traced.
+        notes: what to know.
+    """
+
+    request: Request
+    model: str
+    low: int
+    expected: int
+    high: int
+    phase: str
+    phases: dict[str, int]
+    parts: dict[str, int]
+    trainable: int
+    total: int
+    sites: int
+    operations: int
+    how: str
+    notes: tuple[str, ...] = ()
+
+    def fits(self, memory: int) -> bool:
+        """Return whether the expected bytes are within `memory`."""
+        return self.expected <= memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return asdict(self) | {"request": self.request.model_dump(mode="json")}

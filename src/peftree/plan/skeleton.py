@@ -1,0 +1,162 @@
+"""A model without weights, built on the meta device from its config alone, with all of its layers or with few."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftree.errors import ConfigError
+
+# How configs call their number of layers; the first of a row that a config has is the one that counts.
+_DEPTHS = (
+    ("encoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers"),
+    ("decoder_layers", "num_decoder_layers"),
+)
+_AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-regression": "AutoModelForSequenceClassification",
+    "generation": "AutoModelForCausalLM",
+    "sequence-to-sequence": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+    "image-text-retrieval": "AutoModel",
+    "captioning": "AutoModelForImageTextToText",
+}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One stack's number of layers in a config.
+
+    Attributes:
+        part: the sub-config's name, empty for the config itself.
+        key: the attribute.
+        count: how many layers.
+        period: after how many layers their kinds repeat.
+    """
+
+    part: str
+    key: str
+    count: int
+    period: int
+
+
+def read_config(source: str) -> Any:
+    """Return the config that `source` names: a folder, its config.json, or a hub name.
+
+    Raises:
+        ConfigError: there is none, or transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    path = Path(source).expanduser()
+    path = path.parent if path.name == "config.json" and path.is_file() else path
+    local = path.is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if local and not (path / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json.", "Name a model folder, or a hub name such as org/model.")
+    try:
+        config = AutoConfig.from_pretrained(str(path) if local else source, local_files_only=local)
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # which one it is does not matter to memory
+        return config
+    except Exception as error:
+        raise _unbuildable(source, error) from error
+
+
+def bare_class(config: Any) -> Any:
+    """Return the class that a config names; the plain model of its type where it names none."""
+    import transformers
+
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    return found or transformers.AutoModel._model_mapping[type(config)]
+
+
+def model_class(config: Any, task: str) -> Any:
+    """Return the class to build: by the task, else the config's own, a bare encoder's being a classifier."""
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    own = getattr(transformers, name, None)
+    if not task:
+        if own is not None and not name.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
+            return own
+        kinds = ["image-classification"] if getattr(config, "num_channels", None) else []
+        kinds += ["sequence-to-sequence"] if config.is_encoder_decoder else ["text-classification"]
+        for kind in kinds:
+            auto = getattr(transformers, _AUTO[kind])
+            if type(config) in auto._model_mapping:
+                return auto._model_mapping[type(config)]
+        return own or transformers.AutoModel._model_mapping[type(config)]
+    if task not in _AUTO:
+        raise ConfigError(f"There is no plan for the task '{task}'.", f"Tasks: {', '.join(_AUTO)}.")
+    auto = getattr(
+        transformers, "AutoModelForSeq2SeqLM" if task == "generation" and config.is_encoder_decoder else _AUTO[task]
+    )
+    if type(config) not in auto._model_mapping:
+        raise ConfigError(f"{type(config).__name__} has no model for {task}.", "Choose another task, or none.")
+    return auto._model_mapping[type(config)]
+
+
+def build(config: Any, kind: Any, dtype: torch.dtype | None = None, attention: str | None = None) -> nn.Module:
+    """Return the model of `config` on the meta device: shapes without values.
+
+    Raises:
+        ConfigError: the class cannot be built from it.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+            more |= {"attn_implementation": attention} if attention else {}
+            model: nn.Module = kind._from_config(copy.deepcopy(config), **more)
+    except Exception as error:
+        raise _unbuildable(type(config).__name__, error) from error
+    return model
+
+
+def depths(config: Any) -> list[Depth]:
+    """Return the stacks of layers that a config counts."""
+    found = []
+    for part in ("", *getattr(config, "sub_configs", {})):
+        own = getattr(config, part, None) if part else config
+        if own is None:
+            continue
+        known = set(own.to_dict())
+        for keys in _DEPTHS:
+            key = next((k for k in keys if k in known), None)
+            count = getattr(own, key, None) if key else None
+            if isinstance(count, int) and count > 0:
+                found.append(Depth(part, str(key), count, _period(getattr(own, "layer_types", None) or [])))
+    return found
+
+
+def cut(config: Any, counts: dict[Depth, int]) -> Any:
+    """Return a copy of `config` with fewer layers; lists with an entry for each layer are cut with them."""
+    new = copy.deepcopy(config)
+    for depth, count in counts.items():
+        own = getattr(new, depth.part) if depth.part else new
+        for key, value in own.to_dict().items():
+            if isinstance(value, list) and len(value) == depth.count and depth.count > 1:
+                setattr(own, key, value[:count])
+        setattr(own, depth.key, count)
+        if depth.key != "num_hidden_layers" and getattr(own, "num_hidden_layers", None) == depth.count:
+            own.num_hidden_layers = count
+    return new
+
+
+def _period(kinds: list[str]) -> int:
+    n = len(kinds)
+    return next((p for p in range(1, n) if all(kinds[i] == kinds[i - p] for i in range(p, n))), max(n, 1))
+
+
+def _unbuildable(what: str, error: Exception) -> ConfigError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return ConfigError(
+        f"{what} cannot be built from its config: {said}.",
+        "Check the folder or name; custom model code is not run.",
+    )

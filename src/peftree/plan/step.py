@@ -1,0 +1,108 @@
+"""Traces one training step, evaluation or prefill of a skeleton and says what its memory is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftree.adapter import Adapter, adapt
+from peftree.plan import skeleton
+from peftree.plan.batch import inputs, open_images
+from peftree.plan.request import Request
+from peftree.plan.trace import Ledger, Timeline, faking, record
+from peftree.registry import make
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a traced step held, beyond weights and optimizer state.
+
+    Attributes:
+        parts: phase -> part -> bytes at the phase's peak.
+        operations: floating-point operations by phase.
+        timeline: every allocation and release.
+    """
+
+    parts: dict[str, dict[str, int]]
+    operations: dict[str, int]
+    timeline: Timeline
+
+
+def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tuple[nn.Module, Adapter]:
+    """Return the skeleton with the request's method on it."""
+    model = skeleton.build(config, kind, dtype, request.attention)
+    adapter = adapt(model, make(request.method, request.fields))
+    if request.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train(request.mode == "train")
+    return model, adapter
+
+
+def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
+    """Run the request's step on fake tensors; `model` then holds fake tensors and is of no other use."""
+    open_images(model)
+    batch = inputs(model, request, labels=request.mode == "train")
+    with faking(model) as fake:
+        fed = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        held = [v for v in fed.values() if isinstance(v, Tensor)]
+        ledger = Ledger([*model.parameters(), *model.buffers(), *held], scratch=request.device == "cpu")
+        phases = _training if request.mode == "train" else _reading
+        timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)  # type: ignore[union-attr,operator]
+    return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+
+
+Phases = list[tuple[str, Callable[[], object]]]
+
+
+def _training(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger) -> Phases:
+    kept: dict[str, Any] = {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def forward() -> None:
+        out = model(**batch)
+        extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
+        kept["loss"] = out.loss if extra is None else out.loss + extra
+        del out
+        ledger.keep("activations", ledger.living())
+
+    def backward() -> None:
+        kept.pop("loss").backward()
+        ledger.keep("gradients", [p.grad for p in parameters])
+
+    phases: Phases = [("forward", forward), ("backward", backward)]
+    return phases if request.accumulation == 1 else [("first forward", forward), ("first backward", backward), *phases]
+
+
+def _reading(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger) -> Phases:
+    more = {"use_cache": True, "logits_to_keep": 1} if request.mode == "generate" else {}
+
+    def forward() -> None:
+        with torch.no_grad():
+            out = model(**batch, **more)
+            ledger.keep("activations", ledger.living())
+            del out
+
+    return [("forward", forward)]
+
+
+def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
+    """Return the bytes of each part when the phase holds most."""
+    out = dict.fromkeys(("gradients", "activations", "logits", "temporaries"), 0)
+    gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))
+    for number in timeline.alive(phase):
+        shape = timeline.shape[number]
+        if number in gradients:
+            part = "gradients"
+        elif vocabulary and shape and shape[-1] == vocabulary:
+            part = "logits"
+        else:
+            part = "activations" if number in activations else "temporaries"
+        out[part] += timeline.size[number]
+    return out

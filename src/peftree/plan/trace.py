@@ -1,0 +1,242 @@
+"""Counts the bytes that a computation holds, without running it: fake tensors and one ledger of storages.
+
+A model on the meta device becomes one of fake CPU tensors: every operation then computes shapes and allocates nothing.
+`Ledger` sees each operation's results and notes when a storage comes to life and when its last reference goes, so its
+curve is that of the real allocator, operation by operation. FakeTensorMode is semi-private in torch: nothing outside
+this file knows of it, and `supported` says whether the installed version is one it was tested with.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+TESTED = ((2, 8), (2, 15))  # from this version of torch, to below that one
+
+
+def supported() -> bool:
+    """Return whether this version of torch is one that tracing was tested with."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return TESTED[0] <= version < TESTED[1]
+
+
+def _size(*tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+# oneDNN lays a convolution's weights and gradients out anew, beside the tensors themselves.
+_SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
+    torch.ops.aten.convolution.default: lambda args: _size(args[1]),
+    torch.ops.aten.convolution_backward.default: lambda args: (
+        _size(args[0], args[2]) + args[0].shape[1] * 4 + _size(args[2]) * (not args[10][1])
+    ),
+}
+_IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_add.default}
+
+
+@dataclass
+class Timeline:
+    """What a computation allocated and released, in order.
+
+    Attributes:
+        owner: of each event, the number of its storage.
+        change: bytes of each event, negative for a release.
+        phase: of each event, the index of its phase in `phases`.
+        phases: names in the order in which they began.
+        size: bytes of each storage.
+        shape, dtype: of each storage, what the first tensor in it looked like.
+        kept: named sets of storages, as the gradients; the rest is told apart by when it lives.
+    """
+
+    owner: list[int] = field(default_factory=list)
+    change: list[int] = field(default_factory=list)
+    phase: list[int] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    shape: list[tuple[int, ...]] = field(default_factory=list)
+    dtype: list[torch.dtype] = field(default_factory=list)
+    kept: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    def levels(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the bytes held after each event."""
+        return np.cumsum(np.asarray(self.change, dtype=np.int64))
+
+    def peak(self) -> int:
+        """Return the most bytes held at once."""
+        return int(self.levels().max(initial=0))
+
+    def peaks(self) -> dict[str, int]:
+        """Return the most bytes held in each phase; one without events holds what was there."""
+        levels, phase = self.levels(), np.asarray(self.phase)
+        found: dict[str, int] = {}
+        before = 0
+        for index, name in enumerate(self.phases):
+            mine = levels[phase == index]
+            found[name] = max(before, int(mine.max(initial=0)))
+            before = int(mine[-1]) if len(mine) else before
+        return found
+
+    def alive(self, phase: str) -> set[int]:
+        """Return the storages that live when `phase` is at its peak."""
+        levels, at = self.levels(), self.phases.index(phase)
+        mine = np.flatnonzero(np.asarray(self.phase) == at)
+        last = int(mine[levels[mine].argmax()]) if len(mine) else len(levels) - 1
+        living: set[int] = set()
+        for owner, change in zip(self.owner[: last + 1], self.change[: last + 1], strict=True):
+            (living.add if change > 0 else living.discard)(owner)
+        return living
+
+
+class Ledger(TorchDispatchMode):
+    """Notes every storage that an operation makes, and its end.
+
+    `ignore` lives before the first event and is counted elsewhere; `scratch` counts what CPU kernels take for
+    themselves too.
+    """
+
+    def __init__(self, ignore: Iterable[Tensor] = (), scratch: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scratch = scratch
+        self._summed = -1
+        self.timeline = Timeline()
+        self.operations = 0
+        self._known: dict[int, int] = {}
+        self._held: list[Any] = []
+        for tensor in ignore:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = -1
+            self._held.append(storage)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Count what happens inside as `phase`."""
+        self.timeline.phases.append(phase)
+        yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note the storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        self.operations += count(*args, **(kwargs or {}), out_val=result) if count else 0
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        # Without a mode the engine adds up gradients in place: the sum is then no new storage.
+        summed = func in _IN_PLACE and not torch.is_grad_enabled()
+        self._summed = self.number(args[0]) if summed else -1
+        if func in _SCRATCH and self.scratch:
+            self.brief(_SCRATCH[func](args))
+        return result
+
+    def brief(self, size: int) -> None:
+        """Note memory that an operation takes for itself and gives back."""
+        self.timeline.shape.append(())
+        self.timeline.dtype.append(torch.uint8)
+        self.timeline.size.append(size)
+        self._event(len(self.timeline.size) - 1, size)
+        self._event(len(self.timeline.size) - 1, -size)
+
+    def see(self, tensor: Tensor) -> None:
+        """Note a tensor's storage, unless it is known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        number, size = len(self.timeline.size), storage.nbytes()
+        self._known[key] = number
+        self.timeline.size.append(size)
+        self.timeline.shape.append(tuple(tensor.shape))
+        self.timeline.dtype.append(tensor.dtype)
+        self._event(number, size)
+        weakref.finalize(storage, self._gone, key, number, size).atexit = False
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor's storage; -1 if it was there before."""
+        return self._known.get(tensor.untyped_storage()._cdata, -1)
+
+    def living(self) -> set[int]:
+        """Return the numbers of all storages that live now."""
+        return set(self._known.values()) - {-1}
+
+    def keep(self, name: str, of: Iterable[Tensor | int | None]) -> None:
+        """Name storages, given by number or by a tensor in them."""
+        numbers = {t if isinstance(t, int) else self.number(t) for t in of if t is not None} - {-1}
+        self.timeline.kept[name] = self.timeline.kept.get(name, frozenset()) | numbers
+
+    def _gone(self, key: int, number: int, size: int) -> None:
+        if self._known.get(key) == number:
+            del self._known[key]
+        line = self.timeline
+        if number == self._summed and line.change and line.change[-1] == size:
+            last = line.owner.pop()
+            line.change.pop()
+            line.phase.pop()
+            self._event(number, -size)
+            self._event(last, size)
+        else:
+            self._event(number, -size)
+
+    def _event(self, number: int, change: int) -> None:
+        self.timeline.owner.append(number)
+        self.timeline.change.append(change)
+        self.timeline.phase.append(len(self.timeline.phases) - 1)
+
+
+@contextmanager
+def faking(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Turn all tensors of `model` into fake ones on the CPU; yield what turns a further tensor into one.
+
+    The model keeps the fake tensors. Tied parameters stay tied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Any) -> Any:
+        if id(tensor) not in made:
+            with mode, torch.no_grad():
+                new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            like = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            made[id(tensor)] = (like, tensor)  # holding the old one keeps its id its own
+        return made[id(tensor)][0]
+
+    tables: list[dict[str, Any]] = []
+    for module in model.modules():
+        tables += [module._parameters, module._buffers, module.__dict__]
+    for table in tables:
+        for name, value in list(table.items()):
+            if isinstance(value, Tensor):
+                table[name] = fake(value)
+            elif isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
+                table[name] = type(value)(fake(v) for v in value)
+    noisy = logging.getLogger("torch._subclasses.fake_tensor")  # which prints a whole traceback of what we catch
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)
+    try:
+        with mode:
+            yield fake
+    finally:
+        noisy.setLevel(level)
+
+
+def record(phases: Sequence[tuple[str, Callable[[], object]]], ledger: Ledger) -> tuple[Timeline, dict[str, int]]:
+    """Run `phases` one after another; return the timeline, and the floating-point operations of each phase."""
+    operations: dict[str, int] = {}
+    with ledger:
+        for name, run in phases:
+            before = ledger.operations
+            with ledger.during(name):
+                run()
+            operations[name] = ledger.operations - before
+    return ledger.timeline, operations
