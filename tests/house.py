@@ -27,6 +27,7 @@ LAYERS = (
     ("",),
     ("demo",),
     ("report",),
+    ("advise",),
     ("bench",),
     ("evaluate", "train", "plan", "federated", "serve", "assets"),
     ("store", "compose", "adapter"),
@@ -35,10 +36,13 @@ LAYERS = (
     ("methods",),
     ("deltas",),
     ("sites",),
-    ("errors", "files", "strict"),
+    ("errors", "files", "machine", "strict"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
-ON_THE_CORE = ("assets", "bench", "cli", "demo", "describe", "doctor", "evaluate", "plan", "report", "train")
+ON_THE_CORE = (
+    *("advise", "assets", "bench", "cli", "demo", "describe", "doctor"),
+    *("evaluate", "machine", "plan", "report", "train"),
+)
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

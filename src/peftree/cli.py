@@ -12,6 +12,7 @@ import typer
 
 from peftree import __version__
 from peftree.errors import ConfigError, PeftreeError
+from peftree.plan.command import plan_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -244,6 +245,7 @@ def report(
         typer.echo(f"Wrote {atomic_write(html, reports.html.render(built))}", err=True in forms)
 
 
+app.command("plan")(plan_command)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
 app.add_typer(bench, name="bench")
 SuiteName = Annotated[str, typer.Argument(help="A suite that comes with the package, or a file.")]

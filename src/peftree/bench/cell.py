@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from peftree.adapter import disabled
-from peftree.bench.machine import machine
+from peftree.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import DivergedError, MethodError, SiteError, TrainError
 from peftree.evaluate.cost import allocator_peak

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from peftree import registry
-from peftree.bench.machine import free_memory
+from peftree.machine import free_memory
 from peftree.bench.material import Material, gather
 from peftree.bench.pool import Cell, finished, run_cells
 from peftree.bench.record import RunRecord

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftree.bench.machine import machine
+from peftree.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import TrainError
 from peftree.train.config import RunConfig

@@ -14,7 +14,7 @@ from rich.console import Console
 from peftree.assets.data import write_demo_data
 from peftree.assets.fetch import cache_root
 from peftree.assets.models import model_folder
-from peftree.bench.machine import free_memory
+from peftree.machine import free_memory
 from peftree.bench.pool import finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.demo.plan import Places, Plan, cells, read_plan

@@ -39,14 +39,17 @@ def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str,
     return batch
 
 
+def position_table(model: nn.Module) -> int:
+    """Return how many positions the model's table of positions holds; 0 if it has none."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_TABLES)]
+    return min((t.num_embeddings for t in tables), default=0)
+
+
 def _length(model: nn.Module, request: Request, captions: bool) -> int:
     """Return the tokens of a row; a model with a table of positions takes no more than it holds."""
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_TABLES)]
-    most = min((t.num_embeddings for t in tables), default=request.length)
+    most = position_table(model) or request.length
     if request.length > most and not captions:
-        raise ConfigError(
-            f"length={request.length}: the model has {most} positions.", f"Ask for length={most} at most."
-        )
+        raise ConfigError(f"length={request.length}: the model has {most} positions.", f"Ask for {most} at most.")
     return min(request.length, most)
 
 

@@ -17,11 +17,14 @@ from torch import nn
 
 from peftree.errors import ConfigError, PeftreeError
 from peftree.plan import formulas, skeleton
+from peftree.plan.batch import position_table
 from peftree.plan.request import Request
 from peftree.plan.result import Plan
 from peftree.plan.step import PARTS, Traced, adapted, trace
 from peftree.plan.trace import supported
 
+# Settings that the full model's own figures do not depend on.
+_APART: dict[str, Any] = {"batch": 1, "length": 1, "accumulation": 1, "checkpointing": False, "memory": 0}
 SLACK = 0.05  # of what varies, in the high figure
 CONTEXT = 600 << 20  # bytes that a CUDA process takes for itself; no allocator counts them
 Parts = dict[str, dict[str, float]]
@@ -48,9 +51,15 @@ def plan(request: Request) -> Plan:
         ConfigError: no config, an unknown task, or a mode that the model does not have.
         MethodError, SiteError: the method does not fit the model.
     """
-    config, kind = _read(request.model, request.task, request.labels)
+    return _planned(request.model_copy(update={"memory": 0}).model_dump_json()).ask(request)
+
+
+@lru_cache(maxsize=512)
+def _planned(text: str) -> Plan:
+    request = Request.model_validate_json(text)
+    config, kind = read(request.model, request.task, request.labels)
     dtype = formulas.dtype_of(config, request.dtype)
-    whole = _whole(config, kind, request, dtype)
+    whole = _whole(request.model_copy(update=_APART).model_dump_json())
     notes: list[str] = []
     how, operations = "traced", 0.0
     found: Parts = {}
@@ -106,7 +115,8 @@ def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:
 
 
 @lru_cache(maxsize=8)
-def _read(model: str, task: str, labels: int) -> tuple[Any, Any]:
+def read(model: str, task: str, labels: int) -> tuple[Any, Any]:
+    """Return the config and the class of the model that a request names."""
     config = skeleton.read_config(model)
     kind = skeleton.model_class(config, task)
     if kind.__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
@@ -114,8 +124,20 @@ def _read(model: str, task: str, labels: int) -> tuple[Any, Any]:
     return config, kind
 
 
-def _whole(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> _Whole:
+def positions(request: Request) -> int:
+    """Return the most tokens that the model of a request takes in a row, as its config says."""
+    config, kind = read(request.model, request.task, request.labels)
+    small = skeleton.build(skeleton.cut(config, dict.fromkeys(skeleton.depths(config), 1)), kind)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    return min(int(most), position_table(small) or int(most))
+
+
+@lru_cache(maxsize=128)
+def _whole(text: str) -> _Whole:
     """Count weights, adapter, gradients and optimizer state on the full model."""
+    request = Request.model_validate_json(text)
+    config, kind = read(request.model, request.task, request.labels)
+    dtype = formulas.dtype_of(config, request.dtype)
     model, adapter = adapted(config, kind, request, dtype)
     mine = {id(p) for p in adapter.parameters()}
     trained = [p for p in adapter.parameters() if p.requires_grad]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftree.plan.request import Request
@@ -47,6 +47,10 @@ class Plan:
     def fits(self, memory: int) -> bool:
         """Return whether the expected bytes are within `memory`."""
         return self.expected <= memory
+
+    def ask(self, request: Request) -> Plan:
+        """Return the same plan for a request that differs in its budget alone."""
+        return replace(self, request=request)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from peftree.adapter import Adapter, adapt
 from peftree.plan import skeleton
@@ -38,10 +41,17 @@ def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tup
     """Return the skeleton with the request's method on it."""
     model = skeleton.build(config, kind, dtype, request.attention)
     adapter = adapt(model, make(request.method, request.fields))
-    if request.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    recompute(model, request.checkpointing)
     model.train(request.mode == "train")
     return model, adapter
+
+
+def recompute(model: Any, on: bool) -> None:
+    """Let a model recompute its layers in the backward pass."""
+    if on:
+        model.config.use_cache = False
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
@@ -53,9 +63,21 @@ def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
         held = [v for v in fed.values() if isinstance(v, Tensor)]
         ledger = Ledger([*model.parameters(), *model.buffers(), *held], scratch=request.device == "cpu")
         phases = _training if request.mode == "train" else _reading
-        timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
+        with _Fused() if request.device == "cuda" else nullcontext():
+            timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)  # type: ignore[union-attr,operator]
     return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+
+
+class _Fused(TorchFunctionMode):
+    """Fused attention as on CUDA, whose kernels drop attention weights without storing them; the CPU's do not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, attention without dropout."""
+        more = dict(kwargs or {})
+        if func is functional.scaled_dot_product_attention and "dropout_p" in more:
+            more["dropout_p"] = 0.0
+        return func(*args, **more)
 
 
 Phases = list[tuple[str, Callable[[], object]]]

@@ -1,0 +1,219 @@
+"""Shows a plan: a bar of what the peak is made of, what fits, the ways under the budget; in a terminal or as a page."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from peftree.errors import ConfigError
+from peftree.plan import fit
+from peftree.plan.calibrate import Calibration, calibrate
+from peftree.plan.estimate import plan
+from peftree.plan.request import Request
+from peftree.plan.result import Plan
+
+GIB, MIB = 2**30, 2**20
+COLOURS = {
+    "weights": "#4477aa", "adapter": "#66ccee", "gradients": "#ee6677", "optimizer": "#aa3377",
+    "activations": "#ccbb44", "logits": "#228833", "temporaries": "#999999",
+}  # fmt: skip
+WIDTH = 64
+
+
+def amount(size: float) -> str:
+    """Return bytes in words: 14.3 GiB, 812 MiB."""
+    return (
+        f"{size / GIB:.2f} GiB"
+        if size >= GIB
+        else f"{size / MIB:.0f} MiB"
+        if size >= 10 * MIB
+        else f"{size / 1024:.0f} KiB"
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A plan with what its budget says.
+
+    Attributes:
+        plan: the plan.
+        batch, length: the largest batch and length that fit; None without a budget.
+        ways: the cheapest ways under the budget, where the setting does not fit.
+        time: what real steps took, if asked for.
+    """
+
+    plan: Plan
+    batch: int | None = None
+    length: int | None = None
+    ways: tuple[fit.Way, ...] = ()
+    time: Calibration | None = None
+
+    @classmethod
+    def of(cls, asked: Request, timed: bool = False) -> Shown:
+        """Plan a request; with a budget, find what fits and the ways under it.
+
+        Raises:
+            ConfigError: the budget is less than the weights alone.
+        """
+        made = plan(asked)
+        time = calibrate(asked, made) if timed else None
+        if not asked.memory:
+            return cls(made, time=time)
+        least = min(
+            made.parts.get("weights", 0), plan(asked.model_copy(update={"base": "nf4"})).parts.get("weights", 0)
+        )
+        if asked.memory < least and asked.shard != "fsdp":
+            raise ConfigError(
+                f"The weights take {amount(least)} even in 4 bits; the budget is {amount(asked.memory)}.",
+                "Share them among devices (--devices 4 --shard fsdp), or choose a smaller model.",
+            )
+        return cls(
+            made, fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "length"),
+            tuple(fit.ways(asked, asked.memory)), time,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        ways = [
+            {"what": w.what, "changes": w.changes, "price": w.price, "expected": w.plan.expected} for w in self.ways
+        ]
+        fits = self.plan.fits(self.plan.request.memory) if self.plan.request.memory else None
+        time = vars(self.time) if self.time else None
+        return self.plan.to_dict() | {
+            "fits": fits, "largest_batch": self.batch, "largest_length": self.length, "ways": ways, "time": time,
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """Yield what there is to say, a line each."""
+        made, asked = self.plan, self.plan.request
+        share = made.trainable / made.total if made.total else 0
+        counts = f"{made.sites} sites, {made.trainable:,} trainable parameters ({share:.3%})"
+        yield f"{made.model}, {asked.method}: {counts}"
+        span = f"{amount(made.low)} to {amount(made.high)}"
+        yield f"peak in the {made.phase} phase: {amount(made.expected)} expected ({span})"
+        if made.operations:
+            yield f"{made.operations / 1e12:.3g} TFLOP a step (operations do not tell the time of one)"
+        if self.time:
+            yield self.time.line()
+        if asked.memory:
+            word = "fits into" if made.fits(asked.memory) else "does not fit into"
+            yield f"{word} {amount(asked.memory)}; largest batch {self.batch:,}, largest length {self.length:,}"
+        for number, way in enumerate(self.ways, 1):
+            yield f"way {number}: {way.what} -> {amount(way.plan.expected)} (price: {way.price})"
+        if asked.memory and not made.fits(asked.memory) and not self.ways:
+            yield "no way of up to three changes fits"
+        yield from (f"note: {note}" for note in made.notes)
+
+    def render(self) -> Any:
+        """Return it for a rich console."""
+        from rich.console import Group
+        from rich.text import Text
+
+        total = sum(self.plan.parts.values()) or 1
+        bar, legend = Text(), Text()
+        for name, size in self.plan.parts.items():
+            bar.append("\u2588" * max(round(WIDTH * size / total), size > total / (2 * WIDTH)), style=COLOURS[name])
+            legend.append("\u2588 ", style=COLOURS[name])
+            legend.append(f"{name} {amount(size)}  ")
+        return Group(bar, legend, *(Text(line) for line in self.lines()))
+
+    def page(self) -> str:
+        """Return one HTML page, with no request to anywhere."""
+        from jinja2 import Environment
+
+        text = (Path(__file__).with_name("page.html.j2")).read_text("utf-8")
+        total = sum(self.plan.parts.values()) or 1
+        parts = [(n, amount(s), 100 * s / total, COLOURS[n]) for n, s in self.plan.parts.items()]
+        phases = [(n, amount(s)) for n, s in self.plan.phases.items()]
+        lines = list(self.lines())
+        title = html.unescape(f"Memory plan: {self.plan.model}, {self.plan.request.method}")
+        return Environment(autoescape=True).from_string(text).render(
+            title=title, parts=parts, phases=phases, lines=lines,
+            settings={k: v for k, v in self.plan.request.model_dump(mode="json").items() if k != "model"},
+        )  # fmt: skip
+
+
+def with_data(asked: Request, path: Path) -> tuple[Request, str]:
+    """Return the request with the length of the longest row of a file, and a line about it.
+
+    The model folder's tokenizer counts; without one, four characters are taken for a token.
+
+    Raises:
+        DataError: the file does not parse.
+    """
+    from peftree.train.data import load_data
+
+    rows = load_data(str(path)).train
+    texts = [f"{row.source} {row.target}" for row in rows if isinstance(row.source, str)]
+    if not texts:
+        raise ConfigError(f"{path} holds no texts.", "Give --length, or for images --image.")
+    count = _counter(asked.model)
+    lengths = sorted(count(text) for text in texts)
+    most, middle = lengths[-1], lengths[len(lengths) // 2]
+    said = f"{path}: {len(lengths):,} rows, {middle} tokens in the middle, {most} at most: planned for {most}"
+    return asked.model_copy(update={"length": most}), said
+
+
+def _counter(model: str) -> Any:
+    folder = Path(model).expanduser()
+    if (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return lambda text: len(tokenizer(text)["input_ids"])
+    return lambda text: max(1, len(text) // 4)
+
+
+def print_table(asked: Request, as_json: bool) -> None:
+    """Print methods x batches x lengths, with a bar while it is worked out."""
+    from rich import box
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from peftree import registry
+
+    names = sorted(registry.methods())
+    columns = [(b, n) for n in _lengths(asked) for b in fit.BATCHES]
+    cells: list[fit.Cell] = []
+    for name in track(names, "planning", console=Console(stderr=True), transient=True):
+        cells += fit.table(asked, [name], fit.BATCHES, _lengths(asked))
+    if as_json:
+        typer.echo(json.dumps([vars(cell) for cell in cells], indent=2))
+        return
+    shown = Table(title=f"{asked.model}: expected GiB", box=box.SIMPLE_HEAD, title_justify="left")
+    shown.add_column("method", no_wrap=True)
+    shown.add_column("trainable", justify="right")
+    for batch, length in columns:
+        shown.add_column(f"{batch} x {length}", justify="right", no_wrap=True)
+    left_out = []
+    for name in names:
+        mine = [c for c in cells if c.method == name]
+        if mine[0].expected is None:
+            left_out.append(name)
+            continue
+        shown.add_row(name, f"{mine[0].trainable / 1e6:,.2f} M", *(_cell(c, asked.memory) for c in mine))
+    Console().print(shown)
+    if left_out:
+        typer.echo(f"Not for this model: {', '.join(left_out)}.")
+
+
+def _lengths(asked: Request) -> tuple[int, ...]:
+    from peftree.plan.estimate import positions
+
+    chosen = (asked.length,) if asked.length != Request.model_fields["length"].default else fit.LENGTHS
+    most = positions(asked)
+    return tuple(n for n in chosen if n <= most) or (min(most, asked.length),)
+
+
+def _cell(cell: fit.Cell, memory: int) -> str:
+    if cell.expected is None:
+        return "-"
+    text = f"{cell.expected / GIB:.2f}"
+    return f"[dim]{text}[/dim]" if memory and cell.expected > memory else text
