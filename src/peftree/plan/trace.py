@@ -9,10 +9,12 @@ this file knows of it, and `supported` says whether the installed version is one
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -36,14 +38,30 @@ def _size(*tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def _tiles(query: Tensor, key: Tensor, backward: bool) -> int:
+    """Return the bytes that CPU's flash attention works in: for each thread a tile of scores, and what goes with it."""
+    queries, keys, item = query.shape[2], min(key.shape[2], 512), query.element_size()
+    rows = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
+    more = 4 * rows if backward else 4 * rows * (2 + query.shape[3])
+    scores = rows * keys * (4 + item * (item < 4)) * (2 if backward else 1)
+    return torch.get_num_threads() * (scores + more)
+
+
 # oneDNN lays a convolution's weights and gradients out anew, beside the tensors themselves.
 _SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
     torch.ops.aten.convolution.default: lambda args: _size(args[1]),
     torch.ops.aten.convolution_backward.default: lambda args: (
         _size(args[0], args[2]) + args[0].shape[1] * 4 + _size(args[2]) * (not args[10][1])
     ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: lambda args: _tiles(args[0], args[1], False),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda args: (
+        _tiles(args[1], args[2], True) + _size(args[0]) * (not args[0].transpose(1, 2).is_contiguous())
+    ),
 }
 _IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_add.default}
+# Arithmetic with a Python number makes a tensor of it, and of that one in the dtype of the result.
+_ARITHMETIC = {getattr(torch.ops.aten, name) for name in ("add", "sub", "rsub", "mul", "div")}
+_SAVES_NUMBER = {torch.ops.aten.mul, torch.ops.aten.div}  # which then stays for the backward pass
 
 
 @dataclass
@@ -113,6 +131,7 @@ class Ledger(TorchDispatchMode):
         self.timeline = Timeline()
         self.operations = 0
         self._known: dict[int, int] = {}
+        self._saved: dict[Any, list[int]] = {}
         self._held: list[Any] = []
         for tensor in ignore:
             storage = tensor.untyped_storage()
@@ -127,26 +146,47 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note the storages of its results."""
+        numbers = self._numbers(func, args) if self.scratch else []
         result = func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         self.operations += count(*args, **(kwargs or {}), out_val=result) if count else 0
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
-        # Without a mode the engine adds up gradients in place: the sum is then no new storage.
-        summed = func in _IN_PLACE and not torch.is_grad_enabled()
-        self._summed = self.number(args[0]) if summed else -1
+        self._summed = self.number(args[0]) if func in _IN_PLACE and _by_engine(args) else -1
         if func in _SCRATCH and self.scratch:
-            self.brief(_SCRATCH[func](args))
+            self._release(self._take(_SCRATCH[func](args)))
+        for number in numbers:
+            self._release(number)
         return result
 
-    def brief(self, size: int) -> None:
-        """Note memory that an operation takes for itself and gives back."""
+    def _numbers(self, func: Any, args: Sequence[Any]) -> list[int]:
+        """Take what torch makes of a Python number in arithmetic; return what the operation gives back."""
+        if func.overloadpacket not in _ARITHMETIC or len(args) < 2 or isinstance(args[1], Tensor):
+            return []
+        of, value = args[0], args[1]
+        key = (func.overloadpacket, value)
+        saved = func.overloadpacket in _SAVES_NUMBER
+        if saved and not torch.is_grad_enabled() and self._saved.get(key):
+            own = self._saved[key].pop()
+        else:
+            own = self._take(1 if isinstance(value, bool) else 8)
+        cast = [self._take(of.element_size())] if of.dtype not in (torch.int64, torch.float64) else []
+        if saved and torch.is_grad_enabled() and of.requires_grad:
+            self._saved.setdefault(key, []).append(own)
+            return cast
+        return [*cast, own]
+
+    def _take(self, size: int) -> int:
+        """Note memory that no result shows; return its number."""
         self.timeline.shape.append(())
         self.timeline.dtype.append(torch.uint8)
         self.timeline.size.append(size)
         self._event(len(self.timeline.size) - 1, size)
-        self._event(len(self.timeline.size) - 1, -size)
+        return len(self.timeline.size) - 1
+
+    def _release(self, number: int) -> None:
+        self._event(number, -self.timeline.size[number])
 
     def see(self, tensor: Tensor) -> None:
         """Note a tensor's storage, unless it is known."""
@@ -192,6 +232,20 @@ class Ledger(TorchDispatchMode):
         self.timeline.owner.append(number)
         self.timeline.change.append(change)
         self.timeline.phase.append(len(self.timeline.phases) - 1)
+
+
+def _by_engine(args: Sequence[Any]) -> bool:
+    """Return whether the running sum is the autograd engine's own, of gradients that it may change.
+
+    Without a mode it adds them up in place, unless another tensor holds the storage of the first: a view's base does.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
+        frame = frame.f_back  # what torch wraps around every mode
+    if torch.is_grad_enabled() or frame is None or frame.f_code.co_name != "_engine_run_backward":
+        return False
+    first, second = (a.untyped_storage() for a in (args[0], [a for a in args if isinstance(a, Tensor)][-1]))
+    return first._cdata != second._cdata and not args[0]._is_view()
 
 
 @contextmanager
