@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from peftree import __version__
+from peftree.advise.command import advise
 from peftree.errors import ConfigError, PeftreeError
 from peftree.plan.command import plan_command
 
@@ -246,6 +247,7 @@ def report(
 
 
 app.command("plan")(plan_command)
+app.command("advise")(advise)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
 app.add_typer(bench, name="bench")
 SuiteName = Annotated[str, typer.Argument(help="A suite that comes with the package, or a file.")]

@@ -1,0 +1,1 @@
+"""Advice before anything runs: which methods fit a model, data and a budget, ranked by measured evidence."""

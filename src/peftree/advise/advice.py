@@ -1,0 +1,315 @@
+"""The advice: candidates that fit, ranked for a goal by what was measured, each with its reasons and its doubts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from peftree.advise import cost as costs
+from peftree.advise.candidates import Candidate, candidates
+from peftree.advise.cost import Cost, Setting
+from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
+from peftree.advise.profile import DataProfile, ModelProfile, data_profile, model_profile, read_data
+from peftree.advise.rank import Estimate, Evidence, Query, shown
+from peftree.advise.rules import Case, Rule, apply
+from peftree.advise.serve import Serving, serving
+from peftree.advise.settings import run_settings
+from peftree.advise.table import known
+from peftree.errors import ConfigError, MethodError, PeftreeError, SiteError, did_you_mean
+from peftree.train.data import Data
+
+Goal = Literal["quality", "memory", "speed", "retention", "serving"]
+GOALS: tuple[str, ...] = get_args(Goal)
+TOP = 3
+KEEP = {"quality": 0.0, "memory": 0.9, "speed": 0.9, "retention": 0.8, "serving": 0.9}  # of the best expected quality
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What advice is asked for; `memory` in bytes, 0 and empty: chosen by model and data."""
+
+    model: str
+    data: str
+    memory: int
+    goal: str = "quality"
+    task: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    length: int = 0
+    batch: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    top: int = TOP
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate with what the evidence says of it; `cost` once the planner was asked."""
+
+    candidate: Candidate
+    estimate: Estimate
+    forgets: Forgetting | None
+    time: float | None
+    serving: Serving
+    rate: Rate | None
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommendation.
+
+    Attributes:
+        judged: the candidate, its evidence and cost.
+        why: sentences.
+        separable: whether the evidence separates its quality from the first one's; None for the first.
+        run: the settings of its `run.yaml`.
+    """
+
+    judged: Judged
+    why: tuple[str, ...]
+    separable: bool | None
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The whole answer.
+
+    Attributes:
+        recommended: best first.
+        misfits: label -> why a better ranked candidate is not among them.
+        others: the rest by the evidence, not asked of the planner.
+        rules: those that apply.
+        notes: sentences that the reader should see.
+        origins: where the evidence comes from.
+    """
+
+    asked: Asked
+    model: ModelProfile
+    data: DataProfile
+    setting: Setting
+    recommended: tuple[Recommendation, ...]
+    misfits: dict[str, str]
+    others: tuple[Judged, ...]
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...]
+    origins: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        plain = asdict(self) | {"rules": [r.model_dump(mode="json") for r in self.rules]}
+        for one, row in zip(self.recommended, plain["recommended"], strict=True):
+            found = one.judged.cost
+            row["judged"]["cost"]["plan"] = found.plan.to_dict() if found else None
+            row["judged"]["label"] = one.judged.candidate.label
+        return plain
+
+
+def check_goal(goal: str) -> None:
+    """Raise ConfigError for an unknown goal."""
+    if goal not in GOALS:
+        raise ConfigError(f"There is no goal '{goal}'.", did_you_mean(goal, GOALS, "Goals"))
+
+
+def look(asked: Asked) -> tuple[ModelProfile, DataProfile, Setting, Data]:
+    """Return what is known of model and data, everything checked before any work.
+
+    Raises:
+        ConfigError: an unknown goal or task, no config, a budget below the weights, a length that the model lacks.
+        DataError: the data do not parse.
+    """
+    check_goal(asked.goal)
+    data = read_data(asked.data, asked.task, asked.columns)
+    model = model_profile(asked.model, data.task, len(data.labels))
+    profile = data_profile(asked.data, data, asked.model)
+    how = costs.setting(model, profile, asked.memory, length=asked.length, batch=asked.batch, device=asked.device)
+    return model, profile, how, data
+
+
+def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
+    """Return the advice.
+
+    Args:
+        asked: the question.
+        told: gets a word on what is being worked on.
+
+    Raises:
+        PeftreeError: as `look`; or nothing fits the budget.
+    """
+    model, data, how, _ = look(asked)
+    evidence = Evidence(known())
+    query = Query(data.modality, data.kind, model.parameters, data.rows)
+    told("reading the evidence")
+    judged = [judge(evidence, query, c, data.task) for c in candidates(evidence.tables)]
+    kept, below = _worth(judged, asked.goal)
+    chosen, misfits, asked_of = _fitting(ordered(kept, asked.goal), asked, model, data, how, told)
+    if not chosen:
+        raise _nothing_fits(asked, misfits, asked_of)
+    first = chosen[0]
+    recommended = tuple(
+        Recommendation(
+            j, reasons(j, asked.goal, evidence), None if j is first else shown(first.estimate, j.estimate),
+            run_settings(asked.model, data, asked.columns, j.candidate, how, _costed(j), j.rate),
+        )
+        for j in chosen
+    )  # fmt: skip
+    taken = {j.candidate.label for j in chosen} | set(misfits)
+    others = tuple(j for j in [*ordered(kept, asked.goal), *below] if j.candidate.label not in taken)
+    case = Case(tuple(j.candidate.method for j in chosen), data.modality, data.kind, data.rows)
+    return Advice(
+        asked, model, data, how, recommended, misfits, others, tuple(apply(case)),
+        notes(recommended, evidence, query), tuple(t.origin for t in evidence.tables),
+    )  # fmt: skip
+
+
+def judge(evidence: Evidence, query: Query, candidate: Candidate, task: str) -> Judged:
+    """Return a candidate with what the evidence says of it."""
+    words = (evidence, query, candidate.method, candidate.fields)
+    return Judged(
+        candidate, evidence.estimate(*words[1:]), forgetting(*words), step_time(*words),
+        serving(candidate, task), rate(*words),
+    )  # fmt: skip
+
+
+def _worth(judged: Sequence[Judged], goal: str) -> tuple[list[Judged], list[Judged]]:
+    """Split the candidates by whether their expected quality is near enough to the best for the goal."""
+    best = max((j.estimate.value for j in judged if j.estimate.known), default=0.0)
+    near = [j for j in judged if j.estimate.value >= KEEP[goal] * best]
+    return near, [j for j in judged if j.estimate.value < KEEP[goal] * best]
+
+
+def ordered(judged: Sequence[Judged], goal: str) -> list[Judged]:
+    """Return the candidates in the order of the goal, as far as it goes without the planner; unknown ones come last."""
+
+    def place(j: Judged) -> tuple[float, ...]:
+        unknown, value = float(not j.estimate.known), -j.estimate.value
+        if goal == "speed":
+            return (unknown, float(j.time is None), j.time or 0.0, value)
+        if goal == "retention":
+            return (unknown, float(j.forgets is None), j.forgets.place if j.forgets else 0.0, value)
+        if goal == "serving":
+            return (unknown, -float(j.serving.rank), value)
+        return (unknown, value)
+
+    order = sorted(judged, key=place)
+    return _full_behind(order) if goal == "quality" else order
+
+
+def _full_behind(order: Sequence[Judged]) -> list[Judged]:
+    """Put full fine-tuning, which takes most, behind every candidate that the evidence does not separate from it."""
+    full = next((j for j in order if j.candidate.method == "full"), None)
+    if full is None:
+        return list(order)
+    rest = [j for j in order if j is not full]
+    ahead = [i for i, j in enumerate(rest) if j.estimate.known and not shown(j.estimate, full.estimate)]
+    at = max(ahead, default=-1) + 1 if ahead else order.index(full)
+    return [*rest[:at], full, *rest[at:]]
+
+
+def _fitting(
+    order: Sequence[Judged], asked: Asked, model: ModelProfile, data: DataProfile, how: Setting, told: Told
+) -> tuple[list[Judged], dict[str, str], list[Cost]]:
+    """Return the first of each method that fit, why others do not, and all that was planned.
+
+    For the goal memory all candidates are planned, and the leanest come first.
+    """
+    found: list[Judged] = []
+    misfits: dict[str, str] = {}
+    planned: list[Cost] = []
+    for one in order:
+        if asked.goal != "memory" and len({j.candidate.method for j in found}) >= asked.top:
+            break
+        if asked.goal != "memory" and one.candidate.method in {j.candidate.method for j in found}:
+            continue
+        told(f"planning {one.candidate.label}")
+        try:
+            request = costs.request(model, data, how, one.candidate.method, one.candidate.fields)
+            cost = costs.cost(request, asked.memory)
+        except (SiteError, MethodError) as error:
+            misfits[one.candidate.label] = f"does not apply: {error.what}"
+            continue
+        planned.append(cost)
+        if cost.fits:
+            found.append(_with(one, cost))
+        else:
+            misfits[one.candidate.label] = f"takes at least {costs.size(cost.plan.expected)}"
+    if asked.goal == "memory":
+        found.sort(key=lambda j: _leanness(_costed(j)))
+        found = list({j.candidate.method: j for j in reversed(found)}.values())[::-1]
+    chosen = found[: asked.top]
+    for one in chosen:
+        told(f"looking for the largest batch of {one.candidate.label}")
+    return [_with(j, costs.with_largest(_costed(j), asked.memory)) for j in chosen], misfits, planned
+
+
+def _leanness(cost: Cost) -> tuple[bool, int, int]:
+    return cost.checkpointing, -cost.batch, cost.plan.expected
+
+
+def _with(judged: Judged, cost: Cost) -> Judged:
+    return Judged(**{**{n: getattr(judged, n) for n in Judged.__dataclass_fields__}, "cost": cost})
+
+
+def _costed(judged: Judged) -> Cost:
+    assert judged.cost is not None
+    return judged.cost
+
+
+def _nothing_fits(asked: Asked, misfits: Mapping[str, str], planned: Sequence[Cost]) -> PeftreeError:
+    if not planned:
+        first = next(iter(misfits.items()), ("no method", "there is none"))
+        return ConfigError(f"No candidate applies to {asked.model}: {first[0]} {first[1]}.", "Choose another model.")
+    least = min(c.plan.expected for c in planned)
+    return ConfigError(
+        f"Nothing fits {costs.size(asked.memory)}: the leanest candidate takes {costs.size(least)} "
+        "with one row at a time and gradient checkpointing.",
+        f"Give {costs.size(least * 1.05)}, shorter rows (--length), or a smaller model.",
+    )
+
+
+def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
+    """Return why, in sentences."""
+    e = judged.estimate
+    if not e.known:
+        said = ["quality unknown: nothing was measured of it"]
+    elif judged.candidate.method == "full":
+        said = ["full fine-tuning is the reference: its relative score is 1 by definition"]
+    else:
+        whose = " and ".join(e.sources)
+        said = [
+            f"expected {e.value:.2f} of full fine-tuning's gain [{e.low:.2f}, {e.high:.2f}], "
+            f"from {e.tasks} task{'s' * (e.tasks != 1)} and {e.runs} run{'s' * (e.runs != 1)} ({whose})"
+        ]
+        if not e.exact:
+            said.append("these very settings were not measured: the figure leans on other settings of the method")
+        said.append(f"nearest evidence: {_nearest(e, evidence)}")
+    if goal == "speed" and judged.time is not None:
+        said.append(f"a step took {judged.time:.2f} of full fine-tuning's time where it was measured")
+    if judged.forgets is not None:
+        said.append(f"forgets more than {judged.forgets.place:.0%} of the methods measured beside it")
+    return tuple(said)
+
+
+def _nearest(estimate: Estimate, evidence: Evidence) -> str:
+    contexts = {row.task: context for row, context in evidence.rows()}
+    task = estimate.measured[0]
+    c = contexts[task]
+    return f"{task} ({c.model}, {c.modality} {c.kind}, tier {c.tier})"
+
+
+def notes(recommended: Sequence[Recommendation], evidence: Evidence, query: Query) -> tuple[str, ...]:
+    """Return what the reader should know about the advice as a whole."""
+    said = []
+    tied = [r.judged.candidate.label for r in recommended if r.separable is False]
+    first = recommended[0].judged
+    if tied:
+        said.append(f"no difference shown in quality between {first.candidate.label} and {', '.join(tied)}")
+    near = {c.group for _, c in evidence.rows() if (c.modality, c.kind) == (query.modality, query.kind)}
+    if not near:
+        said.append(f"no evidence on {query.modality} {query.kind}: all of it is from other kinds of tasks")
+    said.append("all evidence is from other models and data than yours; --probe measures on yours")
+    sigma, whence = evidence.spread[1], " (assumed: too few tasks)" if evidence.assumed else ""
+    said.append(f"a method's relative score varies by {sigma:.2f} (standard deviation) from task to task{whence}")
+    said.append("full fine-tuning stands behind all that the evidence does not separate from it: it takes most")
+    return tuple(said)

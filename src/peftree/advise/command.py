@@ -1,0 +1,127 @@
+"""The command `peftree advise`: flags in, calls out; imports no torch before it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from peftree.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peftree.advise.advice import Advice, Asked
+    from peftree.advise.probe import Probed
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+def seconds(text: str) -> float:
+    """Return the seconds that `5min`, `90s` or `1.5h` means.
+
+    >>> seconds("5min"), seconds("1.5 h")
+    (300.0, 5400.0)
+
+    Raises:
+        ConfigError: it is no duration.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"'{text}' is no duration.", "Write it as 90s, 5min or 1.5h.")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def columns(pairs: list[str]) -> dict[str, str]:
+    """Return `text=review` pairs as a mapping.
+
+    Raises:
+        ConfigError: a pair has no equals sign, or nothing on one side.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, theirs = pair.partition("=")
+        if not (equals and name and theirs):
+            raise ConfigError(f"--column {pair}: is no pair.", "Write --column text=your_column.")
+        found[name] = theirs
+    return found
+
+
+def advise(
+    model: Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a hub name.")],
+    data: Annotated[str, typer.Option(help="Training data: a file, a folder of images, or a folder of splits.")],
+    memory: Annotated[str, typer.Option(help="Of one device: 24GB, 24GiB, 800MB.")],
+    goal: Annotated[str, typer.Option(help="quality, memory, speed, retention or serving.")] = "quality",
+    task: Annotated[str, typer.Option(help="The task; none: told from the data's columns.")] = "",
+    column: Annotated[list[str] | None, typer.Option(help="The data's name of a column, as text=review.")] = None,
+    length: Annotated[int, typer.Option(min=0, help="Tokens of a row; 0: from the data.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Rows of an optimizer step; 0: 16.")] = 0,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Whose memory it is.")] = "cuda",
+    write: Annotated[Path | None, typer.Option(help="Write a run.yaml for each recommendation here.")] = None,
+    probe: Annotated[str, typer.Option(help="Spend so long on trying candidates on the data: 5min.")] = "",
+    out: Annotated[Path, typer.Option(help="Where --probe keeps its runs; the same command goes on.")] = Path("probe"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")] = False,
+) -> None:
+    """Say which methods fit a model, data and a memory budget, with evidence and doubts; write a run.yaml for each."""
+    from peftree.plan import parse_bytes
+
+    budget, spend = parse_bytes(memory), seconds(probe) if probe else 0.0
+    if write is not None and write.exists() and not write.is_dir():
+        raise ConfigError(f"--write {write} is no folder.", "Name a folder, or one to make.")
+    from peftree.advise.advice import Asked
+    from peftree.advise.advice import advise as give
+
+    asked = Asked(model, data, budget, goal, task, columns(column or []), length, batch, device)
+    silent = quiet or as_json
+    with _status(silent) as told:
+        advice = give(asked, told)
+    probed = _probe(asked, advice, spend, out, silent) if spend else None
+    written = _write(write, advice, probed) if write is not None else []
+    if as_json:
+        found = advice.to_dict() | {"written": written, "probe": probed.to_dict() if probed else None}
+        typer.echo(json.dumps(found, indent=2, default=str))
+    else:
+        _print(advice, probed, written)
+
+
+def _status(silent: bool) -> Any:
+    """Return a context that gives a function for progress: a line that says what is being worked on."""
+    if silent:
+        return nullcontext(lambda _: None)
+    from rich.console import Console
+
+    from peftree.advise.progress import line
+
+    return line(Console(stderr=True))
+
+
+def _probe(asked: Asked, advice: Advice, spend: float, out: Path, silent: bool) -> Probed:
+    from peftree.advise.probe import probe
+
+    with _status(silent) as told:
+        return probe(asked, advice, spend, out, told)
+
+
+def _write(folder: Path, advice: Advice, probed: Probed | None) -> list[str]:
+    from peftree.advise.settings import write_run
+
+    rows = [(r.judged.candidate, r.run, r.why) for r in advice.recommended]
+    if probed is not None:
+        rows = [(t.candidate, t.run, (t.text,)) for t in probed.tried]
+    return [str(write_run(folder, run, candidate, why)) for candidate, run, why in rows]
+
+
+def _print(advice: Advice, probed: Probed | None, written: list[str]) -> None:
+    from rich.console import Console
+
+    from peftree.advise import show
+
+    console = Console()
+    console.print(show.render(advice), soft_wrap=False)
+    if probed is not None:
+        console.print(show.render_probe(probed))
+    for path in written:
+        typer.echo(f"Wrote {path}; next: peftree train {path}")

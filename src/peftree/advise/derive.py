@@ -1,0 +1,155 @@
+"""From the records of the benchmark to a table of evidence: nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from peftree import registry
+from peftree.advise.table import Context, Measured, Table
+from peftree.bench import statistics
+from peftree.bench.record import RunRecord
+from peftree.bench.samples import FULL, HEAD_ONLY, Sample, aligned, comparisons, labelled, sample
+from peftree.bench.suite import known_suites, load_suite
+from peftree.errors import DataError
+from peftree.files import sha256
+
+LEAST_SEEDS = 2  # a method with fewer finished or diverged runs is not in the table yet
+
+
+def study(records: Sequence[RunRecord]) -> Table:
+    """Return the table of the final runs among `records`.
+
+    Raises:
+        DataError: there are none, or a task comes with two sets of data.
+    """
+    final = [r for r in records if r.phase == "final" and r.status in ("ok", "diverged")]
+    if not final:
+        raise DataError("There are no final runs to take evidence from.", "Run more of the suite.")
+    contexts: dict[str, Context] = {}
+    results: list[Measured] = []
+    for comparison, runs in comparisons(final).items():
+        if comparison.task in contexts:
+            raise DataError(f"{comparison.task} was run on two sets of data or models.", "Pack one study at a time.")
+        groups = {k: v for k, v in labelled(runs, rates=False).items() if len(v) >= LEAST_SEEDS}
+        groups = {k: v for k, v in groups.items() if v[0].method in registry.methods()}
+        if groups:
+            contexts[comparison.task], rows = _task(groups)
+            results += rows
+    hashes = sorted({r.suite_hash[:12] for r in final})
+    digest = sha256("\n".join(sorted(r.key for r in final)).encode())[:12]
+    origin = f"suite {final[0].suite} ({', '.join(hashes)}), {len(final)} final runs, {digest}"
+    return Table(origin=origin, contexts=contexts, results=tuple(results))
+
+
+def _task(groups: dict[str, list[RunRecord]]) -> tuple[Context, list[Measured]]:
+    everything = [r for runs in groups.values() for r in runs]
+    samples = {label: _logged(sample(runs)) for label, runs in groups.items()}
+    full = next((k for k, v in groups.items() if v[0].method == FULL), None)
+    head = next((k for k, v in groups.items() if v[0].method == HEAD_ONLY and samples[k] is not None), None)
+    start = _start(everything)
+    base = samples[head] if head else None
+    kind = "head_only" if base is not None else "untrained" if start is not None else "none"
+    level = float(base.matrix.mean()) if base is not None else start
+    first = next((r for r in everything if r.status == "ok"), everything[0])
+    rows = [
+        _measured(runs, samples[label], samples[full] if full else None, base, level, _step(groups, full))
+        for label, runs in groups.items()
+    ]
+    context = Context(
+        source="our benchmark", group=_group(first), tier=_tier(first.suite), modality=first.modality,
+        kind=first.kind, metric=first.metric, model=first.model, parameters=first.total_parameters or 0,
+        rows=first.n_train or 0, steps=first.steps or 0, baseline=kind,
+        forgetting=next((f for r in everything if (f := _forgetting(r)[0])), ""),
+    )  # fmt: skip
+    return context, rows
+
+
+def _logged(one: Sample | None) -> Sample | None:
+    """Items of an `exp_mean` score are kept as they are, so that differences are in log units."""
+    return None if one is None else Sample(one.seeds, one.matrix, False, one.note)
+
+
+def _start(records: Sequence[RunRecord]) -> float | None:
+    known = [r.base_score for r in records if r.base_score is not None]
+    if not known:
+        return None
+    mean = float(np.mean(known))
+    return math.log(mean) if records[0].aggregate == "exp_mean" and mean > 0 else mean
+
+
+def _measured(
+    runs: list[RunRecord], one: Sample | None, full: Sample | None, base: Sample | None,
+    level: float | None, step: float | None,
+) -> Measured:  # fmt: skip
+    first, done = runs[0], [r for r in runs if r.status == "ok"]
+    method = registry.get(first.method)
+    defaults = registry.spec(method())["fields"]
+    found: dict[str, Any] = {
+        "task": first.task, "method": first.method, "seeds": len(done), "diverged": len(runs) - len(done),
+        "fields": {k: v for k, v in first.fields.items() if defaults.get(k) != v},
+        "trainable": first.trainable_parameters,
+    }  # fmt: skip
+    if first.learning_rate:
+        found["times"] = _digits(first.learning_rate / method.tags.lr)
+    if one is None:
+        return Measured(**found)
+    scores = [r.score for r in done if r.score is not None]
+    found["score"] = _digits(float(np.mean(scores)))
+    if level is not None:
+        found["gain"] = _digits((float(one.matrix.mean()) - level) * (1 if first.higher_is_better else -1))
+    part = _relative(one, full, base, level)
+    if part is not None:
+        found |= {"relative": _digits(part.value), "low": _digits(part.low), "high": _digits(part.high)}
+    took = [r.step_seconds for r in done if r.step_seconds]
+    if took and step:
+        found["time"] = _digits(float(np.median(took)) / step)
+    lost = [lost for r in done if (lost := _forgetting(r)[1]) is not None]
+    found["forgets"] = _digits(float(np.mean(lost))) if lost else None
+    return Measured(**found)
+
+
+def _relative(one: Sample, full: Sample | None, base: Sample | None, level: float | None) -> statistics.Interval | None:
+    if full is None or level is None:
+        return None
+    if base is not None:
+        three = aligned(one, base, full)
+    else:
+        pair = aligned(one, full)
+        three = None if pair is None else [pair[0], np.full_like(pair[0], level), pair[1]]
+    return None if three is None else statistics.relative_score(*three)
+
+
+def _step(groups: dict[str, list[RunRecord]], full: str | None) -> float | None:
+    took = [r.step_seconds for r in groups[full] if r.step_seconds] if full else []
+    return float(np.median(took)) if took else None
+
+
+def _forgetting(record: RunRecord) -> tuple[str, float | None]:
+    """Return what the probe of retention measured and by how much it got worse."""
+    probe = record.probes.get("retention", {})
+    measure, change = probe.get("measure"), probe.get("change")
+    if not isinstance(measure, str) or not isinstance(change, int | float):
+        return "", None
+    if measure == "perplexity":
+        return "rise of the loss on general text, in nats a token", float(change)
+    return f"loss of {measure} on general rows", -float(change)
+
+
+def _group(record: RunRecord) -> str:
+    if record.suite not in known_suites():
+        return record.task
+    tasks = load_suite(record.suite).tasks
+    return (tasks[record.task].tuned_on if record.task in tasks else "") or record.task
+
+
+def _tier(suite: str) -> str:
+    return load_suite(suite).tier if suite in known_suites() else suite
+
+
+def _digits(value: float) -> float | None:
+    """Four digits are more than any of these figures holds; an infinite end is none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None

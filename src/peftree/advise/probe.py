@@ -1,0 +1,331 @@
+"""Probing: successive halving over the candidates on the user's own data, within a stated time.
+
+Every run is a process of its own and a record on disk, so a probe that was stopped goes on. The first run tells what a
+run costs; then all candidates train for few steps, the best third for more. Scores are on validation rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftree import registry
+from peftree.advise import cost as costs
+from peftree.advise.advice import Advice, Asked, Judged
+from peftree.advise.candidates import Candidate
+from peftree.advise.profile import read_data
+from peftree.advise.settings import run_settings
+from peftree.advise.subset import Subset, write_subset
+from peftree.bench import statistics
+from peftree.bench.pool import Cell, finished, run_cells
+from peftree.bench.record import RunRecord
+from peftree.bench.samples import sample
+from peftree.errors import ConfigError, PeftreeError
+from peftree.train.facts import FACTS
+
+FIRST, LEAST = 4, 8  # steps of the run that measures, and of the shortest that compares
+MOST = 9  # candidates
+THIRD = 3
+PASSES = 3  # over the rows, at most
+PRELOAD = ("peftree.bench.cell",)
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of a run
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A candidate with the settings of its run."""
+
+    candidate: Candidate
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a candidate reached.
+
+    Attributes:
+        run: settings of its `run.yaml`; text: what was measured, in a sentence.
+        score, low, high: on validation rows, with an interval over rows; None: it did not finish.
+        verdict: against the best, on the same rows.
+    """
+
+    candidate: Candidate
+    run: dict[str, Any]
+    text: str
+    steps: int
+    lr: float
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = ""
+    peak: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The answer of a probe.
+
+    Attributes:
+        tried: best first; those that left early, or failed, last.
+        before: the score without training, on the same rows.
+        spent: seconds; runs: how many.
+        notes: what to know.
+    """
+
+    metric: str
+    higher_is_better: bool
+    before: float | None
+    rows: int
+    tried: tuple[Tried, ...]
+    spent: float
+    runs: int
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a run costs: seconds beside its steps, and seconds a step."""
+
+    beside: float
+    step: float
+
+    def steps(self, seconds: float, runs: int) -> int:
+        """Return how many steps each of so many runs can do in so many seconds."""
+        return int((seconds / runs - self.beside) / self.step)
+
+
+def rungs(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, int]]:
+    """Return (candidates, steps) of each round: the time is shared evenly, a third of the candidates go on.
+
+    Fewer candidates start where there is no time for `LEAST` steps of all.
+
+    >>> rungs(Pace(2.0, 0.1), 120.0, 9, 1000)
+    [(9, 46), (3, 180)]
+
+    Raises:
+        ConfigError: there is no time for two.
+    """
+    for start in range(min(arms, MOST), 1, -1):
+        sizes = [start, math.ceil(start / THIRD)] if start > THIRD else [start]
+        found = [(n, min(pace.steps(seconds / len(sizes), n), most)) for n in sizes]
+        if found[0][1] >= min(LEAST, most):
+            return found if len(found) == 1 or found[1][1] > found[0][1] else found[:1]
+    need = 2 * (pace.beside + LEAST * pace.step)
+    raise ConfigError(
+        f"The time is too short: a run of {LEAST} steps takes {need / 2:.0f} s here.",
+        f"Give --probe {math.ceil(need * 1.5 / 60)}min at least, or shorter rows (--length).",
+    )
+
+
+def probe(asked: Asked, advice: Advice, spend: float, out: Path, told: Callable[[str], None]) -> Probed:
+    """Spend `spend` seconds on the candidates of `advice` and say what was measured.
+
+    Args:
+        asked: the question; its data are read once more.
+        advice: whose candidates, best first, are tried.
+        spend: seconds; runs that `out` holds already count with the time that they took.
+        out: a folder for data and records; is made.
+        told: gets words on what is being worked on.
+
+    Raises:
+        PeftreeError: the folder is not good, or the time is too short for two runs.
+        SystemExit: with code 130 after Ctrl-C; what is done stays.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no folder.", "Name a folder, or one to make.")
+    data = read_data(asked.data, asked.task, asked.columns)
+    arms = _arms(asked, advice, told)
+    subset = write_subset(data, out / "data")
+    runner = _Runner(asked, advice, subset, out, spend, told)
+    try:
+        return _halve(runner, arms, spend)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"\nStopped; what is done is kept in {out}, and the same command goes on.")
+        raise SystemExit(130) from None
+
+
+def _arms(asked: Asked, advice: Advice, told: Callable[[str], None]) -> list[Arm]:
+    """Return what is tried: the recommended ones, then the next by the evidence that fit the budget."""
+    arms = [Arm(r.judged.candidate, r.run) for r in advice.recommended]
+    seen = {a.candidate.method for a in arms}
+    for one in [j for j in advice.others if j.candidate.method not in ("full", "head_only")]:
+        if len(arms) >= MOST:
+            break
+        if one.candidate.method not in seen:
+            told(f"planning {one.candidate.label}")
+            run = _fitting(asked, advice, one)
+            if run is not None:
+                seen.add(one.candidate.method)
+                arms.append(Arm(one.candidate, run))
+    return arms
+
+
+def _fitting(asked: Asked, advice: Advice, one: Judged) -> dict[str, Any] | None:
+    words = (advice.model, advice.data, advice.setting, one.candidate.method, one.candidate.fields)
+    try:
+        found = costs.cost(costs.request(*words), asked.memory)
+    except PeftreeError:  # it does not apply to this model
+        return None
+    if not found.fits:
+        return None
+    return run_settings(asked.model, advice.data, asked.columns, one.candidate, advice.setting, found, one.rate)
+
+
+class _Runner:
+    """Makes cells of arms, runs them within the time, and knows what they took."""
+
+    def __init__(
+        self, asked: Asked, advice: Advice, subset: Subset, out: Path, spend: float, told: Callable[[str], None]
+    ) -> None:
+        self.asked, self.advice, self.subset, self.out = asked, advice, subset, out.absolute()
+        self.spend, self.told = spend, told
+        self.spent, self.runs = 0.0, 0
+        facts = FACTS[advice.data.task]
+        self.shared = {
+            "suite": "probe", "task": advice.data.task, "dataset": asked.data, "data": subset.sha256,
+            "model": asked.model, "modality": facts.modality, "kind": facts.kind, "metric": facts.metric,
+            "higher_is_better": facts.higher_is_better, "aggregate": facts.aggregate, "phase": "trial", "seed": 0,
+        }  # fmt: skip
+
+    def cell(self, arm: Arm, steps: int, base: bool) -> Cell:
+        """Return the run of an arm with so many steps."""
+        method = registry.make(arm.candidate.method, arm.candidate.fields)
+        rate = float(arm.run.get("lr") or method.tags.lr)
+        config = arm.run | {
+            "data": {"train": self.subset.train, "valid": self.subset.valid}, "steps": steps, "lr": rate,
+            "output": str(self.out / "runs" / f"{arm.candidate.slug}-{steps}"), "quiet": True, "eval_every": 0,
+            "save_every": 0, "log_every": max(steps // 10, 1), "threads": THREADS, "base_score": base,
+        }  # fmt: skip
+        budget = {k: config[k] for k in ("steps", "batch_size", "dtype", "max_length", "accumulation") if k in config}
+        facts = self.shared | {
+            "method": method.name, "branch": method.tags.branch, "fields": registry.spec(method)["fields"],
+            "learning_rate": rate, "budget": budget,
+        }  # fmt: skip
+        job = {"facts": facts, "config": config, "records": str(self.out / "records")}
+        return Cell(facts, "peftree.bench.cell:work", job)
+
+    def run(self, arm: Arm, steps: int, *, base: bool = False, limit: float = math.inf) -> RunRecord | None:
+        """Return the record of a run, done now or before; None if there is no time for it."""
+        cell, records = self.cell(arm, steps, base), self.out / "records"
+        left = self.spend - self.spent
+        done = finished(cell, records) if records.is_dir() else None
+        if done is None:
+            if left <= 0:
+                return None
+            self.told(f"{arm.candidate.label}: {steps} steps; about {left:.0f} s left")
+            began = time.monotonic()
+            (done,) = run_cells(
+                [cell], records, threads=THREADS, timeout=min(max(left, 1.0), limit), preload=PRELOAD,
+                console=Console(quiet=True),
+            )  # fmt: skip
+            self.spent += time.monotonic() - began
+        else:
+            self.spent += took(done)
+        self.runs += 1
+        return done
+
+
+def took(record: RunRecord) -> float:
+    """Return the seconds that a run took."""
+    return sum(s or 0.0 for s in (record.setup_seconds, record.train_seconds, record.eval_seconds))
+
+
+def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
+    """Do the rounds."""
+    notes: list[str] = []
+    first = _calibrated(runner, arms)
+    pace = Pace(took(first) - (first.train_seconds or 0.0) + 1.0, max((first.train_seconds or 0.0) / FIRST, 1e-3))
+    rows = runner.subset.rows
+    batch = int(arms[0].run["batch_size"]) * int(arms[0].run.get("accumulation", 1))
+    most = max(math.ceil(PASSES * rows / batch), 1)
+    alive, latest = list(arms), dict[str, tuple[Arm, int, RunRecord | None]]()
+    for number, (count, steps) in enumerate(rungs(pace, spend - runner.spent, len(arms), most)):
+        if number and runner.spent >= spend:
+            notes.append("the time ran out before the last round")
+            break
+        round_: list[tuple[Arm, RunRecord]] = []
+        for arm in alive[:count]:
+            record = runner.run(arm, steps)
+            if record is None:
+                notes.append(f"no time was left for {arm.candidate.label} with {steps} steps")
+                continue
+            latest[arm.candidate.label] = (arm, steps, record)
+            if record.status == "ok":
+                round_.append((arm, record))
+        sign = -1.0 if first.higher_is_better else 1.0
+        round_.sort(key=lambda pair: sign * (pair[1].score or 0.0))
+        alive = [arm for arm, _ in round_] or alive
+    return _answer(runner, alive, latest, first, notes)
+
+
+def _calibrated(runner: _Runner, arms: Sequence[Arm]) -> RunRecord:
+    """Return the first short run that comes to an end; it scores the untrained model too."""
+    last = ""
+    for arm in arms:
+        record = runner.run(arm, FIRST, base=True)
+        if record is None:
+            break
+        if record.status == "ok":
+            return record
+        last = f" {arm.candidate.label}: {record.error.strip().splitlines()[-1]}"
+    raise ConfigError(f"No run came to its end.{last}", "Try one with `peftree train`, or give more time.")
+
+
+def _answer(
+    runner: _Runner, alive: Sequence[Arm], latest: dict[str, tuple[Arm, int, RunRecord | None]], first: RunRecord,
+    notes: Sequence[str],
+) -> Probed:  # fmt: skip
+    """Put the last round first, then what left before by its score, then what failed."""
+    order = {arm.candidate.label: i for i, arm in enumerate(alive)}
+    sign = -1.0 if first.higher_is_better else 1.0
+
+    def place(item: tuple[Arm, int, RunRecord | None]) -> tuple[float, ...]:
+        arm, steps, record = item
+        failed = record is None or record.score is None
+        score = sign * record.score if record is not None and record.score is not None else 0.0
+        return (float(failed), -float(steps), float(order.get(arm.candidate.label, len(order))), score)
+
+    items = sorted(latest.values(), key=place)
+    best = items[0][2] if items else None
+    tried = tuple(_tried(arm, steps, record, best) for arm, steps, record in items if record is not None)
+    said = ["one seed each: the intervals are over rows and do not hold what another seed would change", *notes]
+    if runner.asked.goal != "quality":
+        said.append("the probe ranks by score; memory, speed and serving are as advised above")
+    return Probed(
+        first.metric, first.higher_is_better, first.base_score, runner.subset.scored, tried, runner.spent, runner.runs,
+        tuple(said),
+    )  # fmt: skip
+
+
+def _tried(arm: Arm, steps: int, record: RunRecord, best: RunRecord | None) -> Tried:
+    lr = record.learning_rate or 0.0
+    run = arm.run | {"lr": lr}
+    one, other = sample([record]), sample([best]) if best is not None else None
+    if one is None or record.score is None:
+        why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
+        return Tried(arm.candidate, run, f"{record.status}: {why}", steps, lr, seconds=took(record))
+    interval = statistics.mean_interval(one.matrix, exponential=one.exponential)
+    verdict = "best" if record is best else ""
+    if not verdict and best is not None and other is not None and best.steps == record.steps:
+        gap = statistics.difference(one.matrix, other.matrix, exponential=one.exponential)
+        said = statistics.verdict(gap)
+        verdict = said if said == "no difference shown" else "worse than the best"
+    elif not verdict:
+        verdict = "left after fewer steps"
+    text = f"measured on your data: {record.metric} {record.score:.4g} after {steps} steps; {verdict}"
+    return Tried(
+        arm.candidate, run, text, steps, lr, record.score, interval.low, interval.high, verdict,
+        record.peak_rss_bytes, took(record),
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""What the adviser looks at: the model by its config, the data by its rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftree import sites
+from peftree.advise.table import Kind, Modality
+from peftree.errors import ConfigError
+from peftree.plan import skeleton
+from peftree.train.data import Data, load_data
+from peftree.train.facts import FACTS, TASKS, TaskName
+
+SAMPLE = 2000  # rows whose tokens are counted
+CHARACTERS = 4  # a token, where there is no tokenizer to count with; said with every figure made from it
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """A model, from its config.
+
+    Attributes:
+        name: of the class that the task trains; parameters: all of its.
+        weights: bytes in the precision with the fewest that a base is trained in.
+        dtype: the config's own, empty if it names none.
+        decoder: whether it generates text.
+        positions: tokens that it takes, 0 if that is open; patches: tokens of one image.
+        towers: tower -> places that can be adapted; roles: theirs.
+    """
+
+    source: str
+    name: str
+    parameters: int
+    weights: int
+    dtype: str
+    decoder: bool
+    positions: int
+    patches: int
+    towers: dict[str, int]
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataProfile:
+    """Data, from their rows.
+
+    Attributes:
+        rows, valid, test: of each split; classes: none where there are none; smallest: rows of the rarest class.
+        tokens: of a row: middle, 95 %, 99 %, most; None where rows are no text.
+        counted: whether a tokenizer counted them; else they are estimated from characters.
+        side: pixels of the first image.
+    """
+
+    path: str
+    task: TaskName
+    modality: Modality
+    kind: Kind
+    rows: int
+    valid: int
+    test: int
+    classes: int = 0
+    smallest: int = 0
+    tokens: tuple[int, int, int, int] | None = None
+    counted: bool = False
+    side: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+
+def model_profile(source: str, task: TaskName, labels: int) -> ModelProfile:
+    """Return the profile of a model for a task; no weights are read.
+
+    Raises:
+        ConfigError: there is no config, or it has no model for the task.
+    """
+    if task == "image-generation":
+        raise ConfigError(
+            "There is no advice for image generation: its models have no plan of memory.",
+            "Compare methods with `peftree bench run small --task bags`, on data of your own in a suite file.",
+        )
+    config = skeleton.read_config(source)
+    if labels:
+        config.num_labels = labels
+    kind = skeleton.model_class(config, task)
+    model = skeleton.build(config, kind)
+    found = sites.summary(model)
+    towers: Counter[str] = Counter()
+    for row in found:
+        towers[row["tower"] or "model"] += row["count"]
+    count = sum(p.numel() for p in model.parameters())
+    text: Any = config.get_text_config()
+    own = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "").removeprefix("torch.")
+    return ModelProfile(
+        source, kind.__name__, count, 2 * count, own, task in ("generation", "captioning"),
+        int(getattr(text, "max_position_embeddings", 0) or 0), _patches(config), dict(towers),
+        tuple(dict.fromkeys(row["role"] for row in found)),
+    )  # fmt: skip
+
+
+def _patches(config: Any) -> int:
+    vision = getattr(config, "vision_config", None)
+    size, patch = getattr(vision, "image_size", 0), getattr(vision, "patch_size", 0)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) and size and patch else 0
+
+
+def read_data(path: str, task: str, columns: Mapping[str, str]) -> Data:
+    """Read and check all rows.
+
+    Raises:
+        ConfigError: an unknown task.
+        DataError: the data are missing, malformed, or do not tell their task.
+    """
+    if task and task not in FACTS:
+        raise ConfigError(f"There is no task '{task}'.", f"Tasks: {', '.join(TASKS)}.")
+    named: Any = task or None
+    return load_data(path, task=named, columns=columns)
+
+
+def data_profile(path: str, data: Data, source: str) -> DataProfile:
+    """Return the profile of data that the model `source` is to learn."""
+    facts = FACTS[data.task]
+    counts = Counter(row.target for row in data.train) if data.labels else Counter()
+    tokens, counted, notes = None, False, list(data.warnings)
+    if facts.modality != "vision":
+        tokens, counted = _tokens(data, source)
+        if not counted:
+            notes.append(f"{source} has no tokenizer: tokens are estimated, {CHARACTERS} characters each")
+    return DataProfile(
+        path, data.task, facts.modality, facts.kind, len(data.train), len(data.valid), len(data.test),
+        len(data.labels), min(counts.values(), default=0), tokens, counted,
+        _side(data) if facts.modality != "language" else 0, tuple(notes),
+    )  # fmt: skip
+
+
+def _tokens(data: Data, source: str) -> tuple[tuple[int, int, int, int], bool]:
+    rows = list(data.train)
+    rows = random.Random(0).sample(rows, SAMPLE) if len(rows) > SAMPLE else rows  # noqa: S311  no secret
+    images = FACTS[data.task].modality != "language"
+    pairs = data.task == "generation"
+    texts = [r.target if images else f"{r.source}\n{r.target}" if pairs else r.source for r in rows]
+    counts, counted = _counts(texts, source)
+    counts.sort()
+    at = [counts[min(math.ceil(share * len(counts)), len(counts)) - 1] for share in (0.5, 0.95, 0.99, 1.0)]
+    return (at[0], at[1], at[2], at[3]), counted
+
+
+def _counts(texts: Sequence[str], source: str) -> tuple[list[int], bool]:
+    folder = Path(source).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        return [math.ceil(len(text) / CHARACTERS) + 1 for text in texts], False
+    from peftree.train.tasks.loading import tokenizer
+
+    made = tokenizer(str(folder) if folder.is_dir() else source)
+    return [len(ids) for ids in made(list(texts), truncation=False, verbose=False)["input_ids"]], True
+
+
+def _side(data: Data) -> int:
+    from PIL import Image
+
+    with Image.open(data.train[0].source) as image:
+        return max(image.size)

@@ -1,0 +1,59 @@
+"""From a candidate to a `run.yaml` that `peftree train` accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftree import registry
+from peftree.advise.candidates import Candidate
+from peftree.advise.cost import Cost, Setting
+from peftree.advise.measures import Rate
+from peftree.advise.profile import DataProfile
+from peftree.errors import ConfigError
+from peftree.files import atomic_write
+from peftree.train.config import RunConfig
+
+LEAST_LENGTH = 4
+
+
+def run_settings(
+    model: str, data: DataProfile, columns: Mapping[str, str], candidate: Candidate, how: Setting, found: Cost,
+    rate: Rate | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the settings of a run; what is left out is the run's or the method's own default."""
+    source: dict[str, Any] = {"train": data.path} | ({"columns": dict(columns)} if columns else {})
+    settings: dict[str, Any] = {
+        "model": model, "data": source, "task": data.task,
+        "method": {"name": candidate.method} | ({"fields": candidate.fields} if candidate.fields else {}),
+        "output": f"runs/{candidate.slug}", "batch_size": found.batch, "dtype": how.dtype,
+    }  # fmt: skip
+    if found.accumulation > 1:
+        settings["accumulation"] = found.accumulation
+    if found.checkpointing:
+        settings["gradient_checkpointing"] = True
+    if data.tokens is not None and data.modality == "language":
+        settings["max_length"] = max(how.length, LEAST_LENGTH)
+    if rate is not None:
+        settings["lr"] = float(f"{registry.get(candidate.method).tags.lr * rate.times:.2g}")
+    RunConfig.model_validate(settings)
+    return settings
+
+
+def write_run(folder: Path, settings: Mapping[str, Any], candidate: Candidate, why: Sequence[str]) -> Path:
+    """Write the settings as YAML, with the reasons as comments; an existing file of other content is kept.
+
+    Raises:
+        ConfigError: the folder is a file, or the file is there with other content.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--write {folder} is no folder.", "Name a folder, or one to make.")
+    comments = "".join(f"# {line}\n" for line in [candidate.label, *why])
+    text = comments + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    path = folder / f"{candidate.slug}.yaml"
+    if path.exists() and path.read_text("utf-8") != text:
+        raise ConfigError(f"{path} exists with other content.", "Name another folder, or remove the file.")
+    return atomic_write(path, text)

@@ -1,0 +1,83 @@
+"""Some rows of the user's data, written where probing runs read them: never a test row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftree.files import atomic_write
+from peftree.train.data import Data, Example
+from peftree.train.facts import FACTS
+from peftree.train.readers import METADATA
+
+TRAIN, VALID = 4000, 200  # rows at most
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What probing runs read.
+
+    Attributes:
+        train, valid: paths as `RunConfig` takes them.
+        rows, scored: of each.
+        sha256: of what is in them.
+    """
+
+    train: str
+    valid: str
+    rows: int
+    scored: int
+    sha256: str
+
+
+def write_subset(data: Data, folder: Path, train: int = TRAIN, valid: int = VALID) -> Subset:
+    """Write at most so many rows, the same ones for the same data, every class of the training rows among them."""
+    rows = {"train": pick(data.train, train, bool(data.labels)), "valid": pick(data.valid, valid, False)}
+    paths: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for split, chosen in rows.items():
+        paths[split] = str(_write(folder / split, chosen, data))
+        digest.update(json.dumps([[r.source, r.target] for r in chosen]).encode())
+    return Subset(paths["train"], paths["valid"], len(rows["train"]), len(rows["valid"]), digest.hexdigest())
+
+
+def pick(rows: Sequence[Example], count: int, classes: bool) -> list[Example]:
+    """Return `count` rows at most, drawn with a fixed seed; with `classes` at least one of each target."""
+    if len(rows) <= count:
+        return list(rows)
+    order = random.Random(0).sample(range(len(rows)), len(rows))  # noqa: S311  no secret
+    firsts: dict[str, int] = {}
+    for i in order if classes else ():
+        firsts.setdefault(rows[i].target, i)
+    kept = set(firsts.values())
+    kept |= set([i for i in order if i not in kept][: max(count - len(kept), 0)])
+    return [rows[i] for i in sorted(kept)]
+
+
+def _write(place: Path, rows: Iterable[Example], data: Data) -> Path:
+    facts = FACTS[data.task]
+    if facts.modality == "language":
+        first, second = facts.columns
+        lines = (json.dumps({first: r.source, second: _value(r.target, second)}) + "\n" for r in rows)
+        return atomic_write(place.with_suffix(".jsonl"), "".join(lines))
+    shutil.rmtree(place, ignore_errors=True)
+    lines_of = []
+    for number, row in enumerate(rows):
+        source = Path(row.source).absolute()
+        name = f"{number:06}{source.suffix.lower()}"
+        target = place / name if facts.columns else place / row.target / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+        lines_of.append(json.dumps(dict(zip(facts.columns, (name, row.target), strict=False))) + "\n")
+    if facts.columns:
+        atomic_write(place / METADATA, "".join(lines_of))
+    return place
+
+
+def _value(target: str, column: str) -> str | float:
+    return float(target) if column == "score" else target

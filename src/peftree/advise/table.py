@@ -1,0 +1,131 @@
+"""Evidence as small tables: what was measured of a method on a task, where, and how sure it is. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+
+from peftree.errors import DataError
+from peftree.files import atomic_write, read_json
+
+FOLDER = Path(__file__).with_name("evidence")
+Modality = Literal["language", "vision", "vision-language"]
+Kind = Literal["understanding", "generation"]
+Number = FiniteFloat | None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Context(_Strict):
+    """A task on which methods were compared.
+
+    Attributes:
+        group: tasks of one group share data and tuning: they are no independent evidence.
+        tier: `small`, `full` ..., or `published` for figures of others.
+        parameters: of the base model; rows and steps: of a run's training.
+        baseline: from where the gain counts: `head_only`, `untrained` (the model before training), or `zero`.
+        forgetting: what `Measured.forgets` is, empty if it was not measured.
+    """
+
+    source: str
+    group: str
+    tier: str
+    modality: Modality
+    kind: Kind
+    metric: str
+    model: str
+    parameters: Annotated[int, Field(ge=0)]
+    rows: Annotated[int, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)]
+    baseline: Literal["head_only", "untrained", "zero", "none"]
+    forgetting: str = ""
+
+
+class Measured(_Strict):
+    """What one method reached on one task.
+
+    Attributes:
+        fields: those that differ from the method's defaults.
+        seeds: finished runs; diverged: runs that did not finish because a number was not finite.
+        score: in the metric's own units; gain: above the baseline, better being more (log units for perplexity).
+        relative: gain over that of full fine-tuning; low, high: its 95 % interval, none where it has no ends.
+        times: the learning rate that was best over the method's default.
+        time: of a step, over that of full fine-tuning.
+        forgets: see `Context.forgetting`; more is worse.
+    """
+
+    task: str
+    method: str
+    fields: dict[str, JsonValue] = Field(default_factory=dict)
+    seeds: Annotated[int, Field(ge=0)]
+    diverged: Annotated[int, Field(ge=0)] = 0
+    score: Number = None
+    gain: Number = None
+    relative: Number = None
+    low: Number = None
+    high: Number = None
+    times: Number = None
+    time: Number = None
+    forgets: Number = None
+    trainable: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The method with its fields, as one text."""
+        return key(self.method, self.fields)
+
+
+class Table(_Strict):
+    """One source's evidence.
+
+    Attributes:
+        origin: where the figures come from, a commit or hash with it.
+        contexts: task -> what it is.
+        results: one a method and task.
+    """
+
+    origin: str
+    contexts: dict[str, Context]
+    results: tuple[Measured, ...]
+
+    def write(self, path: Path) -> Path:
+        """Write the table as JSON, a result a line, atomically."""
+        plain = self.model_dump(mode="json", exclude_defaults=True)
+        contexts = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in plain["contexts"].items())
+        results = ",\n".join(f"  {json.dumps(row)}" for row in plain["results"])
+        text = f'{{\n "origin": {json.dumps(self.origin)},\n "contexts": {{\n{contexts}\n }},\n'
+        return atomic_write(path, text + f' "results": [\n{results}\n ]\n}}\n')
+
+
+def key(method: str, fields: dict[str, Any]) -> str:
+    """Return a method with its fields as one text: `lora r=16 sites=linear`."""
+    return " ".join([method, *(f"{name}={_short(value)}" for name, value in sorted(fields.items()))])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_table(path: Path) -> Table:
+    """Read a table.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return Table.model_validate(read_json(path, limit=16 << 20))
+    except (ValidationError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{path} is no table of evidence: {first}", "Make it with tools/evidence.py.") from None
+
+
+@cache
+def known() -> tuple[Table, ...]:
+    """Return the tables that come with the package."""
+    return tuple(read_table(path) for path in sorted(FOLDER.glob("*.json")))
