@@ -284,8 +284,8 @@ def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
         if not e.exact:
             said.append("these very settings were not measured: the figure leans on other settings of the method")
         said.append(f"nearest evidence: {_nearest(e, evidence)}")
-    if goal == "speed" and judged.time is not None:
-        said.append(f"a step took {judged.time:.2f} of full fine-tuning's time where it was measured")
+    if goal == "speed" and judged.time is None:
+        said.append("the time of its step was never measured; operations do not predict it")
     if judged.forgets is not None:
         said.append(f"forgets more than {judged.forgets.place:.0%} of the methods measured beside it")
     return tuple(said)

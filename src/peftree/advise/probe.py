@@ -6,6 +6,7 @@ run costs; then all candidates train for few steps, the best third for more. Sco
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -28,12 +29,15 @@ from peftree.bench.pool import Cell, finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.bench.samples import sample
 from peftree.errors import ConfigError, PeftreeError
+from peftree.files import atomic_write, read_json
 from peftree.train.facts import FACTS
 
 FIRST, LEAST = 4, 8  # steps of the run that measures, and of the shortest that compares
 MOST = 9  # candidates
 THIRD = 3
 PASSES = 3  # over the rows, at most
+SAFE = 0.9  # of the time that is left is given out
+START = 1.0  # seconds of a process beside what its record counts
 PRELOAD = ("peftree.bench.cell",)
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of a run
 
@@ -54,6 +58,7 @@ class Tried:
         run: settings of its `run.yaml`; text: what was measured, in a sentence.
         score, low, high: on validation rows, with an interval over rows; None: it did not finish.
         verdict: against the best, on the same rows.
+        peak: bytes of memory of the process; seconds: of the run.
     """
 
     candidate: Candidate
@@ -106,12 +111,12 @@ class Pace:
         return int((seconds / runs - self.beside) / self.step)
 
 
-def rungs(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, int]]:
+def rounds(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, int]]:
     """Return (candidates, steps) of each round: the time is shared evenly, a third of the candidates go on.
 
     Fewer candidates start where there is no time for `LEAST` steps of all.
 
-    >>> rungs(Pace(2.0, 0.1), 120.0, 9, 1000)
+    >>> rounds(Pace(2.0, 0.1), 120.0, 9, 1000)
     [(9, 46), (3, 180)]
 
     Raises:
@@ -122,10 +127,10 @@ def rungs(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, i
         found = [(n, min(pace.steps(seconds / len(sizes), n), most)) for n in sizes]
         if found[0][1] >= min(LEAST, most):
             return found if len(found) == 1 or found[1][1] > found[0][1] else found[:1]
-    need = 2 * (pace.beside + LEAST * pace.step)
+    need = pace.beside + LEAST * pace.step
     raise ConfigError(
-        f"The time is too short: a run of {LEAST} steps takes {need / 2:.0f} s here.",
-        f"Give --probe {math.ceil(need * 1.5 / 60)}min at least, or shorter rows (--length).",
+        f"The time is too short: a run of {LEAST} steps takes {need:.0f} s here.",
+        f"Give --probe {math.ceil(need * 3 / 60)}min at least, or shorter rows (--length).",
     )
 
 
@@ -243,31 +248,76 @@ def took(record: RunRecord) -> float:
 
 
 def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
-    """Do the rounds."""
-    notes: list[str] = []
+    """Do the rounds; how long the second's runs are follows from what the first's took."""
     first = _calibrated(runner, arms)
-    pace = Pace(took(first) - (first.train_seconds or 0.0) + 1.0, max((first.train_seconds or 0.0) / FIRST, 1e-3))
-    rows = runner.subset.rows
     batch = int(arms[0].run["batch_size"]) * int(arms[0].run.get("accumulation", 1))
-    most = max(math.ceil(PASSES * rows / batch), 1)
-    alive, latest = list(arms), dict[str, tuple[Arm, int, RunRecord | None]]()
-    for number, (count, steps) in enumerate(rungs(pace, spend - runner.spent, len(arms), most)):
-        if number and runner.spent >= spend:
-            notes.append("the time ran out before the last round")
-            break
-        round_: list[tuple[Arm, RunRecord]] = []
-        for arm in alive[:count]:
-            record = runner.run(arm, steps)
-            if record is None:
-                notes.append(f"no time was left for {arm.candidate.label} with {steps} steps")
-                continue
-            latest[arm.candidate.label] = (arm, steps, record)
-            if record.status == "ok":
-                round_.append((arm, record))
-        sign = -1.0 if first.higher_is_better else 1.0
-        round_.sort(key=lambda pair: sign * (pair[1].score or 0.0))
-        alive = [arm for arm, _ in round_] or alive
+    most = max(math.ceil(PASSES * runner.subset.rows / batch), 1)
+    plan = _Rounds.read(runner.out / "rounds.json", {"seconds": spend, "data": runner.subset.sha256, "most": most})
+    if not plan.done:
+        plan.add(rounds(pace([first]), SAFE * (spend - runner.spent), len(arms), most)[0])
+    notes: list[str] = []
+    latest: dict[str, tuple[Arm, RunRecord]] = {}
+    alive = _round(runner, arms[: plan.done[0][0]], plan.done[0][1], latest, notes)
+    count = math.ceil(plan.done[0][0] / THIRD)
+    if len(plan.done) == 1 and count > 1 and plan.done[0][0] > THIRD:
+        measured = pace([record for _, record in latest.values() if record.status == "ok"] or [first])
+        steps = min(measured.steps(SAFE * (spend - runner.spent), count), most)
+        plan.add((count, steps if steps > plan.done[0][1] else 0))
+    if len(plan.done) > 1 and plan.done[1][1]:
+        alive = _round(runner, alive[: plan.done[1][0]], plan.done[1][1], latest, notes)
+    elif len(plan.done) > 1:
+        notes.append("there was no time for a second, longer round")
     return _answer(runner, alive, latest, first, notes)
+
+
+def pace(records: Sequence[RunRecord]) -> Pace:
+    """Return what a run costs, from runs of one length: the dearest decides."""
+    slowest = max(records, key=took)
+    train = slowest.train_seconds or 0.0
+    return Pace(took(slowest) - train + START, max(train / max(slowest.steps or 1, 1), 1e-3))
+
+
+def _round(
+    runner: _Runner, arms: Sequence[Arm], steps: int, latest: dict[str, tuple[Arm, RunRecord]], notes: list[str]
+) -> list[Arm]:
+    """Run the arms; return those that finished, best first. What did not keeps its record of an earlier round."""
+    done: list[tuple[Arm, RunRecord]] = []
+    for arm in arms:
+        record = runner.run(arm, steps)
+        label = arm.candidate.label
+        if record is not None and record.status == "ok":
+            done.append((arm, record))
+            latest[label] = (arm, record)
+        elif record is None or label in latest:
+            notes.append(f"{label} did not finish {steps} steps in the time")
+        else:
+            latest[label] = (arm, record)
+    return [arm for arm, _ in sorted(done, key=lambda pair: _rank(pair[1]))]
+
+
+def _rank(record: RunRecord) -> float:
+    return (record.score or 0.0) * (-1.0 if record.higher_is_better else 1.0)
+
+
+@dataclass
+class _Rounds:
+    """The rounds as they were decided, on disk: a probe that goes on does the same runs."""
+
+    path: Path
+    given: dict[str, Any]
+    done: list[tuple[int, int]]
+
+    @classmethod
+    def read(cls, path: Path, given: dict[str, Any]) -> _Rounds:
+        """Return the rounds decided before for the same time and data, or none."""
+        found = read_json(path) if path.is_file() else {}
+        same = found.get("given") == given
+        return cls(path, given, [(int(n), int(s)) for n, s in found["rounds"]] if same else [])
+
+    def add(self, one: tuple[int, int]) -> None:
+        """Decide one more."""
+        self.done.append(one)
+        atomic_write(self.path, json.dumps({"given": self.given, "rounds": self.done}) + "\n")
 
 
 def _calibrated(runner: _Runner, arms: Sequence[Arm]) -> RunRecord:
@@ -284,46 +334,34 @@ def _calibrated(runner: _Runner, arms: Sequence[Arm]) -> RunRecord:
 
 
 def _answer(
-    runner: _Runner, alive: Sequence[Arm], latest: dict[str, tuple[Arm, int, RunRecord | None]], first: RunRecord,
+    runner: _Runner, alive: Sequence[Arm], latest: dict[str, tuple[Arm, RunRecord]], first: RunRecord,
     notes: Sequence[str],
 ) -> Probed:  # fmt: skip
-    """Put the last round first, then what left before by its score, then what failed."""
-    order = {arm.candidate.label: i for i, arm in enumerate(alive)}
-    sign = -1.0 if first.higher_is_better else 1.0
-
-    def place(item: tuple[Arm, int, RunRecord | None]) -> tuple[float, ...]:
-        arm, steps, record = item
-        failed = record is None or record.score is None
-        score = sign * record.score if record is not None and record.score is not None else 0.0
-        return (float(failed), -float(steps), float(order.get(arm.candidate.label, len(order))), score)
-
-    items = sorted(latest.values(), key=place)
-    best = items[0][2] if items else None
-    tried = tuple(_tried(arm, steps, record, best) for arm, steps, record in items if record is not None)
+    """Put the longest runs first, the best of them on top, and what failed last."""
+    items = sorted(latest.values(), key=lambda i: (i[1].score is None, -(i[1].steps or 0), _rank(i[1])))
+    best = items[0][1] if alive else None
     said = ["one seed each: the intervals are over rows and do not hold what another seed would change", *notes]
     if runner.asked.goal != "quality":
         said.append("the probe ranks by score; memory, speed and serving are as advised above")
     return Probed(
-        first.metric, first.higher_is_better, first.base_score, runner.subset.scored, tried, runner.spent, runner.runs,
-        tuple(said),
+        first.metric, first.higher_is_better, first.base_score, runner.subset.scored,
+        tuple(_tried(arm, record, best) for arm, record in items), runner.spent, runner.runs, tuple(said),
     )  # fmt: skip
 
 
-def _tried(arm: Arm, steps: int, record: RunRecord, best: RunRecord | None) -> Tried:
-    lr = record.learning_rate or 0.0
+def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
+    lr, one = record.learning_rate or 0.0, sample([record])
     run = arm.run | {"lr": lr}
-    one, other = sample([record]), sample([best]) if best is not None else None
-    if one is None or record.score is None:
+    steps = record.steps or int(str(record.budget.get("steps", 0)))
+    if one is None or record.score is None or best is None:
         why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
-        return Tried(arm.candidate, run, f"{record.status}: {why}", steps, lr, seconds=took(record))
+        return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=took(record))
     interval = statistics.mean_interval(one.matrix, exponential=one.exponential)
-    verdict = "best" if record is best else ""
-    if not verdict and best is not None and other is not None and best.steps == record.steps:
-        gap = statistics.difference(one.matrix, other.matrix, exponential=one.exponential)
-        said = statistics.verdict(gap)
-        verdict = said if said == "no difference shown" else "worse than the best"
-    elif not verdict:
-        verdict = "left after fewer steps"
+    verdict = "best" if record is best else "fewer steps"
+    top = sample([best])
+    if record is not best and top is not None and best.steps == record.steps:
+        gap = statistics.difference(one.matrix, top.matrix, exponential=one.exponential)
+        verdict = "no difference shown" if gap.holds(0.0) else "worse"
     text = f"measured on your data: {record.metric} {record.score:.4g} after {steps} steps; {verdict}"
     return Tried(
         arm.candidate, run, text, steps, lr, record.score, interval.low, interval.high, verdict,

@@ -13,7 +13,7 @@ from rich.text import Text
 from peftree.advise.advice import Advice, Judged, Recommendation
 from peftree.advise.cost import Cost, size
 from peftree.advise.measures import Forgetting
-from peftree.advise.probe import Probed
+from peftree.advise.probe import Probed, Tried
 
 OTHERS = 8  # candidates that are listed beyond the recommended ones
 
@@ -51,20 +51,18 @@ def _heads(advice: Advice) -> list[str]:
 
 
 def _table(recommended: Sequence[Recommendation]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    columns = ["", "candidate", "memory", "batch", "quality", "95 %", "tasks", "runs", "forgets", "step"]
-    for name in columns:
-        table.add_column(name, justify="left" if name == "candidate" else "right", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("")
+    table.add_column("candidate", overflow="fold", min_width=16)
+    for name in ("memory", "largest batch", "quality [95 %]", "tasks", "runs"):
+        table.add_column(name, justify="right", overflow="fold")
     for number, one in enumerate(recommended, 1):
-        judged = one.judged
-        e, cost = judged.estimate, judged.cost
+        e, cost = one.judged.estimate, one.judged.cost
         assert cost is not None
+        quality = f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" if e.known else "unknown"
         table.add_row(
-            str(number), escape(judged.candidate.label), size(cost.plan.expected), f"{cost.largest:,}",
-            f"{e.value:.2f}" if e.known else "unknown", f"{e.low:.2f}..{e.high:.2f}" if e.known else "",
-            str(e.tasks), str(e.runs),
-            f"{judged.forgets.place:.0%}" if judged.forgets else "unknown",
-            f"{judged.time:.2f}" if judged.time else "unknown",
+            str(number), escape(one.judged.candidate.label), size(cost.plan.expected), f"{cost.largest:,}",
+            escape(quality), str(e.tasks), str(e.runs),
         )  # fmt: skip
     return table
 
@@ -79,6 +77,8 @@ def _lines(one: Recommendation) -> list[str]:
         )
     lines.append(f"memory: {memory(cost)}")
     lines.append(f"forgets: {forgotten(judged.forgets)}")
+    took = f"{judged.time:.2f} of full fine-tuning's time, where it was measured" if judged.time else "unknown"
+    lines.append(f"a step takes: {took}")
     lines.append(f"served by: {judged.serving.text}")
     lines += [f"   {note}" for note in judged.serving.notes]
     lines.append(f"learning rate: {rate(judged)}")
@@ -135,18 +135,22 @@ def render_probe(found: Probed) -> RenderableType:
     way = "more" if found.higher_is_better else "less"
     before = f"; {found.before:.4g} without training" if found.before is not None else ""
     title = f"Measured on your data: {found.metric} ({way} is better) on {found.rows} validation rows{before}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for name in ("candidate", "score", "95 %", "steps", "lr", "peak memory", "seconds", "against the best"):
-        table.add_column(name, justify="left" if name in ("candidate", "against the best") else "right")
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", collapse_padding=True)
+    table.add_column("candidate", overflow="fold", min_width=16)
+    for name in ("score [95 %]", "steps", "lr", "memory", "s"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("against the best", overflow="fold")
     for t in found.tried:
         table.add_row(
-            escape(t.candidate.label), f"{t.score:.4g}" if t.score is not None else "", _interval(t.low, t.high),
-            str(t.steps), f"{t.lr:.2g}", size(t.peak) if t.peak else "", f"{t.seconds:.0f}",
-            escape(t.verdict or t.text),
+            escape(t.candidate.label), escape(_interval(t)), str(t.steps), f"{t.lr:.2g}",
+            size(t.peak) if t.peak else "", f"{t.seconds:.0f}", t.verdict,
         )  # fmt: skip
-    lines = [f"{found.runs} runs, {found.spent:.0f} s", *found.notes]
-    return Group(table, *(Text(f"Note: {line}") for line in lines))
+    lines = [f"{found.runs} runs, {found.spent:.0f} s; memory is the most that the process held, libraries included"]
+    lines += [f"{t.candidate.label}: {t.text}" for t in found.tried if t.score is None]
+    return Group(table, *(Text(f"Note: {line}") for line in [*lines, *found.notes]))
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4g}..{high:.4g}"
+def _interval(t: Tried) -> str:
+    if t.score is None:
+        return ""
+    return f"{t.score:.4g}" + (f" [{t.low:.3g}, {t.high:.3g}]" if t.low is not None and t.high is not None else "")
