@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peftree import registry
 from peftree.errors import MethodError, SiteError
@@ -14,6 +14,7 @@ from peftree.plan.request import Request
 from peftree.plan.result import Plan
 
 MOST = {"batch": 1 << 16, "length": 1 << 20}
+TRIES = 40
 BATCHES, LENGTHS = (1, 4, 16), (128, 512, 2048)
 
 
@@ -79,49 +80,59 @@ def _largest(level: Callable[[int], int], fits: Callable[[int], bool], memory: i
 def ways(request: Request, memory: int, count: int = 3) -> list[Way]:
     """Return the cheapest ways to get a setting under `memory`, at most `count`; none if it fits already.
 
-    Single changes first; where none is enough, two together, then three.
+    Single changes first; where none is enough two together, then three, the cheapest first, up to `TRIES` in all.
     """
     if plan(request).fits(memory):
         return []
-    single = list(_changes(request))
+    single = sorted(_changes(request), key=lambda change: change.rank)
     found: list[Way] = []
+    tries = TRIES
     for size in (1, 2, 3):
         for several in _combinations(single, size):
-            update: dict[str, Any] = {}
-            for _, changes, *_ in several:
-                update |= changes
-            made = plan(request.model_copy(update=update))
+            if len(found) == count or not tries:
+                return found
+            tries -= 1
+            changes = {key: value for change in several for key, value in change.changes.items()}
+            made = plan(request.model_copy(update=changes))
             if made.fits(memory):
-                what = " and ".join(s[0] for s in several)
-                found.append(Way(what, update, "; ".join(s[2] for s in several), sum(s[3] for s in several), made))
-        if len(found) >= count:
+                what = " and ".join(change.what for change in several)
+                price = "; ".join(change.price for change in several)
+                found.append(Way(what, changes, price, sum(change.rank for change in several), made))
+        if found:
             break
-    return sorted(found, key=lambda way: (way.rank, way.plan.expected))[:count]
+    return found
 
 
-_Change = tuple[str, dict[str, Any], str, float]
+class _Change(NamedTuple):
+    what: str
+    changes: dict[str, Any]
+    price: str
+    rank: float
 
 
-def _combinations(single: Sequence[_Change], size: int) -> Iterator[tuple[_Change, ...]]:
+def _combinations(single: Sequence[_Change], size: int) -> list[tuple[_Change, ...]]:
+    """Return combinations of changes that do not touch the same setting, the cheapest first."""
+    found = []
     for several in itertools.combinations(single, size):
-        keys = [key for _, changes, *_ in several for key in changes]
+        keys = [key for change in several for key in change.changes]
         if len(keys) == len(set(keys)):
-            yield several
+            found.append(several)
+    return sorted(found, key=lambda several: sum(change.rank for change in several))
 
 
 def _changes(request: Request) -> Iterator[_Change]:
     """Yield what can be changed: words, settings, price in words, price as a number."""
     if request.attention == "eager":
-        yield "fused attention (sdpa)", {"attention": "sdpa"}, "nothing", 0.0
+        yield _Change("fused attention (sdpa)", {"attention": "sdpa"}, "nothing", 0.0)
     if request.dtype in ("auto", "float32"):
-        yield "the base in bfloat16", {"dtype": "bfloat16"}, "its weights are rounded", 0.1
+        yield _Change("the base in bfloat16", {"dtype": "bfloat16"}, "its weights are rounded", 0.1)
     if request.base == "dense":
-        yield "an 8-bit base", {"base": "int8"}, "the base is rounded, and read through a copy", 0.5
-        yield "a 4-bit base (NF4)", {"base": "nf4"}, "the base is rounded, and read through a copy", 0.6
+        yield _Change("an 8-bit base", {"base": "int8"}, "the base is rounded, and read through a copy", 0.5)
+        yield _Change("a 4-bit base (NF4)", {"base": "nf4"}, "the base is rounded, and read through a copy", 0.6)
     for part in (2, 4):
         less = request.length // part
         if less >= 16:
-            yield f"rows of {less} tokens", {"length": less}, "longer rows are cut", 1.0 + 0.1 * part
+            yield _Change(f"rows of {less} tokens", {"length": less}, "longer rows are cut", 1.0 + 0.1 * part)
     if request.mode == "train":
         yield from _training_changes(request)
 
@@ -131,16 +142,18 @@ def _training_changes(request: Request) -> Iterator[_Change]:
         if request.batch >= part:
             rows, times = request.batch // part, request.accumulation * part
             what = f"batches of {rows}, {times} to a step"
-            yield what, {"batch": rows, "accumulation": times}, "the same rows a step, less work at once", 0.04 * part
+            fewer: dict[str, Any] = {"batch": rows, "accumulation": times}
+            yield _Change(what, fewer, "the same rows a step, less work at once", 0.04 * part)
     if not request.checkpointing:
-        yield "gradient checkpointing", {"checkpointing": True}, "each layer's forward pass runs twice", 0.33
+        yield _Change("gradient checkpointing", {"checkpointing": True}, "each layer's forward pass runs twice", 0.33)
     if request.optimizer not in ("sgd", "adamw_8bit"):
-        yield "8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3
+        yield _Change("8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3)
     if request.method != "lst":
-        yield "a side network (lst)", {"method": "lst", "fields": {}}, "another method", 1.0
+        yield _Change("a side network (lst)", {"method": "lst", "fields": {}}, "another method", 1.0)
     for devices in (2, 4, 8) if request.devices == 1 else ():
-        changes = {"devices": devices, "shard": "fsdp"}
-        yield f"{devices} devices that share the weights (fsdp)", changes, f"{devices} devices", 2.0 + 0.1 * devices
+        changes: dict[str, Any] = {"devices": devices, "shard": "fsdp"}
+        what = f"{devices} devices that share the weights (fsdp)"
+        yield _Change(what, changes, f"{devices} devices", 2.0 + 0.1 * devices)
 
 
 @dataclass(frozen=True)
