@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from peftree.adapter import disabled
-from peftree.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import DivergedError, MethodError, SiteError, TrainError
 from peftree.evaluate.cost import allocator_peak
 from peftree.evaluate.energy import Meter
 from peftree.evaluate.probe import Row, Subject, run_probes
 from peftree.evaluate.quality import Scores
+from peftree.machine import machine
 from peftree.train.config import RunConfig
 from peftree.train.data import Example, load_data
 from peftree.train.run import OpenRun, RunResult, complete

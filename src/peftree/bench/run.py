@@ -13,13 +13,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from peftree import registry
-from peftree.machine import free_memory
 from peftree.bench.material import Material, gather
 from peftree.bench.pool import Cell, finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.bench.suite import Entry, Suite, SuiteTask
 from peftree.errors import ConfigError, did_you_mean
 from peftree.files import atomic_write
+from peftree.machine import free_memory
 
 TRIAL_SEED = 10_000  # far from the seeds of final runs
 GIB = 2**30

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftree.machine import machine
 from peftree.bench.record import CurvePoint, RunRecord
 from peftree.errors import TrainError
+from peftree.machine import machine
 from peftree.train.config import RunConfig
 from peftree.train.run import run
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from peftree.assets.data import write_demo_data
 from peftree.assets.fetch import cache_root
 from peftree.assets.models import model_folder
-from peftree.machine import free_memory
 from peftree.bench.pool import finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.demo.plan import Places, Plan, cells, read_plan
 from peftree.errors import ConfigError
 from peftree.files import atomic_write
+from peftree.machine import free_memory
 
 GIB = 2**30
 CACHE_GIB = 1.5  # archives, what is unpacked from them, and the converted models
