@@ -94,7 +94,7 @@ class TestAdvice:
             cost = each.judged.cost
             assert cost is not None and cost.fits and 0 < cost.plan.expected <= LIGHT["memory"]
             assert cost.largest is not None and cost.largest >= cost.batch == 16
-            assert any("of full fine-tuning's gain [" in line for line in each.why)
+            assert any(line.startswith("expected quality 0.9") for line in each.why)
         first = found.recommended[0].judged
         assert (first.estimate.tasks, first.estimate.runs) == (2, 10) and first.rate == Rate(
             pytest.approx(2 ** (2 / 3)), 2

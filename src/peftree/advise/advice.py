@@ -278,7 +278,7 @@ def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
     else:
         whose = " and ".join(e.sources)
         said = [
-            f"expected {e.value:.2f} of full fine-tuning's gain [{e.low:.2f}, {e.high:.2f}], "
+            f"expected quality {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], full fine-tuning being 1, "
             f"from {e.tasks} task{'s' * (e.tasks != 1)} and {e.runs} run{'s' * (e.runs != 1)} ({whose})"
         ]
         if not e.exact:

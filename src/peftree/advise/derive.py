@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from peftree.bench.suite import known_suites, load_suite
 from peftree.errors import DataError
 from peftree.files import sha256
 
+TOP = 3  # best methods whose mean gain is a task's unit
 LEAST_SEEDS = 2  # a method with fewer finished or diverged runs is not in the table yet
 
 
@@ -55,10 +57,9 @@ def _task(groups: dict[str, list[RunRecord]]) -> tuple[Context, list[Measured]]:
     kind = "head_only" if base is not None else "untrained" if start is not None else "none"
     level = float(base.matrix.mean()) if base is not None else start
     first = next((r for r in everything if r.status == "ok"), everything[0])
-    rows = [
-        _measured(runs, samples[label], samples[full] if full else None, base, level, _step(groups, full))
-        for label, runs in groups.items()
-    ]
+    first = next((r for r in everything if r.status == "ok"), everything[0])
+    scale = _Scale(samples[full] if full else None, level, _unit(samples, base, level, first), _step(groups, full))
+    rows = [_measured(runs, samples[label], scale) for label, runs in groups.items()]
     context = Context(
         source="our benchmark", group=_group(first), tier=_tier(first.suite), modality=first.modality,
         kind=first.kind, metric=first.metric, model=first.model, parameters=first.total_parameters or 0,
@@ -81,10 +82,39 @@ def _start(records: Sequence[RunRecord]) -> float | None:
     return math.log(mean) if records[0].aggregate == "exp_mean" and mean > 0 else mean
 
 
-def _measured(
-    runs: list[RunRecord], one: Sample | None, full: Sample | None, base: Sample | None,
-    level: float | None, step: float | None,
-) -> Measured:  # fmt: skip
+@dataclass(frozen=True)
+class _Scale:
+    """What a task's figures are measured by: full fine-tuning, the baseline's level, the unit, a step's seconds."""
+
+    full: Sample | None
+    level: float | None
+    unit: float | None
+    step: float | None
+
+
+def _sign(record: RunRecord) -> float:
+    return 1.0 if record.higher_is_better else -1.0
+
+
+def _unit(
+    samples: Mapping[str, Sample | None], base: Sample | None, level: float | None, record: RunRecord
+) -> float | None:
+    """Return the mean of the three best gains over the baseline; None where the best one's is not shown."""
+    if level is None:
+        return None
+    gains = [(_sign(record) * (float(s.matrix.mean()) - level), s) for s in samples.values() if s is not None]
+    gains.sort(key=lambda pair: -pair[0])
+    top = gains[0][1]
+    pair = aligned(top, base) if base is not None else [top.matrix, np.full_like(top.matrix, level)]
+    if pair is None:
+        return None
+    gap = statistics.difference(*pair)
+    if not gap.known or gap.holds(0.0) or gains[0][0] <= 0:
+        return None
+    return max(float(np.mean([gain for gain, _ in gains[:TOP]])), gains[0][0] / TOP)
+
+
+def _measured(runs: list[RunRecord], one: Sample | None, scale: _Scale) -> Measured:
     first, done = runs[0], [r for r in runs if r.status == "ok"]
     method = registry.get(first.method)
     defaults = registry.spec(method())["fields"]
@@ -99,28 +129,27 @@ def _measured(
         return Measured(**found)
     scores = [r.score for r in done if r.score is not None]
     found["score"] = _digits(float(np.mean(scores)))
-    if level is not None:
-        found["gain"] = _digits((float(one.matrix.mean()) - level) * (1 if first.higher_is_better else -1))
-    part = _relative(one, full, base, level)
+    if scale.level is not None:
+        found["gain"] = _digits((float(one.matrix.mean()) - scale.level) * _sign(first))
+    part = _relative(one, scale, _sign(first))
     if part is not None:
         found |= {"relative": _digits(part.value), "low": _digits(part.low), "high": _digits(part.high)}
     took = [r.step_seconds for r in done if r.step_seconds]
-    if took and step:
-        found["time"] = _digits(float(np.median(took)) / step)
+    if took and scale.step:
+        found["time"] = _digits(float(np.median(took)) / scale.step)
     lost = [lost for r in done if (lost := _forgetting(r)[1]) is not None]
     found["forgets"] = _digits(float(np.mean(lost))) if lost else None
     return Measured(**found)
 
 
-def _relative(one: Sample, full: Sample | None, base: Sample | None, level: float | None) -> statistics.Interval | None:
-    if full is None or level is None:
+def _relative(one: Sample, scale: _Scale, sign: float) -> statistics.Interval | None:
+    """Return 1 + (method - full) / unit, better being more."""
+    pair = None if scale.full is None else aligned(one, scale.full)
+    if pair is None or scale.unit is None:
         return None
-    if base is not None:
-        three = aligned(one, base, full)
-    else:
-        pair = aligned(one, full)
-        three = None if pair is None else [pair[0], np.full_like(pair[0], level), pair[1]]
-    return None if three is None else statistics.relative_score(*three)
+    gap = statistics.difference(*pair)
+    low, value, high = sorted(1 + sign * end / scale.unit for end in (gap.low, gap.value, gap.high))
+    return statistics.Interval(value, low, high)
 
 
 def _step(groups: dict[str, list[RunRecord]], full: str | None) -> float | None:

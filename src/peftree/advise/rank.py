@@ -1,7 +1,7 @@
 """What to expect of a method on a new task: a partial-pooling mean of relative scores, nearer tasks counting more.
 
 The model, stated in docs/decisions/0004-advice.md. Of method c on task t the evidence holds y, the relative score
-(gain over full fine-tuning's), with standard error s. Then
+(`Measured.relative`: full fine-tuning is 1), with standard error s. Then
 
     y_ct = theta_c + e_ct,   Var(e_ct) = s_ct^2 + sigma^2 / w_ct,   theta_c ~ N(mu, tau^2),
 
@@ -23,7 +23,7 @@ from typing import Any
 from peftree import registry
 from peftree.advise.table import Context, Kind, Measured, Modality, Table
 
-LOWEST, HIGHEST = -1.0, 1.5  # relative scores beyond are cut: how far a run went astray is no matter of degree
+LOWEST, HIGHEST = -1.0, 2.0  # relative scores beyond are cut: how far a run went astray is no matter of degree
 LEAST = 0.05  # sigma and tau are not believed to be smaller
 ASSUMED = 0.3  # sigma and tau where the evidence cannot tell
 Z = 1.96
@@ -219,7 +219,7 @@ def _believed(row: Measured) -> tuple[float, float]:
     """Return a row's relative score, cut, and its variance."""
     assert row.relative is not None
     share = row.seeds / max(row.seeds + row.diverged, 1)
-    y = min(max(row.relative * share, LOWEST), HIGHEST)
+    y = min(max(row.relative * share, LOWEST), HIGHEST)  # a run that diverged counts as 0
     if row.low is None or row.high is None:
         return y, ASSUMED**2
     return y, ((row.high - row.low) / (2 * Z)) ** 2

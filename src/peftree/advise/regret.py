@@ -82,8 +82,8 @@ def _one(
 def ranked(evidence: Evidence, context: Context, rows: Sequence[Measured]) -> list[str]:
     """Return the methods of `rows` in the adviser's order for quality, each method once among the first."""
     query = Query(context.modality, context.kind, context.parameters, context.rows)
-    values = {r.key: evidence.estimate(query, r.method, dict(r.fields)).value for r in rows}
-    order = sorted(rows, key=lambda r: -values[r.key])
+    found = {r.key: evidence.estimate(query, r.method, dict(r.fields)) for r in rows}
+    order = sorted(rows, key=lambda r: (not found[r.key].known, -found[r.key].value))
     first = {r.method: r for r in reversed(order)}  # the best of each method
     return [r.key for r in order if first[r.method] is r] + [r.key for r in order if first[r.method] is not r]
 

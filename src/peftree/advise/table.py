@@ -54,7 +54,8 @@ class Measured(_Strict):
         fields: those that differ from the method's defaults.
         seeds: finished runs; diverged: runs that did not finish because a number was not finite.
         score: in the metric's own units; gain: above the baseline, better being more (log units for perplexity).
-        relative: gain over that of full fine-tuning; low, high: its 95 % interval, none where it has no ends.
+        relative: 1 + (gain - full fine-tuning's gain) / the mean of the task's three best gains, so full fine-tuning
+            is 1 everywhere, and a small gain of its own makes no large figures; low, high: its 95 % interval.
         times: the learning rate that was best over the method's default.
         time: of a step, over that of full fine-tuning.
         forgets: see `Context.forgetting`; more is worse.
