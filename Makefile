@@ -43,7 +43,7 @@ docs: env ## build the documentation into site/, with no network
 	$(TESTING) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --markdown docs/bench-step.md --json docs/bench-step.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --whole --rounds 11 --markdown docs/bench-step.md --json docs/bench-step.json
 
 bench-smoke: env ## the smallest suite of the benchmark on real models and data, with its report
 	$(BIN)/peftree bench run smoke --out results/smoke
