@@ -219,6 +219,14 @@ def test_images_have_a_side(tmp_path: Path) -> None:
     data = read_data(str(folder), "captioning", {})
     found = data_profile(str(folder), data, str(tmp_path))
     assert (found.modality, found.side) == ("vision-language", tiny.PIXELS)
+    bare = tmp_path / "vit"
+    tf.ViTConfig(image_size=32, patch_size=8, **tiny.SHAPE).save_pretrained(bare)
+    assert model_profile(str(bare), "image-classification", 2).side == 32
+    (bare / "preprocessor_config.json").write_text('{"size": {"height": 16}}')
+    assert model_profile(str(bare / "config.json"), "image-classification", 2).side == 16, "as a run would"
+    assert model_profile(str(bare), "image-classification", 2, image=24).side == 24
+    with pytest.raises(ConfigError, match="no multiple of the patch size"):
+        model_profile(str(bare), "image-classification", 2, image=25)
     with pytest.raises(ConfigError, match="no advice for image generation"):
         model_profile("anything", "image-generation", 2)
 
@@ -268,13 +276,16 @@ def test_the_ladder_gives_up_rows_then_activations(model: str, data: str, monkey
 
 def test_run_settings_say_what_was_planned(model: str, data: str) -> None:
     m, d = _profiles(model, data)
-    how = Setting(24, "bfloat16")
-    plan = costs.plan(costs.request(m, d, dataclasses.replace(how, labels=2), "lora", {"r": 4}))
+    how = Setting(24, "bfloat16", image=16)
+    asked = costs.request(m, d, dataclasses.replace(how, labels=2), "lora", {"r": 4})
+    plan = costs.plan(asked)
+    assert (asked.image, asked.length, asked.dtype, asked.batch, asked.task) == (16, 24, "bfloat16", 16, d.task)
     found = run_settings(
         model, d, {"text": "review"}, Candidate("lora", {"r": 4}), how, Cost(plan, True, 4, 4, True), Rate(0.5, 3)
     )
     assert found["data"] == {"train": data, "columns": {"text": "review"}} and found["max_length"] == 24
     assert (found["batch_size"], found["accumulation"], found["gradient_checkpointing"]) == (4, 4, True)
+    assert found["image_size"] == 16
     assert found["lr"] == registry.get("lora").tags.lr / 2 and found["dtype"] == "bfloat16"
     assert found["method"] == {"name": "lora", "fields": {"r": 4}}
 

@@ -10,7 +10,7 @@ from peftree.advise import cost as costs
 from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
-from peftree.advise.profile import DataProfile, ModelProfile, data_profile, model_profile, read_data
+from peftree.advise.profile import DataProfile, ModelProfile, data_profile, folder_of, model_profile, read_data
 from peftree.advise.rank import Estimate, Evidence, Query, shown
 from peftree.advise.rules import Case, Rule, apply
 from peftree.advise.serve import Serving, serving
@@ -38,6 +38,7 @@ class Asked:
     columns: Mapping[str, str] = field(default_factory=dict)
     length: int = 0
     batch: int = 0
+    image: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
     top: int = TOP
 
@@ -121,7 +122,7 @@ def look(asked: Asked) -> tuple[ModelProfile, DataProfile, Setting, Data]:
     """
     check_goal(asked.goal)
     data = read_data(asked.data, asked.task, asked.columns)
-    model = model_profile(asked.model, data.task, len(data.labels))
+    model = model_profile(asked.model, data.task, len(data.labels), asked.image)
     profile = data_profile(asked.data, data, asked.model)
     how = costs.setting(model, profile, asked.memory, length=asked.length, batch=asked.batch, device=asked.device)
     return model, profile, how, data
@@ -150,7 +151,7 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
     recommended = tuple(
         Recommendation(
             j, reasons(j, asked.goal, evidence), None if j is first else shown(first.estimate, j.estimate),
-            run_settings(asked.model, data, asked.columns, j.candidate, how, _costed(j), j.rate),
+            run_settings(folder_of(asked.model), data, asked.columns, j.candidate, how, _costed(j), j.rate),
         )
         for j in chosen
     )  # fmt: skip

@@ -58,6 +58,7 @@ def advise(
     column: Annotated[list[str] | None, typer.Option(help="The data's name of a column, as text=review.")] = None,
     length: Annotated[int, typer.Option(min=0, help="Tokens of a row; 0: from the data.")] = 0,
     batch: Annotated[int, typer.Option(min=0, help="Rows of an optimizer step; 0: 16.")] = 0,
+    image: Annotated[int, typer.Option(min=0, help="Pixels of an image's side; 0: as a run would.")] = 0,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Whose memory it is.")] = "cuda",
     write: Annotated[Path | None, typer.Option(help="Write a run.yaml for each recommendation here.")] = None,
     probe: Annotated[str, typer.Option(help="Spend so long on trying candidates on the data: 5min.")] = "",
@@ -74,7 +75,7 @@ def advise(
     from peftree.advise.advice import Asked
     from peftree.advise.advice import advise as give
 
-    asked = Asked(model, data, budget, goal, task, columns(column or []), length, batch, device)
+    asked = Asked(model, data, budget, goal, task, columns(column or []), length, batch, image, device)
     silent = quiet or as_json
     with _status(silent) as told:
         advice = give(asked, told)

@@ -21,7 +21,7 @@ class Setting:
     """How the model is trained, whatever the method.
 
     Attributes:
-        length: tokens of a row; image: pixels of a side, 0 for the model's own.
+        length: tokens of a row; image: pixels of a side, 0 without images.
         dtype: of the base.
         batch: rows wanted at a time.
         labels: classes, 0 for none.
@@ -73,7 +73,8 @@ def setting(
         raise ConfigError(f"--length {length}: the model takes {model.positions} tokens.", "Lower it.")
     dtype: Dtype = "bfloat16" if model.dtype == "bfloat16" or 8 * model.parameters > budget else "float32"
     labels = max(data.classes, 1) if data.task.startswith("text-") else data.classes
-    return Setting(length or _length(model, data), dtype, min(batch or ROWS, max(data.rows, 1)), labels, device)
+    rows = min(batch or ROWS, max(data.rows, 1))
+    return Setting(length or _length(model, data), dtype, rows, labels, device, model.side)
 
 
 def _length(model: ModelProfile, data: DataProfile) -> int:

@@ -21,7 +21,7 @@ from peftree import registry
 from peftree.advise import cost as costs
 from peftree.advise.advice import Advice, Asked, Judged
 from peftree.advise.candidates import Candidate
-from peftree.advise.profile import read_data
+from peftree.advise.profile import folder_of, read_data
 from peftree.advise.settings import run_settings
 from peftree.advise.subset import Subset, write_subset
 from peftree.bench import statistics
@@ -185,7 +185,9 @@ def _fitting(asked: Asked, advice: Advice, one: Judged) -> dict[str, Any] | None
         return None
     if not found.fits:
         return None
-    return run_settings(asked.model, advice.data, asked.columns, one.candidate, advice.setting, found, one.rate)
+    return run_settings(
+        folder_of(asked.model), advice.data, asked.columns, one.candidate, advice.setting, found, one.rate
+    )
 
 
 class _Runner:

@@ -31,7 +31,8 @@ class ModelProfile:
         weights: bytes in the precision with the fewest that a base is trained in.
         dtype: the config's own, empty if it names none.
         decoder: whether it generates text.
-        positions: tokens that it takes, 0 if that is open; patches: tokens of one image.
+        positions: tokens that it takes, 0 if that is open.
+        side: pixels that its images are brought to; patches: tokens of one; 0: it takes none.
         towers: tower -> places that can be adapted; roles: theirs.
     """
 
@@ -42,6 +43,7 @@ class ModelProfile:
     dtype: str
     decoder: bool
     positions: int
+    side: int
     patches: int
     towers: dict[str, int]
     roles: tuple[str, ...]
@@ -73,11 +75,16 @@ class DataProfile:
     notes: tuple[str, ...] = field(default=())
 
 
-def model_profile(source: str, task: TaskName, labels: int) -> ModelProfile:
+def model_profile(source: str, task: TaskName, labels: int, image: int = 0) -> ModelProfile:
     """Return the profile of a model for a task; no weights are read.
 
+    Args:
+        source: a folder or hub name.
+        task: what it is to be trained for; labels: how many classes.
+        image: pixels that images are to be brought to; 0: what a run takes by itself.
+
     Raises:
-        ConfigError: there is no config, or it has no model for the task.
+        ConfigError: there is no config, it has no model for the task, or takes no images of that size.
     """
     if task == "image-generation":
         raise ConfigError(
@@ -95,18 +102,38 @@ def model_profile(source: str, task: TaskName, labels: int) -> ModelProfile:
         towers[row["tower"] or "model"] += row["count"]
     count = sum(p.numel() for p in model.parameters())
     text: Any = config.get_text_config()
+    side = _side_of(source, config, FACTS[task].modality, image)
     own = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "").removeprefix("torch.")
     return ModelProfile(
         source, kind.__name__, count, 2 * count, own, task in ("generation", "captioning"),
-        int(getattr(text, "max_position_embeddings", 0) or 0), _patches(config), dict(towers),
+        int(getattr(text, "max_position_embeddings", 0) or 0), side, _patches(config, side), dict(towers),
         tuple(dict.fromkeys(row["role"] for row in found)),
     )  # fmt: skip
 
 
-def _patches(config: Any) -> int:
-    vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", 0), getattr(vision, "patch_size", 0)
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) and size and patch else 0
+def _side_of(source: str, config: Any, modality: Modality, image: int) -> int:
+    """Return the size to which a run brings images."""
+    if modality == "language":
+        return 0
+    from peftree.train.images import read_look
+
+    eye = config if modality == "vision" else config.vision_config
+    return read_look(folder_of(source), Path(folder_of(source)).is_dir(), eye, image or None).size
+
+
+def folder_of(source: str) -> str:
+    """Return the folder of a model that is named by its folder or by its config.json; a hub name as it is."""
+    path = Path(source).expanduser()
+    return str(path.parent) if path.is_file() else str(path) if path.is_dir() else source
+
+
+def _patches(config: Any, side: int) -> int:
+    """Return the tokens of an image among those of the text."""
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", 0)
+    if not isinstance(patch, int) or not patch:
+        return 0
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"  # the class token stays
+    return (side // patch) ** 2 + whole
 
 
 def read_data(path: str, task: str, columns: Mapping[str, str]) -> Data:
@@ -151,13 +178,12 @@ def _tokens(data: Data, source: str) -> tuple[tuple[int, int, int, int], bool]:
 
 
 def _counts(texts: Sequence[str], source: str) -> tuple[list[int], bool]:
-    folder = Path(source).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    folder = Path(folder_of(source))
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
         return [math.ceil(len(text) / CHARACTERS) + 1 for text in texts], False
     from peftree.train.tasks.loading import tokenizer
 
-    made = tokenizer(str(folder) if folder.is_dir() else source)
+    made = tokenizer(folder_of(source))
     return [len(ids) for ids in made(list(texts), truncation=False, verbose=False)["input_ids"]], True
 
 

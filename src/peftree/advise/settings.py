@@ -37,6 +37,8 @@ def run_settings(
         settings["gradient_checkpointing"] = True
     if data.tokens is not None and data.modality == "language":
         settings["max_length"] = max(how.length, LEAST_LENGTH)
+    if how.image:
+        settings["image_size"] = how.image
     if rate is not None:
         settings["lr"] = float(f"{registry.get(candidate.method).tags.lr * rate.times:.2g}")
     RunConfig.model_validate(settings)

@@ -46,6 +46,7 @@ def _heads(advice: Advice) -> list[str]:
     lines.append(
         f"Budget: {size(advice.asked.memory)}; goal: {advice.asked.goal}; base in {how.dtype}"
         + (f", rows of {how.length} tokens" if d.tokens else "")
+        + (f", images of {how.image} pixels" if how.image else "")
     )
     return lines
 
