@@ -96,6 +96,8 @@ class TestAdvice:
             assert cost.largest is not None and cost.largest >= cost.batch == 16
             assert any(line.startswith("expected quality 0.9") for line in each.why)
         first = found.recommended[0].judged
+        assert first.against is not None and first.against[0] == pytest.approx(-0.03, abs=0.03)
+        assert any(line.startswith("against full fine-tuning -0.0") for line in found.recommended[0].why)
         assert (first.estimate.tasks, first.estimate.runs) == (2, 10) and first.rate == Rate(
             pytest.approx(2 ** (2 / 3)), 2
         )

@@ -114,6 +114,12 @@ def arm(name: str, number: int) -> Arm:
     return Arm(Candidate(name, {}), {"batch_size": 16, "lr": 0.1 + number})
 
 
+def test_the_pace_is_that_of_the_dearest_run() -> None:
+    runs = [record("lora", 10, 0.5), record("ia3", 20, 0.5)]
+    assert probing.pace(runs) == Pace(3.0, pytest.approx(0.1))
+    assert probing.pace(runs, 2) == Pace(2.5, pytest.approx(0.1)), "it scored the untrained model too"
+
+
 NAMES = ["lora", "dora", "ia3", "bitfit", "vera", "oft", "ssf", "houlsby", "pfeiffer"]
 ARMS = [arm(name, i) for i, name in enumerate(NAMES)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
 from peftree.advise.profile import DataProfile, ModelProfile, data_profile, folder_of, model_profile, read_data
-from peftree.advise.rank import Estimate, Evidence, Query, shown
+from peftree.advise.rank import Estimate, Evidence, Query, against, shown
 from peftree.advise.rules import Case, Rule, apply
 from peftree.advise.serve import Serving, serving
 from peftree.advise.settings import run_settings
@@ -22,7 +23,8 @@ from peftree.train.data import Data
 Goal = Literal["quality", "memory", "speed", "retention", "serving"]
 GOALS: tuple[str, ...] = get_args(Goal)
 TOP = 3
-KEEP = {"quality": 0.0, "memory": 0.9, "speed": 0.9, "retention": 0.8, "serving": 0.9}  # of the best expected quality
+# How much less than the best expected quality a candidate may have for each goal.
+GIVE = {"quality": math.inf, "memory": 0.1, "speed": 0.1, "retention": 0.2, "serving": 0.1}
 Told = Callable[[str], None]
 
 
@@ -45,7 +47,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate with what the evidence says of it; `cost` once the planner was asked."""
+    """A candidate with what the evidence says of it; `cost` once the planner was asked.
+
+    `against` is its expected relative score less full fine-tuning's with the interval of a new task; None: one of the
+    two is unknown.
+    """
 
     candidate: Candidate
     estimate: Estimate
@@ -53,6 +59,7 @@ class Judged:
     time: float | None
     serving: Serving
     rate: Rate | None
+    against: tuple[float, float, float] | None = None
     cost: Cost | None = None
 
 
@@ -167,17 +174,18 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
 def judge(evidence: Evidence, query: Query, candidate: Candidate, task: str) -> Judged:
     """Return a candidate with what the evidence says of it."""
     words = (evidence, query, candidate.method, candidate.fields)
+    mine, full = evidence.estimate(*words[1:]), evidence.estimate(query, "full")
+    gap = against(mine, full, evidence.spread[1]) if mine.known and full.known else None
     return Judged(
-        candidate, evidence.estimate(*words[1:]), forgetting(*words), step_time(*words),
-        serving(candidate, task), rate(*words),
+        candidate, mine, forgetting(*words), step_time(*words), serving(candidate, task), rate(*words), gap,
     )  # fmt: skip
 
 
 def _worth(judged: Sequence[Judged], goal: str) -> tuple[list[Judged], list[Judged]]:
     """Split the candidates by whether their expected quality is near enough to the best for the goal."""
     best = max((j.estimate.value for j in judged if j.estimate.known), default=0.0)
-    near = [j for j in judged if j.estimate.value >= KEEP[goal] * best]
-    return near, [j for j in judged if j.estimate.value < KEEP[goal] * best]
+    near = [j for j in judged if j.estimate.value >= best - GIVE[goal]]
+    return near, [j for j in judged if j.estimate.value < best - GIVE[goal]]
 
 
 def ordered(judged: Sequence[Judged], goal: str) -> list[Judged]:
@@ -274,14 +282,15 @@ def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
     e = judged.estimate
     if not e.known:
         said = ["quality unknown: nothing was measured of it"]
-    elif judged.candidate.method == "full":
-        said = ["full fine-tuning is the reference: its relative score is 1 by definition"]
     else:
         whose = " and ".join(e.sources)
         said = [
-            f"expected quality {e.value:.2f} [{e.low:.2f}, {e.high:.2f}], full fine-tuning being 1, "
+            f"expected quality {e.value:.2f} [{e.low:.2f}, {e.high:.2f}] of what the best methods gain, "
             f"from {e.tasks} task{'s' * (e.tasks != 1)} and {e.runs} run{'s' * (e.runs != 1)} ({whose})"
         ]
+        if judged.against is not None and judged.candidate.method != "full":
+            gap, low, high = judged.against
+            said.append(f"against full fine-tuning {gap:+.2f} [{low:+.2f}, {high:+.2f}] in the same units")
         if not e.exact:
             said.append("these very settings were not measured: the figure leans on other settings of the method")
         said.append(f"nearest evidence: {_nearest(e, evidence)}")

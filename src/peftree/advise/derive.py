@@ -58,7 +58,7 @@ def _task(groups: dict[str, list[RunRecord]]) -> tuple[Context, list[Measured]]:
     level = float(base.matrix.mean()) if base is not None else start
     first = next((r for r in everything if r.status == "ok"), everything[0])
     first = next((r for r in everything if r.status == "ok"), everything[0])
-    scale = _Scale(samples[full] if full else None, level, _unit(samples, base, level, first), _step(groups, full))
+    scale = _Scale(base, level, _unit(samples, base, level, first), _step(groups, full))
     rows = [_measured(runs, samples[label], scale) for label, runs in groups.items()]
     context = Context(
         source="our benchmark", group=_group(first), tier=_tier(first.suite), modality=first.modality,
@@ -84,9 +84,9 @@ def _start(records: Sequence[RunRecord]) -> float | None:
 
 @dataclass(frozen=True)
 class _Scale:
-    """What a task's figures are measured by: full fine-tuning, the baseline's level, the unit, a step's seconds."""
+    """What a task's figures are measured by: the baseline, its level, the unit, seconds of full fine-tuning's step."""
 
-    full: Sample | None
+    base: Sample | None
     level: float | None
     unit: float | None
     step: float | None
@@ -143,12 +143,14 @@ def _measured(runs: list[RunRecord], one: Sample | None, scale: _Scale) -> Measu
 
 
 def _relative(one: Sample, scale: _Scale, sign: float) -> statistics.Interval | None:
-    """Return 1 + (method - full) / unit, better being more."""
-    pair = None if scale.full is None else aligned(one, scale.full)
-    if pair is None or scale.unit is None:
+    """Return the gain over the baseline in units, better being more."""
+    if scale.unit is None or scale.level is None:
+        return None
+    pair = aligned(one, scale.base) if scale.base else [one.matrix, np.full_like(one.matrix, scale.level)]
+    if pair is None:
         return None
     gap = statistics.difference(*pair)
-    low, value, high = sorted(1 + sign * end / scale.unit for end in (gap.low, gap.value, gap.high))
+    low, value, high = sorted(sign * end / scale.unit for end in (gap.low, gap.value, gap.high))
     return statistics.Interval(value, low, high)
 
 

@@ -256,7 +256,7 @@ def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
     most = max(math.ceil(PASSES * runner.subset.rows / batch), 1)
     plan = _Rounds.read(runner.out / "rounds.json", {"seconds": spend, "data": runner.subset.sha256, "most": most})
     if not plan.done:
-        plan.add(rounds(pace([first]), SAFE * (spend - runner.spent), len(arms), most)[0])
+        plan.add(rounds(pace([first], 2), SAFE * (spend - runner.spent), len(arms), most)[0])
     notes: list[str] = []
     latest: dict[str, tuple[Arm, RunRecord]] = {}
     alive = _round(runner, arms[: plan.done[0][0]], plan.done[0][1], latest, notes)
@@ -272,11 +272,11 @@ def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
     return _answer(runner, alive, latest, first, notes)
 
 
-def pace(records: Sequence[RunRecord]) -> Pace:
-    """Return what a run costs, from runs of one length: the dearest decides."""
+def pace(records: Sequence[RunRecord], scored: int = 1) -> Pace:
+    """Return what a run costs, from runs of one length that scored the rows so many times: the dearest decides."""
     slowest = max(records, key=took)
-    train = slowest.train_seconds or 0.0
-    return Pace(took(slowest) - train + START, max(train / max(slowest.steps or 1, 1), 1e-3))
+    beside = (slowest.setup_seconds or 0.0) + (slowest.eval_seconds or 0.0) / scored
+    return Pace(beside + START, max((slowest.train_seconds or 0.0) / max(slowest.steps or 1, 1), 1e-3))
 
 
 def _round(

@@ -104,15 +104,14 @@ def _suite(suite: str, runs: Sequence[Run]) -> tuple[Context, list[Measured]]:
     if comparable:
         seconds = full["train_info"]["train_time"]
         top = sorted((row.score or 0.0 for row in rows), reverse=True)[:TOP]
-        rows = [_compared(row, best["full"].score or 0.0, sum(top) / len(top), seconds) for row in rows]
+        rows = [_compared(row, sum(top) / len(top), seconds) for row in rows]
     return context, rows
 
 
-def _compared(row: Measured, full: float, unit: float, seconds: float) -> Measured:
+def _compared(row: Measured, unit: float, seconds: float) -> Measured:
     """Return a row with its relative score, the items of the test set being the only source of error."""
     score = row.score or 0.0
-    error = 0.0 if row.method == "full" else math.sqrt((score * (1 - score) + full * (1 - full)) / ITEMS) / unit
-    value = 1 + (score - full) / unit
+    value, error = score / unit, math.sqrt(score * (1 - score) / ITEMS) / unit
     found = {"gain": score, "relative": round(value, 4), "low": round(value - 1.96 * error, 4)}
     found |= {"high": round(value + 1.96 * error, 4), "time": round((row.time or 0.0) / seconds, 4)}
     return row.model_copy(update=found)

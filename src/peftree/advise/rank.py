@@ -1,7 +1,7 @@
 """What to expect of a method on a new task: a partial-pooling mean of relative scores, nearer tasks counting more.
 
 The model, stated in docs/decisions/0004-advice.md. Of method c on task t the evidence holds y, the relative score
-(`Measured.relative`: full fine-tuning is 1), with standard error s. Then
+(`Measured.relative`: 0 is the baseline, 1 what the best methods reach), with standard error s. Then
 
     y_ct = theta_c + e_ct,   Var(e_ct) = s_ct^2 + sigma^2 / w_ct,   theta_c ~ N(mu, tau^2),
 
@@ -23,7 +23,7 @@ from typing import Any
 from peftree import registry
 from peftree.advise.table import Context, Kind, Measured, Modality, Table
 
-LOWEST, HIGHEST = -1.0, 2.0  # relative scores beyond are cut: how far a run went astray is no matter of degree
+LOWEST, HIGHEST = -1.0, 1.5  # relative scores beyond are cut: how far a run went astray is no matter of degree
 LEAST = 0.05  # sigma and tau are not believed to be smaller
 ASSUMED = 0.3  # sigma and tau where the evidence cannot tell
 Z = 1.96
@@ -48,7 +48,7 @@ class Estimate:
     """What to expect of a method.
 
     Attributes:
-        value: relative score, full fine-tuning being 1.
+        value: relative score: 0 is the baseline, 1 what the best methods of a task reach.
         low, high: where a new task's lies with 95 %.
         error: standard error of the method's mean, for comparing two methods.
         tasks, runs: how much was measured of this method.
@@ -175,8 +175,6 @@ class Evidence:
     def estimate(self, query: Query, method: str, fields: dict[str, Any] | None = None) -> Estimate:
         """Return what to expect of `method` with these fields (those that differ from its defaults)."""
         mu, sigma, tau = self.spread
-        if method == "full":
-            return Estimate(1.0, 1.0, 1.0, 0.0, *self._counted(method), exact=True)
         votes = self._votes(method, fields or {})
         crowds = Counter(v.context.group for v in votes)  # tasks of one group share one vote
         precision, total = 1 / tau**2, mu / tau**2
@@ -210,10 +208,6 @@ class Evidence:
             out.append(_Vote(best[0].context, task, y, variance, most, sum(p.row.seeds for p in best)))
         return out
 
-    def _counted(self, method: str) -> tuple[int, int]:
-        mine = [p for p in self.points if p.row.method == method]
-        return len({p.row.task for p in mine}), sum(p.row.seeds for p in mine)
-
 
 def _believed(row: Measured) -> tuple[float, float]:
     """Return a row's relative score, cut, and its variance."""
@@ -228,6 +222,12 @@ def _believed(row: Measured) -> tuple[float, float]:
 def shown(first: Estimate, second: Estimate) -> bool:
     """Return whether the evidence separates two methods: the interval of their difference does not hold 0."""
     return abs(first.value - second.value) > Z * math.hypot(first.error, second.error)
+
+
+def against(one: Estimate, full: Estimate, sigma: float) -> tuple[float, float, float]:
+    """Return a method's expected relative score less full fine-tuning's, and the 95 % interval of a new task's."""
+    gap, half = one.value - full.value, Z * math.sqrt(one.error**2 + full.error**2 + 2 * sigma**2)
+    return gap, gap - half, gap + half
 
 
 def average(pairs: Sequence[tuple[float, float]]) -> float | None:

@@ -54,8 +54,8 @@ class Measured(_Strict):
         fields: those that differ from the method's defaults.
         seeds: finished runs; diverged: runs that did not finish because a number was not finite.
         score: in the metric's own units; gain: above the baseline, better being more (log units for perplexity).
-        relative: 1 + (gain - full fine-tuning's gain) / the mean of the task's three best gains, so full fine-tuning
-            is 1 everywhere, and a small gain of its own makes no large figures; low, high: its 95 % interval.
+        relative: gain over the mean of the task's three best gains: 0 is the baseline, 1 what the best methods
+            reach; low, high: its 95 % interval.
         times: the learning rate that was best over the method's default.
         time: of a step, over that of full fine-tuning.
         forgets: see `Context.forgetting`; more is worse.
