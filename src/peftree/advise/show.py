@@ -55,15 +55,15 @@ def _table(recommended: Sequence[Recommendation]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("")
     table.add_column("candidate", overflow="fold", min_width=16)
-    for name in ("memory", "largest batch", "quality [95 %]", "vs full", "tasks", "runs"):
-        table.add_column(name, justify="right", overflow="fold")
+    for name in ("memory", "max batch", "quality [95 %]", "vs full", "tasks/runs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(recommended, 1):
         e, cost = one.judged.estimate, one.judged.cost
         assert cost is not None
         quality = f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" if e.known else "unknown"
         table.add_row(
             str(number), escape(one.judged.candidate.label), size(cost.plan.expected), f"{cost.largest:,}",
-            escape(quality), f"{one.judged.against[0]:+.2f}" if one.judged.against else "", str(e.tasks), str(e.runs),
+            escape(quality), f"{one.judged.against[0]:+.2f}" if one.judged.against else "", f"{e.tasks}/{e.runs}",
         )  # fmt: skip
     return table
 
