@@ -41,7 +41,8 @@ def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str,
 
 def position_table(model: nn.Module) -> int:
     """Return how many positions the model's table of positions holds; 0 if it has none."""
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(_TABLES)]
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(_TABLES)]
+    tables = [m for name, m in named if "vision" not in name and "visual" not in name]
     return min((t.num_embeddings for t in tables), default=0)
 
 

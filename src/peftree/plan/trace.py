@@ -47,6 +47,14 @@ def _tiles(query: Tensor, key: Tensor, backward: bool) -> int:
     return torch.get_num_threads() * (scores + more)
 
 
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
+    """Return what a product by groups of rows (experts) makes: torch's own rule for it knows bfloat16 only."""
+    lead = [left.shape[0]] if left.dim() == right.dim() == 3 else []
+    if offsets is not None and left.dim() == right.dim() == 2:
+        lead = [offsets.shape[0]]
+    return left.new_empty(*lead, left.shape[-2], right.shape[-1])
+
+
 # oneDNN lays a convolution's weights and gradients out anew, beside the tensors themselves.
 _SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
     torch.ops.aten.convolution.default: lambda args: _size(args[1]),
@@ -58,6 +66,7 @@ _SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
         _tiles(args[1], args[2], True) + _size(args[0]) * (not args[0].transpose(1, 2).is_contiguous())
     ),
 }
+_GROUPED = torch.ops.aten._grouped_mm.default
 _IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_add.default}
 # Arithmetic with a Python number makes a tensor of it, and of that one in the dtype of the result.
 _ARITHMETIC = {getattr(torch.ops.aten, name) for name in ("add", "sub", "rsub", "mul", "div")}
@@ -147,7 +156,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note the storages of its results."""
         numbers = self._numbers(func, args) if self.scratch else []
-        result = func(*args, **(kwargs or {}))
+        result = _grouped(*args, **(kwargs or {})) if func is _GROUPED else func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         self.operations += count(*args, **(kwargs or {}), out_val=result) if count else 0
         for leaf in tree_leaves(result):
@@ -172,7 +181,7 @@ class Ledger(TorchDispatchMode):
         else:
             own = self._take(1 if isinstance(value, bool) else 8)
         cast = [self._take(of.element_size())] if of.dtype not in (torch.int64, torch.float64) else []
-        if saved and torch.is_grad_enabled() and of.requires_grad:
+        if saved and torch.is_grad_enabled() and of.requires_grad and not _dropped():
             self._saved.setdefault(key, []).append(own)
             return cast
         return [*cast, own]
@@ -232,6 +241,12 @@ class Ledger(TorchDispatchMode):
         self.timeline.owner.append(number)
         self.timeline.change.append(change)
         self.timeline.phase.append(len(self.timeline.phases) - 1)
+
+
+def _dropped() -> bool:
+    """Return whether what the graph saves is not kept: in a forward pass that will be run again, not in the rerun."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and torch._C._current_graph_task_id() == -1
 
 
 def _by_engine(args: Sequence[Any]) -> bool:
