@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
 from peftree.plan import formulas, skeleton
 from peftree.plan.batch import position_table
@@ -42,6 +43,7 @@ class _Whole:
     trainable: int
     total: int
     sites: int
+    shared: bool
 
 
 def plan(request: Request) -> Plan:
@@ -66,7 +68,7 @@ def _planned(text: str) -> Plan:
     why = "" if supported() else f"torch {torch.__version__} is not among the tested versions"
     if not why:
         try:
-            found, operations = traced(config, kind, request, dtype)
+            found, operations = traced(config, kind, request, dtype, whole.shared)
         except PeftreeError:
             raise
         except Exception as error:  # noqa: BLE001  a model's own code may want real values
@@ -85,10 +87,13 @@ def _planned(text: str) -> Plan:
     return _plan(request, whole, phases, round(operations), how, notes)
 
 
-def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tuple[Parts, float]:
-    """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers."""
-    stacks = _cuttable(config, request)
-    base = {depth: depth.period + 1 for depth in stacks}
+def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False) -> tuple[Parts, float]:
+    """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers.
+
+    `whole`: trace all of them.
+    """
+    stacks = [] if whole else _cuttable(config, request)
+    base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
 
     def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
         return trace(*adapted(skeleton.cut(config, dict(counts)), kind, request, dtype), request)
@@ -154,8 +159,14 @@ def _whole(text: str) -> _Whole:
     scratch = formulas.optimizer_scratch(trained, request.optimizer)
     return _Whole(
         type(model).__name__, parts, scratch, _largest_layer(model), formulas.size(trained) if training else 0,
-        sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas),
+        sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter),
     )  # fmt: skip
+
+
+def _shares(adapter: Adapter) -> bool:
+    """Return whether layers share trained tensors, whose share of the memory then does not grow by the layer."""
+    held = [id(p) for delta in adapter.deltas.values() for p in delta.parameters() if p.requires_grad]
+    return len(held) > len(set(held))
 
 
 def _largest_layer(model: nn.Module) -> int:

@@ -46,12 +46,12 @@ def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tup
     return model, adapter
 
 
-def recompute(model: Any, on: bool) -> None:
+def recompute(model: Any, on: bool, **settings: bool) -> None:
     """Let a model recompute its layers in the backward pass."""
     if on:
         model.config.use_cache = False
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **settings})
 
 
 def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:

@@ -1,0 +1,82 @@
+"""What a plan says beside what torch's own allocator says, of tiny models; shared by tests and the table of truths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zoo
+from peftree.adapter import Adapter, adapt
+from peftree.evaluate.cost import allocator_peak
+from peftree.plan.request import Request, request
+from peftree.plan.step import Traced, adapted, recompute, trace
+from peftree.registry import make
+
+MODELS = {"decoder": "llama", "encoder": "bert_cls", "vit": "vit"}
+ATTENTIONS = ("eager", "sdpa")
+ROWS = 3
+
+
+def asked(key: str, method: str, attention: str = "eager", **values: Any) -> Request:
+    """Return the request that `zoo.batch(key)` fits, without its mask."""
+    given = {"batch": ROWS, "length": zoo.LENGTH, "padded": False, "device": "cpu", "dtype": "float32"}
+    return request(model=key, method=method, attention=attention, **(given | values))
+
+
+def traced(key: str, wanted: Request) -> Traced:
+    """Return the traced step of the model `key` as `wanted` says."""
+    base = zoo.build(key)
+    model, adapter = adapted(base.config, type(base), wanted, getattr(torch, wanted.dtype))
+    return trace(model, adapter, wanted)
+
+
+def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tensor]]:
+    """Return the same model with values, its adapter, ready to train, and a batch."""
+    model: Any = zoo.build(key).to(getattr(torch, wanted.dtype))
+    model.set_attn_implementation(wanted.attention)
+    adapter = adapt(model, make(wanted.method, wanted.fields))
+    batch = {k: v[:, : wanted.length] if v.dim() == 2 else v for k, v in zoo.batch(key, wanted.batch).items()}
+    if not wanted.padded:
+        batch.pop("attention_mask", None)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    if adapter.method.tags.needs_data:
+        adapter.init([lambda: model(**batch).loss])
+    if wanted.checkpointing:
+        recompute(model, True, preserve_rng_state=False)
+    return model.train(), adapter, batch
+
+
+def loss(model: nn.Module, adapter: Adapter, batch: dict[str, Tensor]) -> Tensor:
+    """Return what training would differentiate, the method's own term included."""
+    out = model(**batch)
+    extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
+    found: Tensor = out.loss if extra is None else out.loss + extra
+    return found
+
+
+def real_peak(key: str, wanted: Request) -> int:
+    """Return the most bytes that the allocator held in a step, forward and backward, as often as `wanted` says."""
+    model, adapter, batch = real(key, wanted)
+
+    def step() -> None:
+        for _ in range(min(wanted.accumulation, 2)):
+            loss(model, adapter, batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    step()  # tables that a first step makes are there afterwards
+    with quiet():
+        return allocator_peak(step)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let the profiler start and stop without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Pp]rofiler.*")
+        yield
