@@ -60,6 +60,8 @@ def plan(request: Request) -> Plan:
 def _planned(text: str) -> Plan:
     request = Request.model_validate_json(text)
     config, kind = read(request.model, request.task, request.labels)
+    if request.mode == "generate" and not kind.can_generate():
+        raise ConfigError(f"{kind.__name__} generates no text.", "Plan it with mode=train or mode=eval.")
     dtype = formulas.dtype_of(config, request.dtype)
     whole = _whole(request.model_copy(update=_APART).model_dump_json())
     notes: list[str] = []
