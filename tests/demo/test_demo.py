@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from demo import tiny
-from peftree.bench import machine as bench_machine
+from peftree import machine as bench_machine
 from peftree.bench.record import read_record, read_records
 from peftree.demo import run
 from peftree.demo.plan import Plan
