@@ -306,12 +306,12 @@ Chosen by looking at these runs:
 Taken from torch's defaults: AdamW with one temporary for each parameter at once; two cuBLAS workspaces of 8,320 KiB.
 
 The earlier runs (January to May 2026, torch 2.9, PEFT 0.18 and 0.19) are no independent check: 51 of 52 are the same
-experiments, measured within 0.2 % of the later figure in 47 cases. They were predicted with the same code as the later
-ones, except that the adapter is not switched, since the suite did not do so then. New is `lokr-rank32`.
+experiments, measured within 0.2 % of the later figure in 47 cases. Their predictions are those of the later ones, but
+for two: LoRA-FA, whose adapter is not switched since the suite did not do so then, and `lokr-rank32`, the new one.
 
 Not predicted: generation for the evaluation. The prefix tuning runs are 2 to 6 % above the prediction; their cache of
-keys and values holds virtual tokens, so they may peak there. That was not traced. FRoD and prompt tuning, 1 to 3 % above,
-are not explained."""
+keys and values holds virtual tokens, so they may peak there. That was not traced. FRoD and prompt tuning, 1 to 3 %
+above, are not explained."""
 
 
 def main() -> None:
