@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format lint types docs bench-step bench-smoke browser clean
+.PHONY: help env demo test test-slow check format lint types docs bench-step bench-smoke study browser clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -48,6 +48,9 @@ bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
 bench-smoke: env ## the smallest suite of the benchmark on real models and data, with its report
 	$(BIN)/peftree bench run smoke --out results/smoke
 	$(BIN)/peftree report results/smoke --html results/smoke/report.html
+
+study: env ## the study's page, from its packed records
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py
 
 browser: ## install Debian's Chromium for the tests of the report, where that is possible
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

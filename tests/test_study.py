@@ -1,0 +1,83 @@
+"""The study's page: made from the pack alone, the same each time, and plain about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from invented import TASKS, study
+from peftree import registry
+from peftree.bench.command import pack, read_packed
+from peftree.bench.record import RunRecord
+from peftree.bench.suite import load_suite
+
+ROOT = Path(__file__).parents[1]
+TASK = {**TASKS[0], "task": "movies"}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """The tool that makes the page."""
+    spec = importlib.util.spec_from_file_location("study_page", ROOT / "tools" / "study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def invented(**task: float) -> list[RunRecord]:
+    """Return a task of the suite `small`, its fields those of the suite; one seed of ia3 is not there."""
+    out = []
+    for r in study(tasks=[{**TASK, **task}], seeds=5, trials=4):
+        fields = registry.spec(registry.make(r.method, {}))["fields"]
+        peak = 4 * (r.trainable_parameters or 0) + 1000
+        out.append(r.model_copy(update={"suite": "small", "fields": fields, "allocator_peak_bytes": peak}))
+    return [r for r in out if (r.method, r.phase, r.seed) != ("ia3", "final", 4)]
+
+
+def row(page: str, start: str) -> list[str]:
+    """Return the cells of the one line that starts with `start`."""
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_is_the_same_each_time_and_says_what_is_missing(tool: ModuleType, tmp_path: Path) -> None:
+    for r in invented():
+        r.write(tmp_path)
+    pack(tmp_path, tmp_path / "pack.gz")
+    records = read_packed(tmp_path / "pack.gz")
+    page = tool.page(records, load_suite("small"))
+    assert page == tool.page(read_packed(tmp_path / "pack.gz"), load_suite("small"))
+    assert "**The study is partial**: 11 of 257 cells" in page and "peftree bench run small" in page
+    assert row(page, "`clothing`")[1:3] == ["0 / 25", "0 / 225"]
+    assert row(page, "`movies` | 11 / 25")[2:] == ["107 / 225", "`ia3`"]
+    assert "| `ia3` |" not in page.partition("## In short")[2] and "/tmp" not in page and "/work" not in page
+
+
+def test_verdicts_are_the_reports_and_memory_is_over_fulls(tool: ModuleType) -> None:
+    page = tool.page(invented(), load_suite("small"))
+    assert row(page, "`prompt_tuning`")[3] == "not retained"
+    full, lora = row(page, "`full`"), row(page, "`lora`")
+    assert full[2:5] == ["–", "reference", "–"] and full[7:11] == ["100 %"] * 4
+    assert lora[5] == "–" and lora[10] == "1.2 %" and lora[3] in ("shown", "not shown")
+    assert "no difference shown" in row(page, "`dora`")[5] and "worse" in row(page, "`head_only`")[4]
+    assert int(row(page, "all")[1]) == 9 == sum(map(int, row(page, "all")[2:6]))
+
+
+def test_where_full_loses_against_the_baseline_nothing_is_called_retained(tool: ModuleType) -> None:
+    page = tool.page(invented(top=0.5, floor=0.8), load_suite("small"))
+    assert row(page, "`lora`")[2:4] == ["–", "no gain to retain"] and "weak reference" in page
+    assert row(page, "all")[2:6] == ["0", "0", "0", "9"]
+
+
+def test_without_a_reference_nothing_is_compared(tool: ModuleType) -> None:
+    page = tool.page([r for r in invented() if r.method != "full"], load_suite("small"))
+    assert "No task has finished runs of both" in page
+
+
+def test_the_committed_page_is_what_the_pack_gives(tool: ModuleType) -> None:
+    made = tool.page(read_packed(tool.PACK), load_suite("small"))
+    assert tool.PAGE.read_text("utf-8") == made, "run `make study`"
