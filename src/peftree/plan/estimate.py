@@ -20,12 +20,14 @@ from peftree.errors import ConfigError, PeftreeError
 from peftree.plan import formulas, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.request import Request
+from peftree.plan.reserved import WORKSPACE
 from peftree.plan.result import Plan
 from peftree.plan.step import PARTS, Traced, adapted, trace
 from peftree.plan.trace import supported
 
 # Settings that the full model's own figures do not depend on.
 _APART: dict[str, Any] = {"batch": 1, "length": 1, "accumulation": 1, "checkpointing": False, "memory": 0}
+FRAGMENTS = 0.03  # of what moves; see `reserved`
 SLACK = 0.05  # of what varies, in the high figure
 CONTEXT = 600 << 20  # bytes that a CUDA process takes for itself; no allocator counts them
 Parts = dict[str, dict[str, float]]
@@ -235,5 +237,9 @@ def _plan(
 
 
 def reserved(low: int, still: int) -> int:
-    """Return what CUDA's caching allocator reserves for a peak of `low` bytes, `still` of which never move."""
-    return low
+    """Return what CUDA's caching allocator reserves for a peak of `low` bytes, `still` of which never move.
+
+    The workspaces of two threads, and a share for rounding and fragments: the median of the public runs that
+    `docs/plan-truth-public.md` holds (2 to 17 %; full fine-tuning, whose optimizer makes large lists, has most).
+    """
+    return low + 2 * WORKSPACE + round(FRAGMENTS * max(low - still, 0))
