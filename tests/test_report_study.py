@@ -285,3 +285,17 @@ def test_the_page_on_two_thousand_records_stays_below_one_and_a_half_megabytes()
     assert len(found) == 1980 and len(STUDY) == 6
     page = report.html.render(report.build(found))
     assert len(page.encode()) < 1.5 * 2**20 and all(record.key in page for record in found)
+
+
+def test_where_full_fine_tuning_is_worse_than_the_head_alone_nothing_is_said_to_be_retained() -> None:
+    from peftree.bench.samples import Sample
+    from peftree.report.compare import relative
+
+    def sample(level: float) -> Sample:
+        draw = np.random.default_rng(0).normal(0, 0.01, (5, 40))
+        return Sample(tuple(range(5)), draw + level, False)
+
+    better, worse, base = sample(0.9), sample(0.5), sample(0.7)
+    assert relative(sample(0.8), better, base, None, higher=True) is not None
+    assert relative(sample(0.8), worse, base, None, higher=True) is None
+    assert relative(sample(0.8), worse, base, None, higher=False) is not None

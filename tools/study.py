@@ -121,13 +121,11 @@ def shares(row: Row, full: Row) -> tuple[float | None, ...]:
     return tuple(over(one, other) for one, other in pairs)
 
 
-def kept(task: Task, row: Row, base: float | None) -> str:
-    """Say whether 90 % is retained; where full lost against the baseline (`base`), there is nothing to retain."""
-    full = task.row(task.full)
-    if not row.retained or full is None or full.score is None:
-        return KEPT[""]
-    lost = base is not None and (full.score.value < base) == task.higher_is_better
-    return NO_GAIN if row.relative is not None and lost else KEPT[row.retained]
+def kept(task: Task, row: Row) -> str:
+    """Say whether 90 % is retained; where the head alone is shown to be better than full, there is nothing to."""
+    head = next((one for one in task.scored if one.method == HEAD_ONLY), None)
+    lost = head is not None and bool(head.better)
+    return NO_GAIN if row.retained and lost else KEPT[row.retained]
 
 
 def line(task: Task, row: Row, full: Row, rival: Row | None, verdict: str) -> tuple[str, ...]:
@@ -151,11 +149,9 @@ def result(task: Task, done: Sequence[RunRecord]) -> tuple[str, Counter[str]]:
     fields = registry.spec(registry.make(LORA, {}))["fields"]
     lora = next((name for name, runs in groups.items() if (runs[0].method, runs[0].fields) == (LORA, fields)), None)
     rivals = {row.label: row for row in compare.rows(groups, lora) if row.label != lora} if lora else {}
-    head = next((row for row in task.scored if row.method == HEAD_ONLY), None)
-    base = head.score.value if head and head.score else compare.start_score(groups)
     lines, counts = [], Counter[str]()
     for row in task.scored:
-        verdict = kept(task, row, base)
+        verdict = kept(task, row)
         lines.append(line(task, row, full, rivals.get(row.label), verdict))
         if row.branch == "reference":
             continue

@@ -13,7 +13,6 @@ import typer
 from peftree import __version__
 from peftree.advise.command import advise
 from peftree.errors import ConfigError, PeftreeError
-from peftree.plan.command import plan_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -246,7 +245,16 @@ def report(
         typer.echo(f"Wrote {atomic_write(html, reports.html.render(built))}", err=True in forms)
 
 
-app.command("plan")(plan_command)
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(context: typer.Context) -> None:
+    """Predict the memory of a setting from a model's config: no weights, no GPU, nothing runs."""
+    from peftree.plan.command import plan_command  # its options are a request's fields, which help alone need not load
+
+    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    own.command()(plan_command)
+    own(context.args, prog_name="peftree plan", standalone_mode=False)
+
+
 app.command("advise")(advise)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
 app.add_typer(bench, name="bench")

@@ -47,8 +47,11 @@ def compare(row: Row, one: Sample, full: Sample, higher_is_better: bool) -> Row:
     return replace(row, difference=gap, verdict=says, better=better, p=p, test=test, detectable=least)
 
 
-def relative(one: Sample, full: Sample, base: Sample | None, start: float | None) -> Interval | None:
-    """Return the relative score; the baseline is head-only, else the score before training."""
+def relative(one: Sample, full: Sample, base: Sample | None, start: float | None, higher: bool) -> Interval | None:
+    """Return the relative score; the baseline is head-only, else the score before training.
+
+    None where full fine-tuning is not better than the baseline: then there is no gain to take a part of.
+    """
     if base is not None:
         three = aligned(one, base, full)
     else:
@@ -58,6 +61,9 @@ def relative(one: Sample, full: Sample, base: Sample | None, start: float | None
         level = np.log(start) if one.exponential else start
         three = [pair[0], np.full_like(pair[0], level), pair[1]]
     if three is None:
+        return None
+    gain = float(np.mean(three[2]) - np.mean(three[1]))
+    if (gain > 0) is not higher:
         return None
     return statistics.relative_score(*three, exponential=one.exponential)
 
@@ -76,7 +82,7 @@ def rows(groups: dict[str, list[RunRecord]], full: str | None) -> list[Row]:
         if one is not None and reference is not None and label != full:
             row = compare(row, one, reference, higher)
         if one is not None and reference is not None:
-            row = replace(row, relative=relative(one, reference, base, start))
+            row = replace(row, relative=relative(one, reference, base, start, higher))
             if label not in (full, head) and (base is not None or start is not None):
                 row = replace(row, retained=statistics.retained(row.relative))
         row = replace(row, shifted=shifted(records, groups[full] if full and label != full else []))
