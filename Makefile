@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format lint types docs bench-step bench-smoke study browser clean
+.PHONY: help env demo test test-slow check format lint types docs bench-step bench-plan bench-smoke study browser clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -44,6 +44,9 @@ docs: env ## build the documentation into site/, with no network
 
 bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --whole --rounds 11 --markdown docs/bench-step.md --json docs/bench-step.json
+
+bench-plan: env ## the planner beside the allocator, real processes and its own time
+	$(BIN)/python benchmarks/plan.py
 
 bench-smoke: env ## the smallest suite of the benchmark on real models and data, with its report
 	$(BIN)/peftree bench run smoke --out results/smoke

@@ -33,7 +33,7 @@ def test_every_config_is_planned_here() -> None:
 def test_a_public_model_is_traced_from_its_config_alone(name: str) -> None:
     length = 77 if "clip" in name else 512
     found = plan(request(model=str(CONFIGS / name), batch=2, length=length, device="cpu"))
-    assert found.how == "traced" and found.notes == ()
+    assert found.how == "traced"
     assert found.total == SIZES[name]
     item = 4 if name in ("bert-large", "t5-large", "clip-vit-base-patch32", "vit-large-patch16-224") else 2
     assert found.parts["weights"] == item * found.total
@@ -44,6 +44,13 @@ def test_a_public_model_is_traced_from_its_config_alone(name: str) -> None:
 def test_a_vision_language_model_takes_more_text_than_its_image_tower_has_patches() -> None:
     asked = request(model=str(CONFIGS / "llava-1.5-7b"), batch=1, length=1500, device="cpu")
     assert plan(asked).how == "traced"
+
+
+def test_a_process_has_more_resident_than_lives_and_a_note_says_what_to_do() -> None:
+    found = plan(request(model=str(CONFIGS / "llama-2-7b"), length=64, device="cpu"))
+    still = found.parts["weights"] + found.parts["adapter"]
+    assert found.expected - found.low == round(0.25 * (found.low - still))
+    assert any("MALLOC_MMAP_THRESHOLD_" in note for note in found.notes)
 
 
 def test_only_what_generates_is_planned_for_it() -> None:
