@@ -20,6 +20,8 @@ from plantruth import ATTENTIONS, MODELS
 METHODS = tuple(registry.methods())
 SOME = ("lora", "full", "houlsby", "prefix_tuning", "llama_adapter")
 NOT_APPLICABLE = {("decoder", "bitfit"), ("decoder", "vpt"), ("encoder", "vpt")}  # no bias, no images
+# Bytes by which the measured peak of a step after the first may be less, and why. Nothing else is off.
+LESS = {"molora": 64}  # its routers' loads of the step before end in the measured one, which is seen or not
 QUICK = [(m, k, "eager") for k in MODELS for m in METHODS] + [(m, k, "sdpa") for k in MODELS for m in SOME]
 REST = [(m, k, "sdpa") for k in MODELS for m in METHODS if m not in SOME]
 
@@ -44,7 +46,8 @@ def test_the_peak_of_a_step_is_the_allocators_to_the_byte(model: str, method: st
         assert (model, method) in NOT_APPLICABLE
         pytest.skip(f"{model} has nothing that {method} could adapt")
     assert (model, method) not in NOT_APPLICABLE
-    assert found == plantruth.real_peak(MODELS[model], wanted)
+    real = plantruth.real_peak(MODELS[model], wanted)
+    assert found - LESS.get(method, 0) <= real <= found
 
 
 @pytest.mark.parametrize(

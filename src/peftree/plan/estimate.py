@@ -254,6 +254,6 @@ def resident(low: int, still: int) -> int:
     """Return what a process has resident at a peak of `low` bytes, `still` of which never move.
 
     glibc keeps what is freed for later, in pieces that later tensors do not fit: one share for all methods, the mean of
-    the real runs that `docs/plan-truth.md` holds (13 to 38 %).
+    the real runs that `docs/plan-truth.md` holds (3 to 38 %).
     """
     return low + round(MALLOC * max(low - still, 0))

@@ -18,7 +18,7 @@ class Plan:
         request: the setting.
         model: name of the model's class.
         low: the most bytes that live at once, exact where traced.
-        expected: what the device's allocator holds for them.
+        expected: what CUDA's allocator reserves for them, or a process on a CPU has resident.
         high: with a margin for what no plan sees: other kernels, fragments, the longest batch.
         phase: when the peak is.
         phases: bytes at the peak of each phase.
