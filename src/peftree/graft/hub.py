@@ -132,6 +132,11 @@ class Hub(nn.Module):
             return self.original.forward(module, *args, **kwargs)
         source = {key: cell.take() for key, cell in self.sources.items()}
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not tensors:
+            raise AdapterError(
+                f"{type(module).__name__} is called without input, so it has no rows to route.",
+                "Use an adapter that leaves its parameters alone, or switch adapters for the whole batch.",
+            )
         n = tensors[0].shape[0]
         if n == 1 and route.size > 1:  # positions and the like are shared by the batch: give every row its own
             args = tuple(_spread(a, route.size) for a in args)
@@ -174,7 +179,7 @@ class Hub(nn.Module):
             return self.original.forward(module, *args, **kwargs)
         if program.single is not None and args and program.single.plain:
             return self._single(module, program, args[0])
-        x = args[0] if args else next(iter(kwargs.values()))
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)  # a table of positions is called without input
         if source is None:
             source = {key: cell.take() for key, cell in self.sources.items()}
         return self._outputs(module, program, len(program.rewrites), x, args, kwargs, source)
