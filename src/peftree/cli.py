@@ -294,22 +294,26 @@ def bench_run(
     chosen, loaded = (tuple(task or ()), tuple(method or ())), load_suite(suite)
     if dry_run:
         found = command.plan(loaded, *chosen)
-        rows = [[_short(v) for v in row.values()] for row in found["tasks"]]
-        _print(found, as_json, _table(f"{loaded.title} ({loaded.hash[:12]})", list(found["tasks"][0]), rows))
+        rows = [[row[name] for name in command.PLAN] for row in found["tasks"]]
+        runs, hours = (sum(row[name] for row in found["tasks"]) for name in ("runs", "hours"))
+        title = f"{loaded.title} ({loaded.hash[:12]}): {runs:,} runs, about {hours:.1f} processor hours"
+        _print(found, as_json, _table(title, list(command.PLAN), rows))
         return
     command.run(loaded, out or Path("results", loaded.suite), *chosen, workers=workers, slurm=slurm, ray=ray)
 
 
 @bench.command("status")
-def bench_status(suite: SuiteName, out: Results = None, as_json: Json = False) -> None:
-    """Show how far a suite is, and the hours left."""
+def bench_status(suite: SuiteName, out: Results = None, task: Tasks = None, as_json: Json = False) -> None:
+    """Show how far a suite is and the hours left; with --task how far each method is on it."""
     from peftree.bench import command
     from peftree.bench.suite import load_suite
 
     loaded = load_suite(suite)
-    found = command.status(loaded, out or Path("results", loaded.suite))
+    found = command.status(loaded, out or Path("results", loaded.suite), tuple(task or ()))
     title = f"{found['done']} of {found['runs']} runs, about {found['hours left']:.1f} hours left"
-    _print(found, as_json, _table(title, list(found["methods"][0]), [list(r.values()) for r in found["methods"]]))
+    rows = found["methods" if task else "tasks"]
+    heads = ["unfit" if name == "inapplicable" else name for name in rows[0]]
+    _print(found, as_json, _table(title, heads, [list(row.values()) for row in rows]))
 
 
 @bench.command("compare")

@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as tf
+from typer.testing import CliRunner
 
+import peftree
+from peftree import registry
 from peftree.bench.suite import known_suites, load_suite
+from peftree.cli import app
 from peftree.errors import ConfigError
 
 GOOD = """\
@@ -95,6 +101,46 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
     with pytest.raises(ConfigError) as error:
         load_suite(write(tmp_path, GOOD.replace(old, new, 1)))
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+def test_an_entry_that_is_to_be_named_runs_only_there_and_changes_no_other_hash(tmp_path: Path) -> None:
+    plain, named = load_suite(write(tmp_path, GOOD)), GOOD.replace("{r: 32}}", "{r: 32}, named: true}")
+    suite = load_suite(write(tmp_path, named))
+    assert [name for name, _ in suite.entries("reviews")] == ["full", "lora"] and suite.hash != plain.hash
+    again = load_suite(write(tmp_path, named.replace("methods: [lora]", "methods: [wide]")))
+    assert [name for name, _ in again.entries("fewer")] == ["wide"]
+    assert load_suite(write(tmp_path, GOOD.replace("{r: 32}}", "{r: 32}, named: false}"))).hash == plain.hash
+
+
+def test_methods_of_equal_capacity_train_what_their_names_say() -> None:
+    suite = load_suite("small")
+    chosen = [(name, entry) for name, entry in suite.entries("movies-budgets") if entry.named]
+    assert len(chosen) == 18 and not any(entry.named for _, entry in suite.entries("movies"))
+    size = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    config = tf.BertConfig(**size, num_labels=2)  # all-MiniLM-L6-v2 with a head of two classes
+    for name, entry in chosen:
+        with torch.device("meta"):
+            model = tf.BertForSequenceClassification(config)
+        total = sum(p.numel() for p in model.parameters())
+        adapter = peftree.adapt(model, registry.make(entry.method, entry.fields))
+        share = 100 * sum(p.numel() for p in adapter.parameters()) / total
+        wanted = float(name.rpartition("-")[2])
+        assert total == 22_713_986 and abs(share / wanted - 1) <= 0.1, f"{name}: {share:.4f} %"
+
+
+@pytest.mark.parametrize("words", [["run", "small", "--dry-run"], ["run", "full", "--dry-run"], ["status", "small"]])
+def test_tables_fit_80_columns_with_a_line_a_task(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["bench", *words], catch_exceptions=False).stdout.splitlines()
+    tasks = load_suite(words[1]).tasks
+    assert max(map(len, shown)) <= 80 and [line.split()[0] for line in shown[-1 - len(tasks) : -1]] == list(tasks)
+
+
+def test_status_of_one_task_is_a_line_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["bench", "status", "small", "--out", str(tmp_path), "--task", "movies-budgets"]
+    shown = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert "0 of 180 runs" in shown and shown.count("movies-budgets") == 20 and "prefix_tuning-0.05" in shown
 
 
 def test_no_such_suite() -> None:

@@ -15,10 +15,12 @@ from rich.console import Console
 from peftree.bench import cluster
 from peftree.bench.own import own_runs
 from peftree.bench.record import PATTERN, RunRecord, file_name, in_order, parse_record, read_records
-from peftree.bench.run import Choice, check_methods, run_suite, seconds_left, states
+from peftree.bench.run import Choice, State, check_methods, run_suite, seconds_left, states
 from peftree.bench.suite import Suite
 from peftree.errors import DataError
 from peftree.files import atomic_write
+
+PLAN = ("task", "model", "methods", "runs", "hours", "GiB")  # what 80 columns have room for; JSON holds all
 
 
 def plan(suite: Suite, tasks: tuple[str, ...] = (), methods: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def plan(suite: Suite, tasks: tuple[str, ...] = (), methods: tuple[str, ...] = (
             {
                 "task": name, "modality": task.facts.modality, "kind": task.facts.kind, "model": task.model,
                 "dataset": task.dataset, "methods": len(entries), "runs": len(entries) * each,
-                "hours": seconds / 3600, "memory GiB": peak,
+                "hours": round(seconds / 3600, 2), "GiB": round(peak, 1),
             }
         )  # fmt: skip
     return {"suite": suite.suite, "hash": suite.hash, "title": suite.title, "tasks": rows}
@@ -84,11 +86,16 @@ def run(
         raise SystemExit(1)
 
 
-def status(suite: Suite, out: Path, workers: int = 2) -> dict[str, Any]:
-    """Return how far a suite is: per task and method, and the hours left at the pace measured so far."""
+def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2) -> dict[str, Any]:
+    """Return how far a suite is: per task, per method, and the hours left at the pace measured so far.
+
+    Raises:
+        ConfigError: the suite has no such task as one of `only`.
+    """
+    Choice(only).check(suite)
     folder = out / "records"
     there = read_records(folder) if folder.is_dir() and any(folder.glob(PATTERN)) else []
-    found = states(suite, there)
+    found = [s for s in states(suite, there) if not only or s.task in only]
     left = seconds_left(suite, found, _pace(suite, there)) / workers
     rows = [
         {
@@ -99,9 +106,20 @@ def status(suite: Suite, out: Path, workers: int = 2) -> dict[str, Any]:
         for s in found
     ]  # fmt: skip
     wanted = sum(s.trials_wanted + s.finals_wanted for s in found)
+    tasks = [_progress(name, [s for s in found if s.task == name]) for name in only or suite.tasks]
     return {
         "suite": suite.suite, "done": wanted - sum(s.missing for s in found), "runs": wanted,
-        "hours left": left / 3600, "workers": workers, "methods": rows,
+        "hours left": left / 3600, "workers": workers, "tasks": tasks, "methods": rows,
+    }  # fmt: skip
+
+
+def _progress(task: str, found: Sequence[State]) -> dict[str, Any]:
+    """Return how far one task is."""
+    ends = {name: sum(getattr(s, name) for s in found) for name in ("failed", "diverged", "inapplicable")}
+    return {
+        "task": task, "finished": f"{sum(not s.missing for s in found)}/{len(found)}",
+        "trials": f"{sum(s.trials for s in found)}/{sum(s.trials_wanted for s in found)}",
+        "finals": f"{sum(s.finals for s in found)}/{sum(s.finals_wanted for s in found)}", **ends,
     }  # fmt: skip
 
 

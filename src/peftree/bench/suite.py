@@ -57,6 +57,7 @@ class Entry(_Strict):
     times: float = Field(1.0, gt=0, description="without trials: learning rate over the method's default")
     cost: float = Field(1.0, gt=0, description="time of a run over the task's usual, for estimates")
     memory: float = Field(1.0, gt=0, description="peak memory over the task's usual, for estimates")
+    named: bool = Field(False, description="only for tasks that name it in their methods")
 
 
 class SuiteTask(_Strict):
@@ -74,7 +75,7 @@ class SuiteTask(_Strict):
     stages: dict[str, Source] = Field(default_factory=dict, description="data to go on training with, one by one")
     general: Source | None = Field(None, description="held-out general rows for the probe 'retention'")
     probes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what final runs are probed for")
-    methods: tuple[str, ...] = Field((), description="entries to run; none: all of the suite")
+    methods: tuple[str, ...] = Field((), description="entries to run; none: all that need no naming")
     seconds: float = Field(20.0, gt=0, description="how long a usual run takes")
     memory: float = Field(1.0, gt=0, description="GiB that a usual run takes")
 
@@ -157,12 +158,16 @@ class Suite(_Strict):
         for entry in (*plain["methods"].values(), *plain["tasks"].values()):
             for estimate in ("seconds", "memory", "cost"):
                 entry.pop(estimate, None)
+        for entry in plain["methods"].values():
+            if not entry["named"]:  # a suite that says nothing of it has the hash that it always had
+                entry.pop("named")
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     def entries(self, task: str) -> Iterator[tuple[str, Entry]]:
         """Yield name and entry of the methods of a task."""
         for name, entry in self.methods.items():
-            if not self.tasks[task].methods or name in self.tasks[task].methods:
+            chosen = self.tasks[task].methods
+            if name in chosen or not (chosen or entry.named):
                 yield name, entry
 
     def trials(self, task: str) -> int:
