@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +84,7 @@ def test_the_hash_is_of_what_the_suite_says(tmp_path: Path) -> None:
         ("seeds: 3", "seeds: 0", ["mine.yaml:5", "protocol.seeds"]),
         ("seeds: 3", "sedes: 3", ["mine.yaml:5", "Did you mean 'seeds'"]),
         ("[0.1, 100]", "[0.1, 10]", ["mine.yaml:5", "2.5 decades"]),
+        ("[0.1, 100]", "[0.1, 100], gap: 30", ["mine.yaml:5", "31.6 is the least"]),
         ("trials: 2", "trials: many", ["mine.yaml:5", "protocol.trials"]),
         ("task: text-classification", "task: text-clasification", ["Did you mean 'text-classification'"]),
         ("{steps: 4, max_length: 16}", "{steps: 4, lr: 0.1}", ["mine.yaml:16", "lr cannot be set here"]),
@@ -101,6 +105,19 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
     with pytest.raises(ConfigError) as error:
         load_suite(write(tmp_path, GOOD.replace(old, new, 1)))
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+def test_draws_are_independent_without_a_gap_and_spread_with_one() -> None:
+    plain = load_suite("small").protocol.model_copy(update={"gap": None})
+    low, high = (math.log(end) for end in plain.rates)
+    first = [math.exp(random.Random(f"movies {trial}").uniform(low, high)) for trial in range(4)]
+    assert plain.draws("movies", 4) == first and plain.draws("movies", 0) == []
+    for task in load_suite("small").tasks:
+        spread = load_suite("small").protocol.draws(task, 4)
+        ends = [0.3, *sorted(spread), 100.0]
+        assert max(b / a for a, b in itertools.pairwise(ends)) <= 8 and len(set(spread)) == 4
+    assert load_suite("small").protocol.draws("clothing", 4) == plain.draws("clothing", 4)  # good at once: not changed
+    assert load_suite("small").protocol.draws("movies", 4) != first
 
 
 def test_an_entry_that_is_to_be_named_runs_only_there_and_changes_no_other_hash(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +59,12 @@ class Planned:
         Trial t of every method of a task draws the same point of the range, and ranges differ only by
         the methods' default rates: luck with the draw is then nobody's advantage.
         """
-        low, high = (math.log(end) for end in self.suite.protocol.rates)
-        cells = []
-        for trial in range(self.suite.trials(self.name)):
-            times = math.exp(random.Random(f"{self.name} {trial}").uniform(low, high))
-            for entry in entries:
-                cells.append(self._cell(entry, "trial", self._rate(entry, times), TRIAL_SEED + trial))
-        return cells
+        draws = self.suite.protocol.draws(self.name, self.suite.trials(self.name))
+        return [
+            self._cell(entry, "trial", self._rate(entry, times), TRIAL_SEED + trial)
+            for trial, times in enumerate(draws)
+            for entry in entries
+        ]
 
     def finals(self, entries: Sequence[str], tried: Sequence[RunRecord]) -> list[Cell]:
         """Return the fresh seeds of the methods at the best of the rates `tried`, seed by seed."""

@@ -7,8 +7,10 @@ settings, fields, rate, seed) is the run's address, so an edited suite never mix
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -120,13 +122,33 @@ class Protocol(_Strict):
     seeds: int = Field(ge=1, le=100, description="fresh seeds of the chosen rate")
     probe_seeds: int = Field(0, ge=0, description="how many of these are probed, the first ones; 0: all")
     rates: tuple[float, float] = Field((0.1, 100.0), description="range of the search, over a method's default rate")
+    gap: float | None = Field(None, description="widest factor between neighbouring trials, and to the range's ends")
 
     @model_validator(mode="after")
     def _wide(self) -> Self:
         low, high = self.rates
         if not 0 < low < high or math.log10(high / low) < DECADES - 1e-9:
             raise ValueError(f"rates: {low:g} to {high:g} is not {DECADES:g} decades wide")
+        least = (high / low) ** (1.5 / (self.trials + 1))  # half as much again as evenly spaced: draws do get there
+        if self.gap is not None and self.gap < least:
+            raise ValueError(
+                f"gap: {self.trials} random trials cannot cover the range so well; {least:.3g} is the least"
+            )
         return self
+
+    def draws(self, task: str, trials: int) -> list[float]:
+        """Return the learning rates to try on a task, each over a method's default: log-uniform, seeded by its name.
+
+        With `gap`, sets of draws that leave a wider part of the range untried are drawn again.
+        """
+        low, high = (math.log(end) for end in self.rates)
+        for again in itertools.count():
+            seeds = (f"{task} {trial}" + f" {again}" * bool(again) for trial in range(trials))
+            drawn = [random.Random(seed).uniform(low, high) for seed in seeds]
+            steps = itertools.pairwise([low, *sorted(drawn), high])
+            if self.gap is None or not trials or max(b - a for a, b in steps) <= math.log(self.gap):
+                break
+        return [math.exp(each) for each in drawn]
 
 
 class Suite(_Strict):
@@ -155,11 +177,13 @@ class Suite(_Strict):
     def hash(self) -> str:
         """SHA-256 of what the suite says, estimates of time and memory left out."""
         plain = self.model_dump(mode="json")
+        if self.protocol.gap is None:
+            plain["protocol"].pop("gap")  # a suite that says nothing of a later key has the hash that it always had
         for entry in (*plain["methods"].values(), *plain["tasks"].values()):
             for estimate in ("seconds", "memory", "cost"):
                 entry.pop(estimate, None)
         for entry in plain["methods"].values():
-            if not entry["named"]:  # a suite that says nothing of it has the hash that it always had
+            if not entry["named"]:
                 entry.pop("named")
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
