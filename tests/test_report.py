@@ -146,6 +146,9 @@ def test_mixed_environments_and_repeated_runs_are_not_passed_over() -> None:
     assert "2 environments" in " ".join(task.notes)
     with pytest.raises(DataError, match="there twice"):
         report.build([*found, found[0]])
+    gone = {"status": "inapplicable", "error": "MethodError: no site", "score": None, "items": (), "environment": {}}
+    never_ran = report.build([found[0].model_copy(update=gone), *found[1:]])
+    assert len(never_ran.environments) == 1 and "environments" not in never_ran.summary
 
 
 def test_variants_of_a_method_are_told_apart() -> None:

@@ -213,7 +213,8 @@ def _failure(r: RunRecord) -> Failure:
 
 
 def _environments(records: list[RunRecord]) -> tuple[Environment, ...]:
-    counted = Counter(facts(r) for r in records)
+    began = [r for r in records if r.environment] or records  # a method that does not fit was never run anywhere
+    counted = Counter(facts(r) for r in began)
     return tuple(Environment(each, runs) for each, runs in counted.most_common())
 
 
