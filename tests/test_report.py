@@ -155,7 +155,16 @@ def test_variants_of_a_method_are_told_apart() -> None:
     found = fabricated(failures=False)
     more = [r.model_copy(update={"fields": {"r": 32}}) for r in found if r.method == "lora"]
     labels = {row.label for row in report.build([*found, *more]).tasks[0].rows}
-    assert {"lora r=8", "lora r=32", "dora"} <= labels
+    assert {"lora", "lora r=32", "dora"} <= labels  # as its author made it: by its name alone
+    custom = [r.model_copy(update={"fields": {"r": 16}}) if r.method == "lora" else r for r in found]
+    labels = {row.label for row in report.build([*custom, *more]).tasks[0].rows}
+    assert {"lora r=16", "lora r=32"} <= labels
+    strange = [
+        r.model_copy(update={"method": "not-here", "fields": {"r": r.fields["r"]}})
+        for r in [*found, *more]
+        if r.method == "lora"
+    ]
+    assert {row.label for row in report.build(strange).tasks[0].rows} == {"not-here r=8", "not-here r=32"}
 
 
 def test_the_report_does_not_depend_on_the_order_of_records(records: list[RunRecord]) -> None:

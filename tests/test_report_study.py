@@ -76,6 +76,14 @@ def test_retained_follows_from_the_relative_interval(built: report.Report) -> No
     assert all(task.row(name).retained == "" for task in built.tasks for name in ("full", "head_only"))  # type: ignore[union-attr]
 
 
+def test_a_task_of_few_methods_does_not_empty_the_ranking(records: list[RunRecord]) -> None:
+    first = records[0].task
+    few = [r for r in records if r.task != first or r.method in {"full", "head_only"}]
+    (overview,) = report.build(few).overviews
+    assert overview.ranks is not None and overview.ranks.tasks == 5 and len(overview.ranks.names) == len(METHODS) - 1
+    assert overview.notes[0].startswith("Ranked on ") and len(overview.tasks) == 6
+
+
 def test_one_task_has_no_overview_and_two_suites_have_one_each(records: list[RunRecord]) -> None:
     alone = [r for r in records if r.task == "text-generation"]
     assert report.build(alone).overviews == ()

@@ -72,10 +72,12 @@ def test_unknown_and_ambiguous_names_are_refused(records: list[RunRecord]) -> No
     with pytest.raises(ConfigError, match="with itself"):
         versus(records, "lora", "lora")
     more = [r.model_copy(update={"fields": {"r": 32}}) for r in records if r.method == "lora"]
+    assert versus([*records, *more], "lora r=32", "lora").duels  # r is 8 by default
+    rest = [r.model_copy(update={"fields": {"r": 16}}) if r.method == "lora" else r for r in records]
     with pytest.raises(ConfigError, match="several settings") as error:
-        versus([*records, *more], "lora", "full")
-    assert "lora r=8, lora r=32" in str(error.value)
-    assert versus([*records, *more], "lora r=32", "lora r=8").duels
+        versus([*rest, *more], "lora", "full")
+    assert "lora r=16, lora r=32" in str(error.value)
+    assert versus([*rest, *more], "lora r=32", "lora r=16").duels
 
 
 def test_no_common_task_is_an_error(records: list[RunRecord]) -> None:

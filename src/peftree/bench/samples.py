@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from peftree.bench.record import RunRecord
 from peftree.bench.statistics import Array
+from peftree.errors import PeftreeError
 
 FULL, HEAD_ONLY = "full", "head_only"
 TOLERANCE = 1e-4
@@ -122,8 +124,9 @@ def labelled(records: Sequence[RunRecord], *, rates: bool = True) -> dict[str, l
 def _differing(record: RunRecord, siblings: Sequence[RunRecord], rates: bool) -> str:
     """Return the settings in which `record` and its siblings differ: ``r=8``, or ``r=8 lr=0.001``.
 
-    The rate is named only where nothing else tells all siblings apart, so that a method tuned on
-    each task has one label everywhere.
+    Fields that have the method's default are not named, so that a method as its author made it has the same
+    label whatever it is compared with. The rate is named only where nothing else tells all siblings apart, so
+    that a method tuned on each task has one label everywhere.
     """
 
     def choices(r: RunRecord) -> dict[str, object]:
@@ -131,7 +134,21 @@ def _differing(record: RunRecord, siblings: Sequence[RunRecord], rates: bool) ->
 
     mine, others = choices(record), [choices(r) for r in siblings]
     keys = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
+    if keys:
+        usual = _defaults(record.method)
+        keys = [key for key in keys if key not in usual or usual[key] != mine[key]]
     parts = [f"{key}={mine[key]:g}" if isinstance(mine[key], float) else f"{key}={mine[key]}" for key in keys]
     if rates and sum(other == mine for other in others) > 1 and record.learning_rate is not None:
         parts.append(f"lr={record.learning_rate:g}")
     return " ".join(parts)
+
+
+@functools.cache
+def _defaults(method: str) -> dict[str, object]:
+    """Return the fields of the method as its author made it; none for one that is not here."""
+    from peftree import registry  # imports torch, which most reports do without
+
+    try:
+        return dict(registry.spec(registry.make(method, {}))["fields"])
+    except PeftreeError:
+        return {}

@@ -96,7 +96,7 @@ def versus(records: Iterable[RunRecord], a: str, b: str) -> Versus:
 
     Args:
         records: of any methods; trials are left out.
-        a: a method's name, or, where it was run with several settings, its label, like ``lora r=8``.
+        a: a method's name, or, where it was run with several settings, its label, like ``lora r=32``.
         b: likewise; what A is compared with.
 
     Raises:
