@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from invented import TASKS, study
-from peftree import registry
+from peftree import registry, report
 from peftree.bench.command import pack, read_packed
 from peftree.bench.record import RunRecord
 from peftree.bench.suite import load_suite
@@ -39,8 +42,8 @@ def invented(**task: float) -> list[RunRecord]:
 
 
 def row(page: str, start: str) -> list[str]:
-    """Return the cells of the one line that starts with `start`."""
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+    """Return the cells of the last line that starts with `start`: that of the task's own table."""
+    *_, line = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -78,6 +81,44 @@ def test_without_a_reference_nothing_is_compared(tool: ModuleType) -> None:
     assert "No task has finished runs of both" in page
 
 
-def test_the_committed_page_is_what_the_pack_gives(tool: ModuleType) -> None:
-    made = tool.page(read_packed(tool.PACK), load_suite("small"))
-    assert tool.PAGE.read_text("utf-8") == made, "run `make study`"
+def test_methods_and_claims_are_counted_from_the_same_verdicts(tool: ModuleType) -> None:
+    page = tool.page(invented(), load_suite("small"))
+    counted = page.partition("## Method by method")[2].partition("## Published")[0]
+    claims = page.partition("## Published")[2].partition("## How to read")[0]
+    for name in ("lora", "dora", "prompt_tuning", "head_only"):
+        shown = row(page, f"`{name}`")[4]
+        word = "better" if "better" in shown else "worse" if "worse" in shown else "no difference shown"
+        place = ("better", "no difference shown", "worse").index(word)
+        assert row(counted, f"`{name}`")[4].split(" / ") == ["1" if k == place else "0" for k in range(3)], name
+    assert row(counted, "`lora`")[5] == "–" and row(counted, "`full`")[4] == "–"
+    assert row(claims, "`full` better than `prompt_tuning`")[2:] == ["1", "`movies`", "0", "–"]
+    assert row(claims, "`dora` better than `lora`")[2:] == ["1", "–", "1", "–"]
+    assert "`ssf`" not in claims  # was not run
+    assert "Over all tasks the claimed direction is shown 1 times" in claims
+
+
+def test_claims_name_methods_that_the_suite_has(tool: ModuleType) -> None:
+    names = {"lora sites=linear", *(entry.method or name for name, entry in load_suite("small").methods.items())}
+    found = yaml.safe_load(tool.CLAIMS.read_text("utf-8"))
+    assert found and all({one["one"], one["other"]} <= names and "arXiv" in one["source"] for one in found)
+    assert {one["says"] for one in found} == {"better than", "as good as"}
+
+
+def test_figures_are_files_of_their_own(tool: ModuleType) -> None:
+    made = tool.files(invented(), load_suite("small"))
+    drawn = {name for name in made if name.endswith(".svg")}
+    assert drawn == set(re.findall(r"!\[[^]]*\]\((.*?)\)", made["study.md"])) and len(drawn) >= 2
+    for name in drawn:
+        root = ElementTree.fromstring(made[name])
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and "var(--additive)" in made[name]
+        used = set(re.findall(r'href="#([^"]+)"', made[name]))
+        assert used and used <= set(re.findall(r' id="([^"]+)"', made[name]))
+
+
+def test_what_is_committed_is_what_the_pack_gives(tool: ModuleType) -> None:
+    records = read_packed(tool.PACK)
+    made = tool.files(records, load_suite("small")) | {"study/report.html": report.html.render(report.build(records))}
+    for name, content in made.items():
+        assert (tool.PAGE.parent / name).read_text("utf-8") == content, f"{name}: run `make study`"
+    there = {f"study/{file.name}" for file in tool.PACK.parent.iterdir()}
+    assert there == {name for name in made if "/" in name} | {"study/small.jsonl.gz"}

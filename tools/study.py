@@ -7,11 +7,14 @@ the report's. Methods are compared once all their final seeds are there. The wor
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
+import yaml
 
 from peftree import registry, report
 from peftree.bench.command import read_packed
@@ -21,14 +24,14 @@ from peftree.bench.samples import FULL, HEAD_ONLY, comparisons, labelled
 from peftree.bench.suite import Suite, load_suite
 from peftree.bench.versus import ALPHA
 from peftree.files import atomic_write
-from peftree.report import compare, text
+from peftree.report import compare, diagrams, plots, svg, text
 from peftree.report.data import Row, Task
 from peftree.report.markup import escape_markdown
 from peftree.train.config import RunConfig
 
 HERE = Path(__file__).parents[1]
 PACK, PAGE = HERE / "docs" / "study" / "small.jsonl.gz", HERE / "docs" / "study.md"
-LORA, NO_GAIN = "lora", "no gain to retain"
+LORA, NO_GAIN, SAME = "lora", "no gain to retain", "no difference shown"
 KEPT = {"yes": "shown", "not shown": "not shown", "no": "not retained", "": "reference"}
 FLOAT32, LIMITS = 4, (1.0, 0.5)  # bytes; shares of full's memory that are counted
 HEADS = (
@@ -38,7 +41,19 @@ HEADS = (
 )
 MEMORY = [f"{what} {limit}" for what in ("allocator peak", "peak RSS") for limit in ("below full's", "below half")]
 
+BETTER = "better than"  # or: as good as
+CLAIMS = Path(__file__).with_name("study_claims.yaml")
+
 Identity = tuple[str, str, str]
+
+
+class Claim(NamedTuple):
+    """What a paper says of one method over another."""
+
+    one: str
+    says: str
+    other: str
+    source: str
 
 
 def identity(task: str, method: str, fields: object) -> Identity:
@@ -92,15 +107,22 @@ def status(records: Sequence[RunRecord], suite: Suite, cells: Iterable[tuple[str
     }  # fmt: skip
 
 
+def said(row: Row | None) -> str:
+    """Say what a row's paired difference shows, its interval and Holm's p together."""
+    if row is None or row.difference is None:
+        return ""
+    if row.better is None or row.p_holm is None or row.p_holm >= ALPHA:
+        return SAME
+    return "better" if row.better else "worse"
+
+
 def gap(task: Task, row: Row | None) -> str:
-    """Return a paired difference: its interval, what it shows together with Holm's p, and that p."""
+    """Return a paired difference: its interval, what it shows, and Holm's p."""
     if row is None or row.difference is None:
         return text.NONE
     value = text.score(row.difference.value, task.decimals, signed=True)
-    shown = row.better is not None and row.p_holm is not None and row.p_holm < ALPHA
-    word = ("better" if row.better else "worse") if shown else "no difference shown"
     p = "" if row.p_holm is None else f" (p {row.p_holm:.2g})"
-    return f"{value} {text.interval(row.difference, task.decimals, signed=True)}, {word}{p}"
+    return f"{value} {text.interval(row.difference, task.decimals, signed=True)}, {said(row)}{p}"
 
 
 def over(one: float | None, other: float | None) -> float | None:
@@ -142,60 +164,155 @@ def line(task: Task, row: Row, full: Row, rival: Row | None, verdict: str) -> tu
     )  # fmt: skip
 
 
-def result(task: Task, done: Sequence[RunRecord]) -> tuple[str, Counter[str]]:
-    """Return the section of a task and the counts of its verdicts, references left out."""
+class Found(NamedTuple):
+    """What is counted of one method on one task."""
+
+    task: str
+    label: str
+    branch: str
+    kept: str
+    against_full: str
+    against_lora: str
+    shares: tuple[float | None, ...]
+
+
+def result(task: Task, done: Sequence[RunRecord], drawn: Iterable[str]) -> tuple[str, list[Found]]:
+    """Return the section of a task, and what its rows say."""
     full, groups = task.row(task.full), labelled(done)
     assert full is not None
-    fields = registry.spec(registry.make(LORA, {}))["fields"]
-    lora = next((name for name, runs in groups.items() if (runs[0].method, runs[0].fields) == (LORA, fields)), None)
-    rivals = {row.label: row for row in compare.rows(groups, lora) if row.label != lora} if lora else {}
-    lines, counts = [], Counter[str]()
+    rivals = {row.label: row for row in compare.rows(groups, LORA) if row.label != LORA} if LORA in groups else {}
+    lines, found = [], []
     for row in task.scored:
-        verdict = kept(task, row)
-        lines.append(line(task, row, full, rivals.get(row.label), verdict))
-        if row.branch == "reference":
-            continue
-        allocator, _, rss, _ = shares(row, full)
-        low = [share is not None and share < limit for share in (allocator, rss) for limit in LIMITS]
-        counts.update(["methods", verdict, *(name for name, yes in zip(MEMORY, low, strict=True) if yes)])
-        if verdict == KEPT["yes"]:
-            counts.update(f"{name}, kept" for name, yes in zip(MEMORY, low, strict=True) if yes)
+        verdict, rival = kept(task, row), rivals.get(row.label)
+        lines.append(line(task, row, full, rival, verdict))
+        found.append(Found(task.name, row.label, row.branch, verdict, said(row), said(rival), shares(row, full)))
     sense = "higher" if task.higher_is_better else "lower"
     about = (
         f"{escape_markdown(task.metric)}, {sense} is better; {text.plural(full.seeds, 'seed')}, "
         f"{text.plural(full.items, 'test item')}. The baseline of relative scores is {task.baseline or 'missing'}."
     ).replace(HEAD_ONLY, f"`{HEAD_ONLY}`")
-    if counts[NO_GAIN]:
+    if any(each.kept == NO_GAIN for each in found):
         about += " `full` is shown to be worse than that here, with no gain to retain: as run, it is a weak reference."
-    parts = [f"### {escape_markdown(task.title)}", about, table(HEADS, lines), *map(escape_markdown, task.notes)]
-    return "\n\n".join(parts), counts
+    figures = " ".join(f"![{name}](study/{name}.svg)" for name in drawn)
+    notes = map(escape_markdown, task.notes)
+    return "\n\n".join([f"### {escape_markdown(task.title)}", about, figures, table(HEADS, lines), *notes]), found
 
 
-def results(cells: dict[tuple[str, str], list[RunRecord]]) -> dict[str, object]:
-    """Return the tables of all tasks where full and head_only are finished, and the verdicts as counts."""
+def low(one: Found) -> list[bool]:
+    """Return which of the limits on memory a method stays below: those of MEMORY, in order."""
+    allocator, _, rss, _ = one.shares
+    return [share is not None and share < limit for share in (allocator, rss) for limit in LIMITS]
+
+
+def short(found: Sequence[Found]) -> str:
+    """Return the table of verdicts, task by task, references left out."""
+    names = (KEPT["yes"], KEPT["not shown"], KEPT["no"], NO_GAIN)
+    lines = []
+    for task in (*dict.fromkeys(one.task for one in found), ""):
+        mine = [one for one in found if one.branch != "reference" and task in ("", one.task)]
+        verdicts = Counter(one.kept for one in mine)
+        cells = [str(len(mine)), *(str(verdicts[name]) for name in names)]
+        for number in range(len(MEMORY)):
+            below = [one for one in mine if low(one)[number]]
+            cells.append(f"{len(below)} ({sum(one.kept == KEPT['yes'] for one in below)})")
+        lines.append((f"`{task}`" if task else "all", *cells))
+    return table(("task", "methods", "≥ 90 % retained: shown", *names[1:], *MEMORY), lines)
+
+
+def middle(values: Iterable[float | None]) -> str:
+    """Return the median of what is known, as a percentage."""
+    known = [value for value in values if value is not None]
+    return text.percent(statistics.median(known)) if known else text.NONE
+
+
+def by_method(found: Sequence[Found]) -> str:
+    """Return what is counted of each method over the tasks, the most often better than LoRA first."""
+
+    def counts(mine: Sequence[Found], which: str) -> str:
+        counted = Counter(getattr(one, which) for one in mine)
+        return " / ".join(str(counted[word]) for word in ("better", SAME, "worse")) if any(counted) else text.NONE
+
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        groups.setdefault(one.label, []).append(one)
+    lines = []
+    for label, mine in groups.items():
+        verdicts = Counter(one.kept for one in mine)
+        kept = [str(verdicts[KEPT[word]]) for word in ("yes", "not shown", "no")]
+        lines.append(
+            (f"`{label}`", mine[0].branch, str(len(mine)), " / ".join(kept) if verdicts[KEPT[""]] == 0 else text.NONE,
+             counts(mine, "against_full"), counts(mine, "against_lora"),
+             *(middle(one.shares[number] for one in mine) for number in (0, 2, 3)))
+        )  # fmt: skip
+    lines.sort(key=lambda each: (-int(each[2]), each[0]))
+    heads = ("tasks", "≥ 90 % retained: shown / not shown / not retained", "against `full`", "against `lora`")
+    costs = ("allocator peak / full", "peak RSS / full, copy taken off", "gradients + optimizer / full")
+    return table(("method", "branch", *heads, *costs), lines, words=2)
+
+
+def claims(done: Sequence[RunRecord]) -> str:
+    """Return published claims beside what the tasks show; tests against one method on one task are one family."""
+    said_of = [Claim(**each) for each in yaml.safe_load(CLAIMS.read_text("utf-8"))]
+    seen: dict[Claim, dict[str, list[str]]] = {claim: {} for claim in said_of}
+    for key, runs in comparisons(in_order(done)).items():
+        groups = labelled(runs)
+        for other in dict.fromkeys(claim.other for claim in said_of):
+            mine = [claim for claim in said_of if claim.other == other and claim.one in groups and other in groups]
+            chosen = {label: groups[label] for label in (other, *(claim.one for claim in mine)) if label in groups}
+            rows = {row.label: row for row in compare.rows(chosen, other)} if mine else {}
+            for claim in mine:
+                seen[claim].setdefault(said(rows[claim.one]), []).append(key.task)
+    lines = [
+        (f"`{claim.one}` {claim.says} `{claim.other}`", claim.source, str(sum(map(len, tasks.values()))),
+         ticked(tasks.get("better", ())), str(len(tasks.get(SAME, ()))), ticked(tasks.get("worse", ())))
+        for claim, tasks in seen.items() if tasks
+    ]  # fmt: skip
+    said_better = [tasks for claim, tasks in seen.items() if claim.says == BETTER]
+    sums = [sum(len(tasks.get(word, ())) for tasks in said_better) for word in ("better", SAME, "worse")]
+    summary = (
+        f"*Better than* was claimed for {sum(map(bool, said_better))} of these pairs. Over all tasks the claimed "
+        f"direction is shown {sums[0]} times, no difference {sums[1]} times, the opposite {sums[2]} times."
+    )
+    heads = ("claim", "paper", "tasks", "shown better on", "no difference shown on", "shown worse on")
+    return f"{summary}\n\n{table(heads, lines, words=2)}"
+
+
+def pictures(task: Task) -> dict[str, str]:
+    """Return the figures of a task by name, as SVG files."""
+    allocator = plots.Cost("allocator peak", lambda row: row.costs.allocator, text.size)
+    drawn = {
+        "scores": plots.whiskers(task), "memory": plots.against(task, allocator), "kept": diagrams.retention(task)
+    }  # fmt: skip
+    return {f"{task.name}-{name}": svg.file(figure.svg) for name, figure in drawn.items() if figure is not None}
+
+
+def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, object], dict[str, str]]:
+    """Return the tables of all tasks where full and head_only are finished, and the figures."""
     done = [
         r for (task, _), runs in cells.items() if (task, FULL) in cells and (task, HEAD_ONLY) in cells for r in runs
     ]
     if not done:
-        return {"results": "No task has finished runs of both `full` and `head_only` yet.", "short": "Nothing yet."}
-    parts, counted = [], {}
-    for task, runs in zip(report.build(done).tasks, comparisons(in_order(done)).values(), strict=True):
+        empty = dict.fromkeys(("short", "by_method", "claims"), "Nothing yet.")
+        return {**empty, "results": "No task has finished runs of both `full` and `head_only` yet.", "ranks": ""}, {}
+    parts, found, drawn = [], list[Found](), dict[str, str]()
+    built = report.build(done)
+    for task, runs in zip(built.tasks, comparisons(in_order(done)).values(), strict=True):
         if task.full is not None:
-            part, counted[f"`{task.name}`"] = result(task, runs)
+            own = pictures(task)
+            drawn |= own
+            part, rows = result(task, runs, own)
             parts.append(part)
-    counted["all"] = sum(counted.values(), Counter[str]())
-    names = ("methods", *list(KEPT.values())[:3], NO_GAIN)
-    lines = [
-        (name, *(str(c[key]) for key in names), *(f"{c[key]} ({c[f'{key}, kept']})" for key in MEMORY))
-        for name, c in counted.items()
-    ]
-    said = (
-        "Finished methods other than `full` and `head_only`: for how many ≥ 90 % retained is shown, and how many "
-        "need less memory than `full` (in brackets: those of them for which it is shown too). Peak RSS is held against "
-        "`full` with its frozen copy taken off, the stricter reading."
-    )
-    heads = ("task", "methods", "≥ 90 % retained: shown", *names[2:], *MEMORY)
-    return {"results": "\n\n".join(parts), "short": f"{said}\n\n{table(heads, lines)}"}
+            found += rows
+    ranks = ""
+    for overview in built.overviews:
+        figure = diagrams.critical_difference(overview, built)
+        if figure is not None:
+            drawn["ranks"] = svg.file(figure.svg)
+            ranks = "\n\n".join(
+                ["![Mean ranks](study/ranks.svg)", figure.caption, *map(escape_markdown, overview.notes)]
+            )
+    said = {"short": short(found), "by_method": by_method(found), "claims": claims(done), "ranks": ranks}
+    return {**said, "results": "\n\n".join(parts)}, drawn
 
 
 def span(values: Iterable[int | None]) -> str:
@@ -217,13 +334,19 @@ def at_the_edge(records: Sequence[RunRecord], final: Sequence[RunRecord]) -> tup
 
 def page(records: Sequence[RunRecord], suite: Suite) -> str:
     """Return the page."""
+    return files(records, suite)[PAGE.name]
+
+
+def files(records: Sequence[RunRecord], suite: Suite) -> dict[str, str]:
+    """Return the page and its figures, by path below docs/."""
     cells = complete(records, suite)
+    tables, drawn = results(cells)
     final = [r for runs in cells.values() for r in runs]
     settings = [RunConfig.model_validate({**t.settings, "model": "x", "data": "x"}) for t in suite.tasks.values()]
     checkpoints = any(each.gradient_checkpointing for each in settings)
     lost = Counter(r.status for r in records if r.status != "ok")
     facts = {
-        **status(records, suite, cells), **results(cells), "suite": suite.suite, "alpha": f"{ALPHA:g}",
+        **status(records, suite, cells), **tables, "suite": suite.suite, "alpha": f"{ALPHA:g}",
         "methods": text.plural(len(suite.methods), "method"), "tasks": text.plural(len(suite.tasks), "task"),
         "seeds": suite.protocol.seeds, "trials": text.plural(suite.protocol.trials, "trial"),
         "lost": text.join([f"{number} {word}" for word, number in sorted(lost.items())]) or "none",
@@ -235,8 +358,20 @@ def page(records: Sequence[RunRecord], suite: Suite) -> str:
         "machines": text.join(sorted({escape_markdown(str(r.environment.get("machine", "?"))) for r in final})),
     }  # fmt: skip
     words = Path(__file__).with_name("study.md.j2").read_text("utf-8")
-    return str(jinja2.Template(words, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(facts))
+    made = str(jinja2.Template(words, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(facts))
+    return {PAGE.name: made, **{f"study/{name}.svg": figure for name, figure in drawn.items()}}
+
+
+def main() -> None:
+    """Write the page, its figures and the whole report; figures of another time go."""
+    records = read_packed(PACK)
+    made = files(records, load_suite("small"))
+    for old in PACK.parent.glob("*.svg"):
+        if f"study/{old.name}" not in made:
+            old.unlink()
+    for name, content in {**made, "study/report.html": report.html.render(report.build(records))}.items():
+        atomic_write(PAGE.parent / name, content)
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page(read_packed(PACK), load_suite("small")))
+    main()

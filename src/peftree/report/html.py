@@ -68,7 +68,7 @@ def render(report: Report) -> str:
                 "modality": _present([task.modality for task in report.tasks], MODALITIES),
                 "budget": _present([budget(row.share) for task in report.tasks for row in task.rows], BUDGET_NAMES),
             },
-            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            style=Markup("".join((HERE / name).read_text("utf-8") for name in ("figure.css", "page.css"))),
             script=Markup(script),
             script_hash=digest,
             symbol=symbol,

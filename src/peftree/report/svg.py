@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -109,7 +111,23 @@ def marker(branch: str, x: float, y: float, *, solid: bool = True) -> str:
 
 
 def symbols() -> Markup:
-    """Return the definitions of the branches' symbols, centred on 0 and about 10 wide."""
+    """Return the definitions of the branches' symbols for a page."""
+    return Markup(f'<svg class="defs" aria-hidden="true">{_symbols()}</svg>')
+
+
+def file(drawn: str) -> str:
+    """Return a figure as an SVG file of its own, styles and symbols inside."""
+    size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
+    assert size is not None
+    style = Path(__file__).with_name("figure.css").read_text("utf-8")
+    fonts = 'font-family="system-ui, Segoe UI, Liberation Sans, Arial, sans-serif"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}" {fonts}'
+    head, title, rest = str(drawn).removeprefix("<svg").partition("</title>")
+    return f"{start}{head}{title}<style>{style}</style>{_symbols()}{rest}\n"
+
+
+def _symbols() -> str:
+    """Return the branches' symbols, centred on 0 and about 10 wide."""
     shapes = {
         "selective": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "reparameterized": [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
@@ -125,7 +143,7 @@ def symbols() -> Markup:
     for branch, corners in shapes.items():
         points = " ".join(f"{num(5 * a)},{num(5 * b)}" for a, b in corners)
         body += f'<polygon id="s-{branch}" points="{points}"/>'
-    return Markup(f'<svg class="defs" aria-hidden="true"><defs>{body}</defs></svg>')
+    return f"<defs>{body}</defs>"
 
 
 def _polygon(corners: int, outer: float, inner: float | None = None) -> list[tuple[float, float]]:
