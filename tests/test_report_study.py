@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import JsonValue
 from rich.console import Console
 
 from invented import METHODS, STUDY, TASKS, fabricated, study
 from peftree import report
 from peftree.bench.record import RunRecord
 from peftree.errors import DataError
-from peftree.report import extras, methods, tables
+from peftree.report import extras, methods, panels, tables
 from peftree.report.data import Trial
 from peftree.report.table import Table
 from peftree.report.tuning import decades, steady
@@ -90,6 +91,41 @@ def test_one_task_has_no_overview_and_two_suites_have_one_each(records: list[Run
     both = report.build([*records, *(r.model_copy(update={"suite": "other"}) for r in records)])
     assert [o.suite for o in both.overviews] == ["fabricated", "other"]
     assert not set(both.overviews[0].tasks) & set(both.overviews[1].tasks)
+
+
+def test_tasks_that_differ_in_data_alone_are_drawn_as_curves(records: list[RunRecord]) -> None:
+    found = [r for r in records if r.task == "text-classification" and r.phase == "final"]
+    change: dict[str, dict[str, JsonValue]] = {
+        "tenth": {"share": 0.1},
+        "third": {"share": 0.3},
+        "noisy": {"label_noise": 0.4},
+        "long": {"steps": 9},
+    }
+    more = [
+        r.model_copy(update={"task": name, "budget": {**r.budget, **own}})
+        for name, own in change.items()
+        for r in found
+    ]
+    built = report.build([*found, *more])
+    base, *others = sorted(built.tasks, key=lambda task: task.name != "text-classification")
+    share, wrong = panels.series(base, built, "share"), panels.series(base, built, "wrong")
+    assert share is not None and "tenth (10%), third (30%) and text-classification (100%)" in share.caption
+    assert wrong is not None and "text-classification (0%) and noisy (40%)" in wrong.caption
+    assert len(share.panels) == len(base.scored) and "lora" in "".join(share.panels)
+    assert all(panels.series(task, built, name) is None for task in others for name in ("share", "wrong"))
+    assert "accuracy against share of wrong training labels" in report.html.render(built)
+
+
+def test_a_method_of_several_sizes_is_a_curve(records: list[RunRecord]) -> None:
+    found = [r for r in records if r.task == "text-classification" and r.phase == "final"]
+    sizes = {32: 400, 64: 800, 128: 1600}
+    more = [
+        r.model_copy(update={"fields": {"r": rank}, "trainable_parameters": size})
+        for rank, size in sizes.items() for r in found if r.method == "lora"
+    ]  # fmt: skip
+    assert panels.capacity(report.build([*found, *more[:-6]]).tasks[0]) is None
+    drawn = panels.capacity(report.build([*found, *more]).tasks[0])
+    assert drawn is not None and len(drawn.panels) == 1 and "lora" in drawn.panels[0]
 
 
 def test_trials_are_no_results(built: report.Report, records: list[RunRecord]) -> None:

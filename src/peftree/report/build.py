@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 
@@ -54,6 +55,8 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
     twins = [other for other in every if other._replace(data=key.data) == key]
     data = f" (data {key.data[:8] or 'unknown'})" if len(twins) > 1 else ""
     notes += _notes(final, groups, rows) + _data_notes(records, len(twins))
+    budget = dict(records[0].budget)
+    share, wrong = (_number(budget.pop(name, usual), usual) for name, usual in (("share", 1.0), ("label_noise", 0.0)))
     return Task(
         anchor=f"task-{number}",
         suite=clean(key.suite),
@@ -71,7 +74,14 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
         statement=_statement(rows, full, decimals),
         notes=tuple(notes),
         tuning=tuning(trials, usual_environment(records)),
+        setting=json.dumps([key.suite, key.data, key.model, key.metric, budget], sort_keys=True),
+        share=share,
+        wrong=wrong,
     )
+
+
+def _number(value: object, usual: float) -> float:
+    return float(value) if isinstance(value, int | float) else usual
 
 
 def _named(groups: dict[str, list[RunRecord]]) -> dict[str, list[RunRecord]]:

@@ -164,7 +164,10 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: the methods tried on one task, data set, model and suite."""
+    """One comparison: the methods tried on one task, data set, model and suite.
+
+    Tasks of one `setting` differ in nothing but the `share` of the training rows and that of wrong labels, `wrong`.
+    """
 
     anchor: str
     suite: str
@@ -182,6 +185,9 @@ class Task:
     statement: str
     notes: tuple[str, ...]
     tuning: tuple[Tuning, ...] = ()
+    setting: str = ""
+    share: float = 1.0
+    wrong: float = 0.0
 
     @property
     def title(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,8 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from peftree.bench.record import CurvePoint
+from peftree.bench.statistics import Interval
 from peftree.report import svg, text
-from peftree.report.data import Report, Task
+from peftree.report.data import Report, Row, Task
 from peftree.report.probes import Robustness
 from peftree.report.svg import Scale, escape, num
 
@@ -63,6 +65,9 @@ def panels(task: Task, report: Report) -> list[Panels]:
     """
     score, loss = _learning(task, report)
     found = [
+        capacity(task),
+        series(task, report, "share"),
+        series(task, report, "wrong"),
         sensitivity(task),
         loss,
         *(severities(task, name) for name in ("noise", "corruptions")),
@@ -109,6 +114,48 @@ def sensitivity(task: Task) -> Panels | None:
     title = f"{task.metric} against learning rate"
     axes = Axes("rate", lambda value: f"{value:.1g}", log=True)
     return draw(f"{task.anchor}-rate", title, caption, traces, axes)
+
+
+def capacity(task: Task) -> Panels | None:
+    """Return the score against the number of trained parameters, of methods that were run with three sizes or more."""
+    groups: dict[str, list[Row]] = {}
+    for row in task.scored:
+        groups.setdefault(row.method, []).append(row)
+    traces = [
+        _with_intervals(name, rows[0].branch, [(float(row.trainable or 0), row.score) for row in rows], "sizes")
+        for name, rows in groups.items()
+        if len({row.trainable for row in rows if row.trainable}) > 2
+    ]
+    caption = "One point a choice of fields, with its 95 % interval; all other methods in grey."
+    axes = Axes("", text.count, log=True)
+    return draw(f"{task.anchor}-size", f"{task.metric} against trained parameters", caption, traces, axes)
+
+
+def series(task: Task, report: Report, name: str) -> Panels | None:
+    """Return the score against the share of training rows, or of wrong labels, over tasks that are else the same."""
+    rest = "wrong" if name == "share" else "share"
+    alike = [t for t in report.tasks if t.setting == task.setting and getattr(t, rest) == getattr(task, rest)]
+    ends = {getattr(t, name): t for t in sorted(alike, key=lambda t: len(t.scored))}  # of equal ones the fullest
+    if len(ends) < 2 or ends[max(ends) if name == "share" else min(ends)] is not task:
+        return None
+    traces = []
+    for row in task.scored:
+        found = [(x, other.row(row.label)) for x, other in sorted(ends.items())]
+        points = [(x, each.score) for x, each in found if each is not None]
+        if len(points) > 1:
+            traces.append(_with_intervals(row.label, row.branch, points, name))
+    what = "share of the training rows" if name == "share" else "share of wrong training labels"
+    caption = f"Over {text.join([f'{t.name} ({x:.0%})' for x, t in sorted(ends.items())])}, with 95 % intervals."
+    axes = Axes("", lambda value: f"{value:.0%}", log=name == "share")
+    return draw(f"{task.anchor}-{name}", f"{task.metric} against {what}", caption, traces, axes)
+
+
+def _with_intervals(label: str, branch: str, found: Sequence[tuple[float, Interval | None]], name: str) -> Trace:
+    """Return a trace of scores with the band of their intervals."""
+    known = sorted((x, s.value, s.low, s.high) for x, s in found if s is not None)
+    points = tuple((x, y) for x, y, _, _ in known)
+    band = tuple((x, low, high) for x, _, low, high in known if math.isfinite(high - low))
+    return Trace(label, branch, name, points, band, dots=True)
 
 
 def expected(task: Task) -> Panels | None:
