@@ -418,6 +418,7 @@ def test_real_data(tmp_path: Path) -> None:
     assert len(sources.wordnet_definitions(("noun",), quiet=True)) == 82_115
     assert len(sources.wordnet_examples(quiet=True)) == 23_637
     assert len(sources.emoji(quiet=True)) == 1_906
+    assert [len(sources.interface(language, quiet=True)) for language in sources.INTERFACES] == [6_855, 6_930]
     for split, size in (("train", 60_000), ("test", 10_000)):
         images, labels, _ = sources.fashion_mnist(split, quiet=True)
         assert images.shape == (size, 28, 28) and set(np.bincount(labels)) == {size // 10}
@@ -433,16 +434,17 @@ def test_real_model(name: str) -> None:
     import torch
     import transformers
 
-    from peftree.assets import dit
+    from peftree.assets import dit, ssru
 
     folder = models.model_folder(name, quiet=True)
-    kind = getattr(dit if name.startswith("dit") else transformers, str(models.describe(name)["architecture"]))
+    own = {"dit-fashion": dit, "bergamot-en-pt": ssru}
+    kind = getattr(own.get(name, transformers), str(models.describe(name)["architecture"]))
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     new = set(getattr(model.config, "fresh_modules", ()))
     assert all(new & set(key.split(".")) for keys in report.values() for key in keys) and model.dtype == torch.float32
     assert new == {part for key in report["missing_keys"] for part in key.split(".")} & JOINTS
     assert sum(p.numel() for p in model.parameters()) == models.describe(name)["parameters"]
-    if name.startswith("dit"):
+    if name in own:  # see the tests of their modules
         return
     if name.startswith("dinov2"):
         processor = transformers.AutoImageProcessor.from_pretrained(folder)

@@ -6,6 +6,7 @@ import collections
 import itertools
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from PIL import Image
 
 from peftree.assets import data, sources
 from peftree.assets.data import SOURCES, grouped, write_data
-from peftree.assets.sources import Definition, Emoji, Scored, Turn, plain
+from peftree.assets.sources import Definition, Emoji, Scored, Translation, Turn, plain
 from peftree.errors import DataError
 from peftree.train.data import load_data
 
 SIZES = {"train": 20, "valid": 6, "test": 10}
 PAIRED = {"emoji-pairs": "captioning"}
+WORDS = [f"{a}{b}" for a in "abcdef" for b in "uvwxyz"]
 
 
 @pytest.fixture
@@ -44,6 +46,8 @@ def invented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(data, "labelled_examples", lambda quiet: [(d.definition, d.lexname) for d in nouns])
     monkeypatch.setattr(data, "chatterbot", lambda quiet: turns)
     monkeypatch.setattr(data, "emoji", lambda quiet: rows)
+    texts = [Translation(f"Open the file {w}, step {i}", f"Abrir {w} {i}") for i in range(2) for w in WORDS]
+    monkeypatch.setattr(data, "interface", lambda language, quiet: texts)
     return tmp_path
 
 
@@ -89,6 +93,48 @@ def test_questions_and_answers_stay_in_one_split(invented: Path) -> None:
     rows = check(invented / "out", "chat", {}, SIZES)
     answers = [{plain(r.target) for r in getattr(rows, s)} for s in SIZES]
     assert not any(a & b for a, b in itertools.combinations(answers, 2))
+
+
+def test_texts_of_an_interface_that_differ_in_figures_alone_stay_in_one_split(invented: Path) -> None:
+    rows = check(invented / "out", "interface-es", {}, SIZES)
+    words = [{r.source.split()[3] for r in getattr(rows, s)} for s in SIZES]
+    assert not any(a & b for a, b in itertools.combinations(words, 2))
+    assert rows.train[0].source.startswith("Open the file") and rows.train[0].target.startswith("Abrir")
+
+
+def catalogue(entries: dict[str, str]) -> bytes:
+    """Return a compiled catalogue of gettext."""
+    texts = [text.encode() for pair in sorted(entries.items()) for text in pair]
+    head, at, tables = 28, 28 + 16 * len(entries), [b"", b""]
+    for i, text in enumerate(texts):
+        tables[i % 2] += struct.pack("<2I", len(text), at)
+        at += len(text) + 1
+    start = struct.pack("<7I", 0x950412DE, 0, len(entries), head, head + 8 * len(entries), 0, 0)
+    return start + b"".join(tables) + b"".join(text + b"\0" for text in texts)
+
+
+def test_catalogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {
+        "": "Project-Id-Version: x",
+        "menu\x04~Open the next file": "Abrir el archivo siguiente",
+        "other\x04Open the next file": "Abra el archivo siguiente ahora",
+        "one\0many": "uno\0muchos",
+        "Save it": "Guardar",
+        "Insert %1 rows before this": "Insertar %1 filas",
+        "Name of the program": "Name of the program",
+    }
+    pairs = sources.parse_mo(catalogue(entries))
+    assert ("~Open the next file", "Abrir el archivo siguiente") in pairs and len(pairs) == 5
+    for bad in (b"", catalogue(entries)[:40], b"\0" * 40):
+        with pytest.raises(DataError, match="catalogue"):
+            sources.parse_mo(bad)
+    file = tmp_path / "usr/lib/libreoffice/program/resource/es/LC_MESSAGES/a.mo"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(catalogue(entries))
+    monkeypatch.setattr(sources, "ensure", lambda name, quiet: tmp_path)
+    assert sources.interface("es") == [("Open the next file", "Abrir el archivo siguiente")]
+    with pytest.raises(DataError, match=r"no interface in .pt.\. Known: es, pt-br"):
+        sources.interface("pt")
 
 
 def test_emoji_are_on_white_and_near_duplicates_in_one_split(invented: Path) -> None:

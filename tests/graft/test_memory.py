@@ -149,7 +149,7 @@ def test_generation(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "ssru"])
 def test_generation_of_encoder_decoders(name: str, method: str) -> None:
     model = zoo.build(name)
     put(model, method, std=0.5, **({} if method == "lora" else {"length": L}))

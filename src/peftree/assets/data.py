@@ -16,24 +16,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftree.assets.fetch import ASSETS, ensure, make_folder
+from peftree.assets.fetch import ensure, make_folder
 from peftree.assets.sources import (
     FASHION_CLASSES,
+    INTERFACES,
     VADER_DOMAINS,
     Definition,
     Emoji,
+    Translation,
     Turn,
     binary,
     chatterbot,
     concept,
     emoji,
     fashion_mnist,
+    interface,
     labelled_examples,
     plain,
     unique,
     vader,
     wordnet_definitions,
 )
+from peftree.assets.table import ASSETS
 from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
@@ -282,6 +286,21 @@ def _chat(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, 
         _lines(folder / f"{split}.jsonl", ("prompt", "completion"), chosen)
 
 
+def _interface(language: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
+    rows = interface(language, quiet=True)
+
+    def keys(row: Translation) -> tuple[str, str]:
+        return f"english {_letters(row.english)}", f"other {_letters(row.other)}"
+
+    for split, chosen in grouped(rows, keys, lambda _: 0, sizes, rng).items():
+        _lines(folder / f"{split}.jsonl", ("prompt", "completion"), chosen)
+
+
+def _letters(text: str) -> str:
+    """Return a text without figures and signs: texts that differ in these alone are near-duplicates."""
+    return " ".join(re.findall(r"[^\W\d_]+", text.lower())) or plain(text)
+
+
 def _fashion(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
     from PIL import Image
 
@@ -346,6 +365,12 @@ SOURCES: dict[str, Source] = {
     "examples": Source("wordnet", "general sentences, the class of the word they show: for retention", _examples),
     "definitions": Source("wordnet", "word and definition: generation", _definitions),
     "chat": Source("chatterbot", "question and answer: generation", _chat),
+    **{
+        f"interface-{name}": Source(
+            f"libreoffice-{name}", f"English and {there}, of an interface: generation", partial(_interface, name)
+        )
+        for name, there in INTERFACES.items()
+    },
     "fashion-mnist": Source("fashion-mnist", "clothing, ten classes: image folders", _fashion, {"classes": []}),
     "emoji": Source("emoji", "emoji, nine categories: image folders", partial(_emoji, "classes"), _SHOWN),
     "emoji-pairs": Source("emoji", "emoji and their names: images with texts", partial(_emoji, "pairs"), _SHOWN),

@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import re
+import struct
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from peftree.errors import DataError, did_you_mean
 
 Images = npt.NDArray[np.uint8]
 Target = TypeVar("Target")
+INTERFACES = {"es": "Spanish", "pt-br": "Brazilian Portuguese"}
 VADER_DOMAINS = {
     "movies": "movieReviewSnippets",
     "products": "amazonReviewSnippets",
@@ -63,6 +65,13 @@ class Definition(NamedTuple):
     word: str
     definition: str
     lexname: str
+
+
+class Translation(NamedTuple):
+    """A text of a program's interface, and what stands for it in another language."""
+
+    english: str
+    other: str
 
 
 class Emoji(NamedTuple):
@@ -136,6 +145,59 @@ def chatterbot(quiet: bool = False) -> list[Turn]:
                 lines = (str(line).strip() for line in conversation)
                 turns.update(Turn(*pair) for pair in itertools.pairwise(lines))
     return sorted(turn for turn in turns if all(turn))
+
+
+def interface(language: str, quiet: bool = False) -> list[Translation]:
+    """Return the texts of LibreOffice's interface with their human translations, each English text once; see `clean`.
+
+    `language` is "es" or "pt-br". An English text that is translated in several ways counts in the shortest way, the
+    first by the alphabet among equals.
+
+    Raises:
+        DataError: unknown language.
+        AssetError: the package could not be fetched.
+    """
+    if language not in INTERFACES:
+        raise DataError(f"There is no interface in '{language}'.", did_you_mean(language, INTERFACES))
+    folder = ensure(f"libreoffice-{language}", quiet) / "usr" / "lib" / "libreoffice" / "program" / "resource"
+    pairs = (clean(*pair) for file in folder.glob("*/LC_MESSAGES/*.mo") for pair in parse_mo(file.read_bytes()))
+    rows: dict[str, Translation] = {}
+    for row in sorted((pair for pair in pairs if pair), key=lambda row: (len(row.other), row)):
+        rows.setdefault(plain(row.english), row)
+    return sorted(rows.values())
+
+
+def clean(english: str, other: str) -> Translation | None:
+    """Return an entry as plain text, or None where it is no sentence or phrase: 4 to 40 words without markup.
+
+    The signs `~` and `_`, which mark a shortcut's letter, are taken out. Entries with places for values (`%1`,
+    `$(ARG)`, `{0}`), tags, or a translation that is the English text itself, are left out.
+    """
+    one, two = (" ".join(re.sub("[~_]", "", text).split()) for text in (english, other))
+    words = 4 <= len(one.split()) <= 40 and 1 <= len(two.split()) <= 60
+    return Translation(one, two) if words and one != two and not re.search(r"[<>%$#\\{}]", one + two) else None
+
+
+def parse_mo(data: bytes) -> list[tuple[str, str]]:
+    """Parse a catalogue of gettext (its manual, section 10.3) into pairs of text and translation, in its order.
+
+    The context before a text is left out, and so are entries with plural forms and the header, whose text is empty.
+
+    Raises:
+        DataError: it is no little-endian catalogue, or is cut.
+    """
+    try:
+        magic, _, count, texts, translations = struct.unpack_from("<5I", data)
+        if magic != 0x950412DE:
+            raise DataError("This is no catalogue of gettext.", "Fetch the data again.")
+        places = [
+            struct.unpack_from("<2I", data, table + 8 * i) for i in range(count) for table in (texts, translations)
+        ]
+    except struct.error as error:
+        raise DataError(f"The catalogue is cut: {error}.", "Fetch the data again.") from None
+    entries = [data[start : start + size].decode() for size, start in places]
+    pairs = ((key.rpartition("\x04")[2], value) for key, value in zip(entries[::2], entries[1::2], strict=True))
+    return [(key, value) for key, value in pairs if key and "\0" not in key]
 
 
 def wordnet_definitions(parts: Sequence[str] = ("noun", "verb"), quiet: bool = False) -> list[Definition]:

@@ -75,7 +75,10 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
 
 
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
-    """Score a causal language model on batches whose `labels` `[batch, tokens]` are -100 outside completions.
+    """Score a language model on batches whose `labels` `[batch, tokens]` are -100 outside completions.
+
+    Labels are those of the tokens themselves, which the places before predict; in a batch with `decoder_input_ids`,
+    which are one place behind, each place predicts its own.
 
     Perplexity is `exp` of the mean over items of an item's mean negative log-likelihood.
     `token_accuracy` is the mean over items of the share of tokens that come first; `exact_match` the
@@ -89,8 +92,10 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     with evaluating(model):
         for batch in batches:
             inputs = {k: v for k, v in batch.items() if k != "labels"}
-            labels = batch["labels"][:, 1:]
-            losses, right = _tokens(model(**inputs).logits[:, :-1], labels)
+            logits, labels = model(**inputs).logits, batch["labels"]
+            if "decoder_input_ids" not in batch:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            losses, right = _tokens(logits, labels)
             kept = labels.ne(-100)
             counts = kept.sum(1)
             if not bool(counts.all()):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import peftree.assets.ssru  # noqa: F401  (makes its model known to transformers' auto classes)
 from peftree.errors import ConfigError
 
 # How configs call their number of layers; the first of a row that a config has is the one that counts.

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from peftree.train.data import Data
 from peftree.train.facts import FACTS, TaskFacts, TaskName
-from peftree.train.tasks import captioning, diffusion, generation, retrieval, text, vision
+from peftree.train.tasks import captioning, diffusion, retrieval, seq2seq, text, vision
 from peftree.train.tasks.base import Batch, Items, Options, Rows, Task, pad
 from peftree.train.tasks.captioning import Captioning
 from peftree.train.tasks.generation import Generation
 from peftree.train.tasks.retrieval import Retrieval
+from peftree.train.tasks.seq2seq import SequenceToSequence
 from peftree.train.tasks.text import TextClassification, TextRegression
 from peftree.train.tasks.vision import ImageClassification
 
@@ -24,6 +25,7 @@ __all__ = [
     "Options",
     "Retrieval",
     "Rows",
+    "SequenceToSequence",
     "Task",
     "TaskFacts",
     "TextClassification",
@@ -36,7 +38,7 @@ __all__ = [
 _LOADERS: Mapping[TaskName, Callable[[str, Data, Options], tuple[Task, list[str]]]] = {
     "text-classification": text.load_classification,
     "text-regression": text.load_regression,
-    "generation": generation.load_generation,
+    "generation": seq2seq.load_generation,
     "image-classification": vision.load_classification,
     "image-generation": diffusion.load_diffusion,
     "image-text-retrieval": retrieval.load_retrieval,

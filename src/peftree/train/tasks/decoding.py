@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from peftree.train.tasks.base import IGNORED, Batch
+from peftree.train.tasks.base import pad as pad_right
 
 
 def greedy(
@@ -19,6 +20,7 @@ def greedy(
     stop: int,
     batch_size: int,
     bar: Callable[[range], Iterable[int]] = iter,
+    start: int | None = None,
 ) -> list[list[int]]:
     """Return the tokens that `model` writes after each prompt, the stop token and what follows it left out.
 
@@ -26,19 +28,24 @@ def greedy(
         model: in eval mode, without gradients.
         features: `input_ids`, `labels` (-100 on the prompt) and perhaps `pixel_values` of each row; the longest
             completion among them is how many tokens are written at most.
-        pad: id to pad prompts with, at the left.
+        pad: id to pad prompts with, at the left; at the right for an encoder.
         stop: id at which a row ends.
         batch_size: rows at a time.
         bar: is put around the places where a batch begins, to show progress.
+        start: for an encoder-decoder, whose prompts are all of `input_ids`: the id that its decoder starts with.
     """
     most = max(sum(label != IGNORED for label in f["labels"]) for f in features)
-    settings = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad)
+    settings = GenerationConfig(
+        max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad,
+        decoder_start_token_id=start,
+    )  # fmt: skip
     written: list[list[int]] = []
     device = next(model.parameters()).device
     net: Any = model
-    for start in bar(range(0, len(features), batch_size)):
-        batch = _prompts(features[start : start + batch_size], pad)
-        width = batch["input_ids"].shape[1]
+    for at in bar(range(0, len(features), batch_size)):
+        some = features[at : at + batch_size]
+        batch = _prompts(some, pad) if start is None else pad_right([f["input_ids"] for f in some], pad)
+        width = batch["input_ids"].shape[1] if start is None else 1
         out: Tensor = net.generate(**{k: v.to(device) for k, v in batch.items()}, generation_config=settings)
         for row in out[:, width:].tolist():
             written.append(row[: row.index(stop)] if stop in row else row)

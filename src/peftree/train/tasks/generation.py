@@ -1,4 +1,4 @@
-"""Generation: a causal language model completes prompts."""
+"""Generation by a decoder: a causal language model completes prompts."""
 
 from __future__ import annotations
 
@@ -99,10 +99,14 @@ class Completions(Task):
         if not first:
             return scores
         with quality.evaluating(self.model):
-            written = greedy(self.model, first, self.pad, self.ending[0], batch_size, self.bar)
+            written = self.write(first, batch_size)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         found = text_metrics.compare(texts, [f["target"] for f in first])
         return replace(scores, values={**scores.values, **found})
+
+    def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
+        """Return the tokens that greedy decoding writes after each row's prompt."""
+        return greedy(self.model, features, self.pad, self.ending[0], batch_size, self.bar)
 
 
 class Generation(Completions):
