@@ -132,7 +132,7 @@ def predict(fact: dict[str, Any], usual: dict[str, Any], switched: bool, length:
             pass
     tokens = torch.empty(params["batch_size"], length, dtype=torch.long, device="meta")
     batch = {"input_ids": tokens, "attention_mask": tokens, "labels": tokens, "num_items_in_batch": tokens.numel()}
-    line = foreign.trace(placed, batch)
+    line, _ = foreign.trace(placed, batch)
     beside = Beside(placed.weights, placed.adapter, **adamw(placed.trained))
     still = placed.weights + sum(placed.adapter) + sum(beside.state)
     return {

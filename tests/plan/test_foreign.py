@@ -16,6 +16,7 @@ from torch import nn
 import zoo
 from peftree.errors import ConfigError, MethodError
 from peftree.plan import foreign, skeleton
+from peftree.plan.request import read_adapter
 from peftree.plan.trace import Ledger, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of PEFT's own code
@@ -65,7 +66,7 @@ def test_every_way_finds_the_parameters_of_the_real_model(kind: str) -> None:
     placed, there = foreign.put(bare, stated(kind)), real(kind)
     assert placed.trainable == sum(p.numel() for p in there.parameters() if p.requires_grad)
     assert placed.weights == 2 * sum(p.numel() for p in tf.LlamaForCausalLM(config()).parameters())
-    line = foreign.trace(placed, batch())
+    line, _ = foreign.trace(placed, batch())
     assert line.phases == ["forward", "backward"]
     assert line.peak() > 0
 
@@ -76,7 +77,7 @@ def test_the_bytes_are_those_of_the_real_step(kind: str) -> None:
     ledger = Ledger([*model.parameters(), *model.buffers(), *fed.values()], scratch=False)
     phases = [("forward", lambda: kept.update(out=model(**fed))), ("backward", lambda: kept["out"].loss.backward())]
     line, _ = record(phases, ledger)
-    planned = foreign.trace(foreign.put(bare, stated(kind)), batch())
+    planned, _ = foreign.trace(foreign.put(bare, stated(kind)), batch())
     assert planned.peaks() == line.peaks()
 
 
@@ -102,7 +103,7 @@ def test_without_an_adapter_all_is_trained() -> None:
 def test_a_folder_its_file_and_its_content_are_one(tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(stated("LORA")), "utf-8")
-    assert foreign.read(tmp_path) == foreign.read(file) == foreign.read(stated("LORA")) == stated("LORA")
+    assert read_adapter(tmp_path) == read_adapter(file) == read_adapter(stated("LORA")) == stated("LORA")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_bad_folder_is_named(tmp_path: Path, content: str | None, said: str) -
     if content is not None:
         (tmp_path / "adapter_config.json").write_text(content, "utf-8")
     with pytest.raises(ConfigError, match=said):
-        foreign.read(tmp_path)
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def open_images(model: nn.Module) -> None:
 
 
 def _everywhere(input_ids: Any, inputs_embeds: Tensor, *features: Any, **more: Any) -> Tensor:
-    return torch.ones_like(inputs_embeds, dtype=torch.bool)
+    """Return a mask of the places that features are put in: all, or the first if there are fewer features."""
+    mask = torch.ones_like(inputs_embeds, dtype=torch.bool)
+    mask.view(-1)[sum(f.numel() for f in (*features, *more.values()) if isinstance(f, Tensor)) :] = False
+    return mask
 
 
 def _side(size: Any) -> int:

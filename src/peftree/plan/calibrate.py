@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +14,21 @@ from torch import Tensor
 from peftree.adapter import adapt
 from peftree.errors import ConfigError
 from peftree.machine import free_memory
-from peftree.plan import formulas
-from peftree.plan.batch import inputs
-from peftree.plan.estimate import read
+from peftree.plan import foreign, formulas
+from peftree.plan.batch import inputs, open_images
+from peftree.plan.estimate import read, settled
 from peftree.plan.request import Request
 from peftree.plan.result import Plan
 from peftree.plan.step import recompute
 from peftree.registry import make
 
 STEPS, WARM_UP = 20, 2
+_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, fused=True),
+    "adamw_loop": lambda groups: torch.optim.AdamW(groups, foreach=False),
+    "adamw_foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -49,43 +56,76 @@ class Calibration:
         return f"{self.seconds:.3g} s a step ({self.low:.3g} to {self.high:.3g}, {self.steps} real steps on {where})"
 
 
-def calibrate(asked: Request, made: Plan) -> Calibration:
+def calibrate(asked: Request, made: Plan, say: Callable[[str], object] = lambda line: None) -> Calibration:
     """Time real training steps of a request here; the values of the weights do not matter to the time.
+
+    Args:
+        asked: the setting.
+        made: its plan, which says whether it fits.
+        say: is told which step runs.
 
     Raises:
         ConfigError: it does not fit this machine, or is not a training step of dense weights.
     """
+    asked, device = settled(asked), "cuda" if torch.cuda.is_available() else "cpu"
+    _check(asked, made, device)
+    say("building the model")
+    run, optimizer = _ready(asked, device)
+    times = []
+    for number in range(WARM_UP + STEPS):
+        say(f"real step {number + 1} of {WARM_UP + STEPS}")
+        start = time.perf_counter()
+        for _ in range(asked.accumulation):
+            run().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    low, middle, high = statistics.quantiles(times[WARM_UP:], n=4)
+    return Calibration(middle, low, high, STEPS, device, torch.get_num_threads())
+
+
+def _check(asked: Request, made: Plan, device: str) -> None:
     if asked.mode != "train" or asked.base != "dense" or asked.devices > 1:
         raise ConfigError("Only a training step of a dense model on one device can be timed.", "Leave out --calibrate.")
-    cuda = torch.cuda.is_available()
-    there = torch.cuda.mem_get_info()[0] if cuda else free_memory()
+    if asked.optimizer not in _OPTIMIZERS:
+        raise ConfigError(f"{asked.optimizer} is not at hand for timing.", f"Choose {', '.join(_OPTIMIZERS)}.")
+    there = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     if made.high > there:
         raise ConfigError(
             f"Timing takes {made.high / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free here.",
             "Ask for a smaller batch or length, or leave out --calibrate.",
         )
-    device = "cuda" if cuda else "cpu"
+
+
+def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.optim.Optimizer]:
+    """Return what runs a forward pass and returns its loss, and the optimizer."""
     config, kind = read(asked.model, asked.task, asked.labels)
     with torch.device(device):
         model: Any = kind._from_config(
             config, dtype=formulas.dtype_of(config, asked.dtype), attn_implementation=asked.attention
         )
-    adapter = adapt(model, make(asked.method, asked.fields))
-    recompute(model, asked.checkpointing)
-    model.train()
-    optimizer = torch.optim.AdamW(adapter.param_groups(), fused=True)
     batch = {k: _real(v, device) for k, v in inputs(model, asked).items()}
-    times = []
-    for _ in range(WARM_UP + STEPS):
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    low, middle, high = statistics.quantiles(times[WARM_UP:], n=4)
-    return Calibration(middle, low, high, STEPS, device, torch.get_num_threads())
+    open_images(model)
+    recompute(model, asked.checkpointing)
+    make_optimizer = _OPTIMIZERS[asked.optimizer]
+    if asked.adapter:
+        theirs = foreign.real(model, asked.adapter).train()
+        own = [p for p in theirs.parameters() if p.requires_grad]
+        return lambda: theirs(**batch).loss, make_optimizer(own)
+    adapter = adapt(model, make(asked.method, asked.fields))
+    model.train()
+    if adapter.method.tags.needs_data:
+        adapter.init([lambda: model(**batch).loss])
+
+    def run() -> Tensor:
+        out = model(**batch)
+        extra = adapter.aux_loss(1, STEPS, out, lambda: model(**batch))
+        loss: Tensor = out.loss if extra is None else out.loss + extra
+        return loss
+
+    return run, make_optimizer(adapter.param_groups())
 
 
 def _real(value: Any, device: str) -> Any:

@@ -13,7 +13,7 @@ import typer
 from peftree.errors import ConfigError
 from peftree.plan.request import Request, parse_bytes, request
 
-_OWN = ("model", "fields", "memory")  # given in other words than the field's own
+_OWN = ("model", "fields", "adapter", "memory")  # given in other words than the field's own
 
 
 def plan_command(**given: Any) -> None:
@@ -22,19 +22,22 @@ def plan_command(**given: Any) -> None:
     memory = parse_bytes(budget) if budget else 0
     html, as_json, as_table, data = (given.pop(name) for name in ("html", "as_json", "table", "data"))
     calibrate, whole = given.pop("calibrate"), given.pop("method") or ""
-    asked = request(**given | {"fields": _fields(given.pop("set") or []), "memory": memory, "method": whole or "lora"})
+    given |= {"fields": _fields(given.pop("set") or []), "memory": memory, "method": whole}
+    if as_table and given["adapter"]:
+        raise ConfigError("A table is of the tree's methods, not of an adapter's file.", "Leave out one of the two.")
+    asked = request(**{key: value for key, value in given.items() if value or key not in ("method", "adapter")})
     from peftree.plan import show
 
     if data:
         asked, said = show.with_data(asked, Path(data))
         typer.echo(said, err=as_json)
-    if as_table or not whole:
+    if as_table or not (whole or asked.adapter):
         show.print_table(asked, as_json)
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("planning"):
-        found = show.Shown.of(asked, calibrate)
+    with Console(stderr=True).status("planning") as status:
+        found = show.Shown.of(asked, calibrate, status.update)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -78,6 +81,7 @@ def _options() -> list[inspect.Parameter]:
         flag = f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else "")
         out.append(_option(name, kind, typer.Option(flag, help=text), "" if name == "method" else info.default))
     more: list[tuple[str, Any, str, str, Any]] = [
+        ("adapter", str, "--adapter", "In the place of a method: PEFT's adapter_config.json, or its folder.", ""),
         ("set", list[str] | None, "--set", "A field of the method, as r=16; may be given again.", None),
         ("memory", str, "--memory", "The budget of one device, as 24GB: says what fits, and the ways under it.", ""),
         ("data", str, "--data", "A file of training rows: the length is that of its longest row.", ""),

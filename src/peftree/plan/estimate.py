@@ -7,8 +7,9 @@ head, logits, loss) is in both and cancels. Weights, gradients of the optimizer'
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +18,11 @@ from torch import nn
 
 from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
-from peftree.plan import formulas, skeleton
+from peftree.plan import formulas, skeleton, theirs
 from peftree.plan.batch import position_table
 from peftree.plan.request import Request
 from peftree.plan.reserved import WORKSPACE
-from peftree.plan.result import Plan
+from peftree.plan.result import Plan, Whole
 from peftree.plan.step import PARTS, Traced, adapted, trace
 from peftree.plan.trace import supported
 
@@ -34,29 +35,29 @@ CONTEXT = 600 << 20  # bytes that a CUDA process takes for itself; no allocator 
 Parts = dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
-class _Whole:
-    """The full model's own figures."""
-
-    model: str
-    parts: dict[str, int]
-    scratch: int
-    layer: int
-    gradients: int
-    trainable: int
-    total: int
-    sites: int
-    shared: bool
-
-
 def plan(request: Request) -> Plan:
     """Return what `request` takes; no weights are read, nothing runs.
 
     Raises:
-        ConfigError: no config, an unknown task, or a mode that the model does not have.
+        ConfigError: no config, an unknown task, or a mode that the model does not have; PEFT is not installed.
         MethodError, SiteError: the method does not fit the model.
+        StoreError: no method of ours is what the adapter's file says.
     """
+    request = settled(request)
     return _planned(request.model_copy(update={"memory": 0}).model_dump_json()).ask(request)
+
+
+def settled(request: Request) -> Request:
+    """Return the request with our own method in the place of an adapter's file, if our code is to train it."""
+    if not request.adapter or request.code == "peft":
+        return request
+    found = _ours(request.model, request.task, request.labels, json.dumps(request.adapter))
+    return request.model_copy(update={"method": found[0], "fields": found[1], "adapter": {}})
+
+
+@lru_cache(maxsize=32)
+def _ours(model: str, task: str, labels: int, adapter: str) -> tuple[str, dict[str, Any]]:
+    return theirs.ours(*read(model, task, labels), json.loads(adapter))
 
 
 @lru_cache(maxsize=512)
@@ -66,6 +67,8 @@ def _planned(text: str) -> Plan:
     if request.mode == "generate" and not kind.can_generate():
         raise ConfigError(f"{kind.__name__} generates no text.", "Plan it with mode=train or mode=eval.")
     dtype = formulas.dtype_of(config, request.dtype)
+    if request.adapter:
+        return _of_peft(theirs.traced(config, kind, request, dtype), request)
     whole = _whole(request.model_copy(update=_APART).model_dump_json())
     notes: list[str] = []
     how, operations = "traced", 0.0
@@ -82,14 +85,24 @@ def _planned(text: str) -> Plan:
         how = "formula"
         notes.append(f"not traced ({why}): a rule of thumb, far less exact")
         found = rough(config, request, dtype, whole.gradients)
-    phases = {name: _with(whole, parts, request, name) for name, parts in found.items()}
-    if request.mode == "train":
-        phases["optimizer"] = _with(
-            whole, {"gradients": whole.gradients, "temporaries": whole.scratch}, request, "step"
-        )
+    phases = _phases(whole, found, request)
     if request.mode == "generate":
         phases["generation"] = _generation(config, whole, request, dtype)
     return _plan(request, whole, phases, round(operations), how, notes)
+
+
+def _of_peft(found: theirs.Theirs, request: Request) -> Plan:
+    phases = _phases(found.whole, found.parts, request)
+    notes = ["traced with PEFT's own modules; with peftree's: --code peftree"]
+    return _plan(request, found.whole, phases, round(found.operations), "traced", notes, found.held)
+
+
+def _phases(whole: Whole, found: Parts, request: Request) -> dict[str, dict[str, int]]:
+    phases = {name: _with(whole, parts, request, name) for name, parts in found.items()}
+    if request.mode == "train":
+        step = {"gradients": whole.gradients, "temporaries": whole.scratch}
+        phases["optimizer"] = _with(whole, step, request, "step")
+    return phases
 
 
 def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False) -> tuple[Parts, float]:
@@ -119,7 +132,7 @@ def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: 
 def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:
     """Return the stacks to trace with fewer layers: those deep enough, unless the request names layers."""
     chosen = str(request.fields)
-    if "layers" in request.fields or "@" in chosen:
+    if "layers" in request.fields or "@" in chosen or re.search(r"\.\d+\.", chosen):
         return []
     return [d for d in skeleton.depths(config) if d.count > 2 * d.period + 1]
 
@@ -143,7 +156,7 @@ def positions(request: Request) -> int:
 
 
 @lru_cache(maxsize=128)
-def _whole(text: str) -> _Whole:
+def _whole(text: str) -> Whole:
     """Count weights, adapter, gradients and optimizer state on the full model."""
     request = Request.model_validate_json(text)
     config, kind = read(request.model, request.task, request.labels)
@@ -162,7 +175,7 @@ def _whole(text: str) -> _Whole:
         "optimizer": formulas.optimizer_state(trained, request.optimizer) if training else 0,
     }
     scratch = formulas.optimizer_scratch(trained, request.optimizer)
-    return _Whole(
+    return Whole(
         type(model).__name__, parts, scratch, _largest_layer(model), formulas.size(trained) if training else 0,
         sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter),
     )  # fmt: skip
@@ -179,7 +192,7 @@ def _largest_layer(model: nn.Module) -> int:
     return max((formulas.size(layer.parameters()) for layers in lists for layer in layers), default=0)
 
 
-def _with(whole: _Whole, parts: Mapping[str, float], request: Request, phase: str) -> dict[str, int]:
+def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str) -> dict[str, int]:
     """Return all parts of a phase: what was traced, the weights, what sharding does to them."""
     out = dict.fromkeys(PARTS, 0) | whole.parts
     for part, value in parts.items():
@@ -190,7 +203,7 @@ def _with(whole: _Whole, parts: Mapping[str, float], request: Request, phase: st
     return formulas.sharded(out, request, gathered, whole.gradients)
 
 
-def _generation(config: Any, whole: _Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
+def _generation(config: Any, whole: Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
     """Return the parts while the last token is made: the whole cache, and one layer's copy that grows."""
     tokens = request.length + request.new_tokens
     held = formulas.cache(config, request.batch, tokens, dtype.itemsize)
@@ -220,13 +233,22 @@ def rough(config: Any, request: Request, dtype: torch.dtype, gradients: int) -> 
 
 
 def _plan(
-    request: Request, whole: _Whole, phases: dict[str, dict[str, int]], operations: int, how: str, notes: list[str]
+    request: Request,
+    whole: Whole,
+    phases: dict[str, dict[str, int]],
+    operations: int,
+    how: str,
+    notes: list[str],
+    held: int = 0,
 ) -> Plan:
+    """Put it together; `held`: what a replay of the allocator found, if there was one."""
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     phase = max(totals, key=lambda name: totals[name])
     low = totals[phase]
     still = whole.parts["weights"]
-    expected = resident(low, still + whole.parts["adapter"]) if request.device == "cpu" else reserved(low, still)
+    expected = (
+        resident(low, still + whole.parts["adapter"]) if request.device == "cpu" else held or reserved(low, still)
+    )
     margin = SLACK[request.device] if how == "traced" else 0.5
     high = round(expected + margin * (expected - min(still, expected)))
     if request.device == "cuda":

@@ -15,6 +15,7 @@ from peftree.plan.result import Plan
 
 MOST = {"batch": 1 << 16, "length": 1 << 20}
 TRIES = 40
+_LST: dict[str, Any] = {"method": "lst", "fields": {}, "adapter": {}}
 BATCHES, LENGTHS = (1, 4, 16), (128, 512, 2048)
 
 
@@ -39,42 +40,43 @@ class Way:
 
 def largest(request: Request, memory: int, key: Literal["batch", "length"] = "batch") -> int:
     """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row is."""
-
-    def fits(value: int) -> bool:
-        return plan(request.model_copy(update={key: value})).fits(memory)
-
-    return _largest(lambda v: plan(request.model_copy(update={key: v})).expected, fits, memory, _bound(request, key))
+    return _largest(lambda v: plan(request.model_copy(update={key: v})).expected, memory, _bound(request, key))
 
 
 def _bound(request: Request, key: str) -> int:
     return min(MOST[key], positions(request)) if key == "length" else MOST[key]
 
 
-def _largest(level: Callable[[int], int], fits: Callable[[int], bool], memory: int, most: int) -> int:
-    """Search by secants, for memory grows nearly in line; then to the exact value."""
-    if not fits(1):
+def _largest(level: Callable[[int], int], memory: int, most: int) -> int:
+    """Return the largest value up to `most` whose level is within `memory`; 0 if that of 1 is not.
+
+    Memory grows nearly in line. So: the line between what fits and what does not; where the same end moves twice, a
+    few steps from it towards the other, for the two have to meet.
+    """
+    low, under = 1, level(1)
+    if under > memory:
         return 0
-    low, high = 1, most + 1  # fits at low, not at high
-    step = max(1, most // 64)
-    first, other = level(1), level(min(1 + step, most))
-    slope = max((other - first) / step, 1.0)
-    if other <= memory:
-        low = min(1 + step, most)
-    else:
-        high = min(1 + step, most)
+    high = min(1 + max(1, most // 64), most)
+    over = level(high) if high > 1 else under
+    while over <= memory:  # the first step fits
+        low, under = high, over
+        if high == most:
+            return most
+        high = min(8 * high, most)
+        over = level(high)
+    moved = 0
     while high - low > 1:
-        guess = low + int((memory - level(low)) / slope)
+        guess = low + int((memory - under) / max(over - under, 1) * (high - low))
+        if abs(moved) > 1:
+            step = 2 ** abs(moved)
+            guess = guess + step if moved < 0 else guess - step
         guess = min(max(guess, low + 1), high - 1)
-        if fits(guess):
-            if fits(min(guess + 1, most)) and guess + 1 < high:
-                low = guess + 1
-                slope = max((level(low) - first) / (low - 1), 1.0)
-            else:
-                return guess
+        found = level(guess)
+        if found <= memory:
+            low, under, moved = guess, found, min(moved, 0) - 1
         else:
-            slope = max((level(guess) - first) / (guess - 1), 1.0) if guess > 1 else slope
-            high = guess
-    return min(low, most)
+            high, over, moved = guess, found, max(moved, 0) + 1
+    return low
 
 
 def ways(request: Request, memory: int, count: int = 3) -> list[Way]:
@@ -149,7 +151,7 @@ def _training_changes(request: Request) -> Iterator[_Change]:
     if request.optimizer not in ("sgd", "adamw_8bit"):
         yield _Change("8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3)
     if request.method != "lst":
-        yield _Change("a side network (lst)", {"method": "lst", "fields": {}}, "another method", 1.0)
+        yield _Change("a side network (lst)", dict(_LST), "another method", 1.0)
     for devices in (2, 4, 8) if request.devices == 1 else ():
         changes: dict[str, Any] = {"devices": devices, "shard": "fsdp"}
         what = f"{devices} devices that share the weights (fsdp)"
@@ -177,7 +179,7 @@ def table(
         for length in lengths or LENGTHS:
             for batch in batches or BATCHES:
                 changed = request.model_copy(
-                    update={"method": method, "fields": fields, "batch": batch, "length": length}
+                    update={"method": method, "fields": fields, "adapter": {}, "batch": batch, "length": length}
                 )
                 try:
                     made = plan(changed)

@@ -9,13 +9,11 @@ number with zero, a mask with all of its places.
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from peftree.errors import ConfigError, MethodError
+from peftree.plan.request import Request, read_adapter
+from peftree.plan.step import Fused
 from peftree.plan.trace import Ledger, Timeline, faking, record
 
-FILE = "adapter_config.json"
-_LARGEST = 1 << 20  # bytes that an adapter_config.json may have
 _SMALL = 1 << 16  # elements of a tensor whose values are kept where they are known
 # Fields that are not passed on. AdaLoRA: init_r counts, and the pattern is what a run found. FRoD: weights that are not
 # there cannot be moved to the CPU; those of the base stay counted.
@@ -53,6 +51,7 @@ class Foreign:
         adapter: bytes of each other tensor that is on the accelerator: the adapter's, and the base's buffers.
         trained: bytes of each parameter that is trained.
         trainable: number of values that are trained.
+        total: number of values of the base.
     """
 
     model: nn.Module
@@ -61,38 +60,15 @@ class Foreign:
     adapter: tuple[int, ...]
     trained: tuple[int, ...]
     trainable: int
+    total: int
 
 
-def read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the adapter config that `source` is: a folder, its adapter_config.json, or the config itself.
-
-    Raises:
-        ConfigError: there is none, or it names no method.
-    """
-    if isinstance(source, Mapping):
-        found: Any = dict(source)
-    else:
-        path = Path(source).expanduser()
-        path = path / FILE if path.is_dir() else path
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            raise ConfigError(f"{source} has no {FILE} of usual size.", "Name the folder of a PEFT adapter.")
-        try:
-            found = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is no JSON: {error}.", "Save the adapter again.") from None
-    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
-        raise ConfigError(f"The adapter config names no peft_type: {str(found)[:60]}.", f"Use an {FILE} of PEFT.")
-    return found
-
-
-def put(
-    base: Callable[[], nn.Module], source: str | Path | Mapping[str, Any], cast: bool = True, freeze: str = ""
-) -> Foreign:
+def put(base: Callable[[], nn.Module], config: Mapping[str, Any], cast: bool = True, freeze: str = "") -> Foreign:
     """Put PEFT's adapter on a model on the meta device.
 
     Args:
         base: makes the model; called once for each way that is tried.
-        source: a folder with adapter_config.json, that file, or its content.
+        config: the content of adapter_config.json.
         cast: keep the adapter in float32 over a base of half precision, as PEFT does by default.
         freeze: parameters with this in their name are not trained, as `lora_A` by the LoRA-FA optimizer.
 
@@ -100,15 +76,17 @@ def put(
         ConfigError: PEFT is not installed, or does not know the method or a field.
         MethodError: the method needs weights that are there.
     """
-    config = _config(read(source))
+    made = _config(read_adapter(config))
+    if made.is_prompt_learning and not made.task_type:
+        raise ConfigError(f"PEFT's {made.peft_type} needs a task_type.", 'Add "task_type": "CAUSAL_LM", or another.')
     said = ""
-    for how, way in _WAYS if config.peft_type in _DRAWN else _WAYS[:-1]:
+    for how, way in _WAYS if made.peft_type in _DRAWN else _WAYS[:-1]:
         model = base()
         own = list(model.parameters())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                done = way(model, config, cast)
+                done = way(model, made, cast)
         except Exception as error:  # noqa: BLE001 - its code reads what is not there, in one of many ways
             said = said or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
             continue
@@ -116,7 +94,18 @@ def put(
             if freeze and freeze in name:
                 parameter.requires_grad_(False)
         return _measured(done, own, how)
-    raise MethodError(f"PEFT's {config.peft_type} cannot be put on a model without weights: {said}.", _ELSE)
+    raise MethodError(f"PEFT's {made.peft_type} cannot be put on a model without weights: {said}.", _ELSE)
+
+
+def real(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """Put PEFT's adapter on a model that has its weights.
+
+    Raises:
+        ConfigError: PEFT is not installed, or does not know the method or a field.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _plain(model, _config(read_adapter(config)), True)
 
 
 _ELSE = "Plan the method of peftree that comes closest."
@@ -127,7 +116,7 @@ def _peft() -> Any:
         import peft
     except ImportError:
         raise ConfigError(
-            "Hugging Face PEFT is not installed.", "pip install peft, or plan a peftree method."
+            "Hugging Face PEFT is not installed.", "pip install peft, or plan with peftree's own code: --code peftree."
         ) from None
     return peft
 
@@ -222,7 +211,7 @@ def _measured(model: nn.Module, own: list[nn.Parameter], how: str) -> Foreign:
     trained = [p for p in model.parameters() if p.requires_grad]
     return Foreign(
         model, how, sum(_bytes(own).values()), tuple(_bytes(added).values()), tuple(_bytes(trained).values()),
-        sum(p.numel() for p in trained),
+        sum(p.numel() for p in trained), sum(p.numel() for p in own),
     )  # fmt: skip
 
 
@@ -235,22 +224,23 @@ def _bytes(tensors: list[Any]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def trace(placed: Foreign, batch: Mapping[str, Any]) -> Timeline:
-    """Return what a forward and a backward pass allocate; the loss and outputs live to the end, as in a usual loop.
+def trace(placed: Foreign, batch: Mapping[str, Any], request: Request | None = None) -> tuple[Timeline, int]:
+    """Return what a step allocates, and its operations; loss and outputs live to the end, as in a usual loop.
 
     `placed.model` then holds fake tensors and is of no other use.
+
+    Args:
+        placed: the model.
+        batch: its input.
+        request: the setting, of which mode, accumulation and device count; None: a training step on CUDA.
 
     Raises:
         MethodError: the method's code needs values.
     """
-    model = placed.model.train()
+    asked = request or Request(model="")
+    model = placed.model.train(asked.mode == "train")
     buffers = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     apart = [one for one in buffers if one[2].device.type == "cpu" and _tells(placed.how)]
-    kept: dict[str, Any] = {}
-
-    def backward() -> None:
-        kept["out"].loss.backward()
-
     try:
         with warnings.catch_warnings(), faking(model) as fake:
             warnings.simplefilter("ignore")
@@ -258,13 +248,33 @@ def trace(placed: Foreign, batch: Mapping[str, Any]) -> Timeline:
                 module._buffers[name] = buffer if _known(buffer) else torch.empty_like(buffer, device="meta")
             fed = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
             held = [v for v in fed.values() if isinstance(v, Tensor)]
-            ledger = _Ledger([*model.parameters(), *model.buffers(), *held], scratch=False)
-            with _Answers():  # type: ignore[no-untyped-call]
-                line, _ = record([("forward", lambda: kept.update(out=model(**fed))), ("backward", backward)], ledger)
-        return line
+            ledger = _Ledger([*model.parameters(), *model.buffers(), *held], scratch=asked.device == "cpu")
+            with _Answers(), Fused() if asked.device == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
+                line, operations = record(_phases(model, fed, asked, ledger), ledger)
+        return line, sum(operations.values())
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0][:120]
         raise MethodError(f"PEFT's code needs values: {type(error).__name__}: {said}.", _ELSE) from error
+
+
+def _phases(
+    model: nn.Module, batch: dict[str, Any], asked: Request, ledger: Ledger
+) -> list[tuple[str, Callable[[], None]]]:
+    kept: dict[str, Any] = {}
+
+    def forward() -> None:
+        with torch.set_grad_enabled(asked.mode == "train"):
+            kept.update(out=model(**batch))
+        ledger.keep("activations", ledger.living())
+
+    def backward() -> None:
+        kept["out"].loss.backward()
+        ledger.keep("gradients", [p.grad for p in model.parameters()])
+
+    if asked.mode != "train":
+        return [("forward", forward)]
+    phases: list[tuple[str, Callable[[], None]]] = [("forward", forward), ("backward", backward)]
+    return phases if asked.accumulation == 1 else [("first forward", forward), ("first backward", backward), *phases]
 
 
 def _known(tensor: Tensor) -> bool:

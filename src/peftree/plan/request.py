@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peftree.errors import ConfigError, did_you_mean
 
 Mode = Literal["train", "eval", "generate"]
+FILE = "adapter_config.json"
+_LARGEST = 1 << 20  # bytes that an adapter_config.json may have
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -25,6 +30,8 @@ class Request(BaseModel):
     model: str = Field(description="a folder with config.json, that file, or a hub name")
     method: str = Field("lora", description="a method of the tree, full or head_only")
     fields: dict[str, Any] = Field(default_factory=dict, description="the method's fields")
+    adapter: dict[str, Any] = Field(default_factory=dict, description="the content of PEFT's adapter_config.json")
+    code: Literal["peft", "peftree"] = Field("peft", description="whose code trains the adapter of a file")
     task: str = Field("", description="text-classification, generation ...; empty: by the model's class")
     labels: int = Field(2, ge=1, le=1_000_000, description="classes of a fresh classifier")
     batch: int = Field(1, ge=1, le=1_000_000, description="rows of a batch on one device")
@@ -48,7 +55,7 @@ class Request(BaseModel):
 
 
 def request(**values: Any) -> Request:
-    """Return a checked request.
+    """Return a checked request; `adapter` may be a folder with adapter_config.json, that file, or its content.
 
     Raises:
         ConfigError: an unknown name, or a value out of range: named, with what is possible.
@@ -56,6 +63,11 @@ def request(**values: Any) -> Request:
     for key in values:
         if key not in Request.model_fields:
             raise ConfigError(f"A plan has no setting '{key}'.", did_you_mean(key, Request.model_fields, "Settings"))
+    if values.get("adapter"):
+        if values.get("method") or values.get("fields"):
+            raise ConfigError("An adapter's file says what its method is.", "Leave out the method and its fields.")
+        values["adapter"] = read_adapter(values["adapter"])
+        values["method"] = values["adapter"]["peft_type"].lower()
     try:
         made = Request(**values)
     except ValidationError as error:
@@ -66,6 +78,28 @@ def request(**values: Any) -> Request:
     if made.devices > 1 and made.shard == "none":
         raise ConfigError(f"devices={made.devices} share nothing.", "Say shard=ddp or shard=fsdp.")
     return made
+
+
+def read_adapter(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the adapter config that `source` is: a folder, its adapter_config.json, or the config itself.
+
+    Raises:
+        ConfigError: there is none, or it names no method.
+    """
+    if isinstance(source, Mapping):
+        found: Any = dict(source)
+    else:
+        path = Path(source).expanduser()
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{source} has no {FILE} of usual size.", "Name the folder of a PEFT adapter.")
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is no JSON: {error}.", "Save the adapter again.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+        raise ConfigError(f"The adapter config names no peft_type: {str(found)[:60]}.", f"Use an {FILE} of PEFT.")
+    return found
 
 
 def parse_bytes(text: str) -> int:

@@ -11,6 +11,31 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The full model's own figures.
+
+    Attributes:
+        model: name of its class.
+        parts: bytes of weights, adapter and optimizer state.
+        scratch: bytes that the optimizer's step takes and gives back.
+        layer: bytes of the largest layer.
+        gradients: bytes of all gradients.
+        trainable, total, sites: as in a plan.
+        shared: layers share trained tensors.
+    """
+
+    model: str
+    parts: dict[str, int]
+    scratch: int
+    layer: int
+    gradients: int
+    trainable: int
+    total: int
+    sites: int
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """The memory of one setting on one device, in bytes.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,14 @@ class Shown:
     time: Calibration | None = None
 
     @classmethod
-    def of(cls, asked: Request, timed: bool = False) -> Shown:
-        """Plan a request; with a budget, find what fits and the ways under it.
+    def of(cls, asked: Request, timed: bool = False, say: Callable[[str], object] = lambda line: None) -> Shown:
+        """Plan a request; with a budget, find what fits and the ways under it; `say` is told what is being done.
 
         Raises:
             ConfigError: the budget is less than the weights alone.
         """
         made = plan(asked)
-        time = calibrate(asked, made) if timed else None
+        time = calibrate(asked, made, say) if timed else None
         if not asked.memory:
             return cls(made, time=time)
         least = min(
@@ -73,10 +73,10 @@ class Shown:
                 f"The weights take {amount(least)} even in 4 bits; the budget is {amount(asked.memory)}.",
                 "Share them among devices (--devices 4 --shard fsdp), or choose a smaller model.",
             )
-        return cls(
-            made, fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "length"),
-            tuple(fit.ways(asked, asked.memory)), time,
-        )  # fmt: skip
+        say("looking for the largest batch and length")
+        batch, length = fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "length")
+        say("looking for ways under the budget")
+        return cls(made, batch, length, tuple(fit.ways(asked, asked.memory)), time)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data."""

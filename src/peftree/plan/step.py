@@ -63,13 +63,13 @@ def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
         held = [v for v in fed.values() if isinstance(v, Tensor)]
         ledger = Ledger([*model.parameters(), *model.buffers(), *held], scratch=request.device == "cpu")
         phases = _training if request.mode == "train" else _reading
-        with _Fused() if request.device == "cuda" else nullcontext():
+        with Fused() if request.device == "cuda" else nullcontext():
             timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)  # type: ignore[union-attr,operator]
-    return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+    return Traced({p: parts_of(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
 
 
-class _Fused(TorchFunctionMode):
+class Fused(TorchFunctionMode):
     """Fused attention as on CUDA, whose kernels drop attention weights without storing them; the CPU's do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +114,7 @@ def _reading(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request:
     return [("forward", forward)]
 
 
-def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
+def parts_of(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
     """Return the bytes of each part when the phase holds most."""
     out = dict.fromkeys(("gradients", "activations", "logits", "temporaries"), 0)
     gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))

@@ -1,0 +1,121 @@
+"""An adapter_config.json of Hugging Face PEFT, planned: with PEFT's own modules, or as our method that equals it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftree.errors import ConfigError, StoreError, did_you_mean
+from peftree.plan import foreign, formulas, skeleton
+from peftree.plan.batch import inputs, open_images
+from peftree.plan.request import FILE, Request
+from peftree.plan.reserved import Beside, adamw, reserved
+from peftree.plan.result import Whole
+from peftree.plan.step import parts_of, recompute
+from peftree.plan.trace import Timeline
+from peftree.store.hfpeft import DIALECTS
+from peftree.store.hfpeft.names import saves_heads
+from peftree.store.hfpeft.schema import Targeted, parse
+
+_INSTEAD = "Plan it with PEFT's own code: --code peft."
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What PEFT's modules take in a step.
+
+    Attributes:
+        whole: the full model's figures.
+        parts: phase -> part -> bytes at the phase's peak.
+        operations: floating-point operations.
+        held: bytes that CUDA's caching allocator reserves for one step; 0 where its rules were not replayed.
+    """
+
+    whole: Whole
+    parts: dict[str, dict[str, float]]
+    operations: float
+    held: int
+
+
+def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and fields of our method that is PEFT's config `raw` on a model; needs no `peft`.
+
+    Raises:
+        StoreError: we have no equal of it; the message says what differs.
+    """
+    asked, where = str(raw["peft_type"])[:80], Path(FILE)
+    mine = [d for d in DIALECTS if d.peft_type == asked]
+    if not mine:
+        known = did_you_mean(asked, {d.peft_type for d in DIALECTS})
+        raise StoreError(f"{where}: no method of peftree is PEFT's {asked!r}.", f"{known} {_INSTEAD}")
+    dialect = next((d for d in mine if d.reads(raw)), mine[0])
+    model = skeleton.build(config, kind)
+    try:
+        read = parse(dialect.schema, raw, where)
+        if isinstance(read, Targeted) and not read.target_modules:
+            raise StoreError(f"{where} names no target_modules; PEFT then chooses them by the model's type.", "")
+        saves_heads(model, read.modules_to_save, where)
+        return dialect.method(read, model, where)
+    except StoreError as error:
+        raise StoreError(error.what, _INSTEAD) from None
+
+
+def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> Theirs:
+    """Put PEFT's modules on the model, all of its layers, and trace one step.
+
+    Raises:
+        ConfigError: PEFT is not installed, or does not know the method or a field.
+        MethodError: its code wants weights that are there.
+    """
+
+    def base() -> nn.Module:
+        model = skeleton.build(config, kind, dtype, request.attention)
+        open_images(model)
+        recompute(model, request.checkpointing)
+        return model
+
+    if request.mode == "generate":
+        raise ConfigError("Generation with PEFT's modules is not planned.", "Say --code peftree, or --mode eval.")
+    batch = inputs(base(), request, labels=request.mode == "train")
+    placed = foreign.put(base, request.adapter)
+    whole = _whole(placed, request, kind.__name__)
+    trained = [p.numel() * p.element_size() for p in placed.model.parameters() if p.requires_grad]
+    line, operations = foreign.trace(placed, batch, request)
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+    parts: dict[str, dict[str, float]] = {p: dict(parts_of(line, p, vocabulary)) for p in line.phases}
+    return Theirs(whole, parts, float(operations), _held(line, placed, request, trained))
+
+
+def _whole(placed: foreign.Foreign, request: Request, name: str) -> Whole:
+    model, training = placed.model, request.mode == "train"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    low = formulas.linear_weights(model) if request.base != "dense" else []
+    weights = placed.weights - formulas.size(low) + formulas.quantised(low, request.base)
+    state = formulas.optimizer_state(trained, request.optimizer) if training else 0
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    layer = max((formulas.size(one.parameters()) for layers in lists for one in layers), default=0)
+    added = sum(1 for m in model.modules() if "base_layer" in m._modules)
+    return Whole(
+        name, {"weights": weights, "adapter": sum(placed.adapter), "optimizer": state},
+        formulas.optimizer_scratch(trained, request.optimizer), layer, sum(placed.trained) if training else 0,
+        placed.trainable, placed.total, added, shared=True,
+    )  # fmt: skip
+
+
+def _held(line: Timeline, placed: foreign.Foreign, request: Request, trained: list[int]) -> int:
+    """Replay a first step, and one more after the cache was emptied, as the allocator does before it gives up."""
+    plain = request.base == "dense" and request.devices == 1 and request.accumulation == 1
+    if request.device != "cuda" or request.mode != "train" or not plain:
+        return 0
+    known = adamw(trained)
+    if request.optimizer == "adamw":
+        known["scratch"] = []
+    elif request.optimizer == "adamw_loop":
+        known["scratch"] = [max(trained, default=0)] * 2
+    elif request.optimizer != "adamw_foreach":
+        return 0
+    return reserved([line, line], Beside(placed.weights, placed.adapter, **known), emptied=[0])
