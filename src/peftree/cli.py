@@ -12,6 +12,7 @@ import typer
 
 from peftree import __version__
 from peftree.advise.command import advise
+from peftree.assets.command import data, models
 from peftree.errors import ConfigError, PeftreeError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
-Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a hub name.")]
+Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), a packaged or a hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance r=32 method=lora.")]
 
 
@@ -256,6 +257,8 @@ def plan(context: typer.Context) -> None:
 
 
 app.command("advise")(advise)
+app.command("models")(models)
+app.command("data")(data)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
 app.add_typer(bench, name="bench")
 SuiteName = Annotated[str, typer.Argument(help="A suite that comes with the package, or a file.")]

@@ -229,8 +229,8 @@ def test_images_have_a_side(tmp_path: Path) -> None:
     assert model_profile(str(bare), "image-classification", 2, image=24).side == 24
     with pytest.raises(ConfigError, match="no multiple of the patch size"):
         model_profile(str(bare), "image-classification", 2, image=25)
-    with pytest.raises(ConfigError, match="no advice for image generation"):
-        model_profile("anything", "image-generation", 2)
+    made = model_profile("dit-fashion", "image-generation", 2)  # a packaged model, by its name
+    assert (made.name, made.side) == ("DiffusionTransformer", 28)
 
 
 def _profiles(model: str, data: str) -> tuple[Any, Any]:

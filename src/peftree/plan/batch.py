@@ -31,7 +31,10 @@ def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str,
         vision = getattr(config, "vision_config", config)
         size = request.image or _side(getattr(vision, "image_size", 224))
         batch["pixel_values"] = _real(model, rows, int(getattr(vision, "num_channels", 3)), size, size)
-    if "return_loss" in takes and labels:
+    if "timesteps" in takes:  # a diffusion model's loss is against an image
+        batch |= {"timesteps": _real(model, rows), "classes": _whole(rows)}
+        batch |= {"labels": batch["pixel_values"]} if labels else {}
+    elif "return_loss" in takes and labels:
         batch["return_loss"] = True
     elif "labels" in takes and labels:
         plain = type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))

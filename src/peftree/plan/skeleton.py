@@ -27,6 +27,7 @@ _AUTO = {
     "image-classification": "AutoModelForImageClassification",
     "image-text-retrieval": "AutoModel",
     "captioning": "AutoModelForImageTextToText",
+    "image-generation": "AutoModel",
 }
 
 
@@ -48,18 +49,25 @@ class Depth:
 
 
 def read_config(source: str) -> Any:
-    """Return the config that `source` names: a folder, its config.json, or a hub name.
+    """Return the config that `source` names: a folder, its config.json, a packaged model, or a hub name.
 
     Raises:
         ConfigError: there is none, or transformers does not know it.
     """
     from transformers import AutoConfig
 
+    from peftree.assets import dit  # noqa: F401  registers the project's own model type
+    from peftree.assets.models import located
+
+    source = located(source)
     path = Path(source).expanduser()
     path = path.parent if path.name == "config.json" and path.is_file() else path
     local = path.is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local and not (path / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json.", "Name a model folder, or a hub name such as org/model.")
+        raise ConfigError(
+            f"{source} has no config.json.",
+            "Name a model folder, a packaged model (`peftree models`), or a hub name such as org/model.",
+        )
     try:
         config = AutoConfig.from_pretrained(str(path) if local else source, local_files_only=local)
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:

@@ -60,7 +60,7 @@ class RunConfig(BaseModel):
     """Everything that decides a training run. `None` means: chosen by the method, model or data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    model: str = Field(description="folder of a transformers model, or a hub name", min_length=1)
+    model: str = Field(description="folder of a transformers model, or a packaged or a hub name", min_length=1)
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's own config to change")
     data: DataConfig = Field(description="where the rows are")
     task: TaskName | None = Field(None, description="none: told from the data's columns")

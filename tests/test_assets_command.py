@@ -1,0 +1,61 @@
+"""`peftree models`, `peftree data`, and packaged models by name wherever a model is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from peftree.assets.data import SOURCES
+from peftree.assets.models import MODELS, located
+from peftree.cli import app
+from peftree.errors import AssetError, DataError
+
+
+def shown(*words: str) -> str:
+    return CliRunner().invoke(app, list(words), catch_exceptions=False).stdout
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing of another cache counts; the packaged model of the project itself needs no network."""
+    monkeypatch.setenv("PEFTREE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_lists_name_everything_with_its_licence() -> None:
+    assert [row["name"] for row in json.loads(shown("models", "--json"))] == list(MODELS)
+    assert [row["name"] for row in json.loads(shown("data", "--json"))] == list(SOURCES)
+    assert all(row["licence"] for kind in ("models", "data") for row in json.loads(shown(kind, "--json")))
+    for kind, names in (("models", MODELS), ("data", SOURCES)):
+        lines = shown(kind).splitlines()
+        assert max(map(len, lines)) <= 80 and set(names) <= {line.split()[0] for line in lines if line.strip()}
+
+
+def test_a_model_is_made_once_and_its_folder_printed(own_cache: Path) -> None:
+    folder = Path(shown("models", "dit-fashion").strip())
+    assert folder.is_relative_to(own_cache) and (folder / "model.safetensors").is_file()
+    assert json.loads(shown("models", "dit-fashion", "--json"))["folder"] == str(folder) == located("dit-fashion")
+
+
+def test_what_is_no_packaged_model_stays_as_it_is(own_cache: Path) -> None:
+    (own_cache / "minilm-l6").mkdir()
+    assert [located(name) for name in ("minilm-l6", "org/model", "./x")] == ["minilm-l6", "org/model", "./x"]
+
+
+def test_inspect_and_plan_take_the_name() -> None:
+    found = json.loads(shown("inspect", "dit-fashion", "--json"))
+    assert found["class"] == "DiffusionTransformer" and found["parameters"] == 758_064
+    planned = json.loads(shown("plan", "dit-fashion", "--method", "lora", "--batch", "4", "--json"))
+    assert planned["model"] == "DiffusionTransformer" and planned["low"] > 0 and "not traced" not in str(planned)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AssetError, match="Did you mean 'minilm-l6'"):
+        shown("models", "minilm-16")
+    with pytest.raises(DataError, match="Did you mean 'movies'"):
+        shown("data", "movie")
