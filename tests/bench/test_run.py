@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from demo import tiny
-from peftree.bench import cell, command
-from peftree.bench.material import folder_hash
-from peftree.bench.record import RunRecord, file_name
+from peftree.bench import cell, command, material
+from peftree.bench.material import Material, folder_hash
+from peftree.bench.record import RunRecord, file_name, read_records
 from peftree.bench.run import Choice, run_suite, states
-from peftree.bench.suite import Suite
-from peftree.errors import ConfigError, DataError, DivergedError
+from peftree.bench.suite import Suite, SuiteTask
+from peftree.errors import AssetError, ConfigError, DataError, DivergedError
 
 SIZES = {"train": 24, "valid": 6, "test": 9}
 
@@ -156,6 +157,33 @@ def test_changed_data_are_refused_before_any_run(root: Path, tmp_path: Path) -> 
         run(suite(root, data=source), tmp_path / "out")
     assert not list((tmp_path / "out" / "records").iterdir())
     assert made.hash != suite(root, data=source).hash
+
+
+def test_what_cannot_be_fetched_is_said_and_does_not_hold_up_the_rest(
+    found: list[RunRecord], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = suite(root)
+    tasks = {"gone": made.tasks["reviews"], "after": made.tasks["sequence"].model_copy(update={"tuned_on": "gone"})}
+
+    def gather(task: SuiteTask) -> Material:
+        if task.dataset == "gone":
+            raise AssetError("The archive is no longer there.", "Put it into downloads/.")
+        return material.gather(task)
+
+    tasks["gone"] = tasks["gone"].model_copy(update={"dataset": "gone"})
+    more = made.model_copy(update={"tasks": tasks | made.tasks})
+    monkeypatch.setattr("peftree.bench.run.gather", gather)
+    shutil.copytree(root / "out" / "records", tmp_path / "records")
+    (tmp_path / "records" / file_name(found[-1].key)).unlink()
+    said = io.StringIO()
+    with pytest.raises(AssetError, match="no longer there"):
+        run_suite(more, tmp_path, console=Console(file=said, width=200))
+    assert {r.key for r in read_records(tmp_path / "records")} == {r.key for r in found}, "all others were done"
+    assert [line.split()[0] for line in said.getvalue().splitlines() if "is left out" in line] == ["gone", "after"]
+    for choice in (Choice(("gone",)), Choice(("gone", "after"))):
+        with pytest.raises(AssetError):
+            run_suite(more, tmp_path / "none", choice=choice)
+    assert not (tmp_path / "none" / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peftree.bench.material import Material, gather
 from peftree.bench.pool import Cell, finished, run_cells
 from peftree.bench.record import RunRecord
 from peftree.bench.suite import Entry, Suite, SuiteTask
-from peftree.errors import ConfigError, did_you_mean
+from peftree.errors import AssetError, ConfigError, did_you_mean
 from peftree.files import atomic_write
 from peftree.machine import free_memory
 
@@ -181,7 +181,9 @@ def run_suite(
 
     Raises:
         ConfigError, MethodError: the suite or the choice names something unknown, before any run.
-        AssetError, DataError: material is missing or is not what the suite was made for.
+        AssetError: material could not be fetched: before any run if its task was chosen by name, else when all
+            other tasks are done.
+        DataError: material is not what the suite was made for, before any run.
     """
     choice, out = choice or Choice(), out.absolute()
     choice.check(suite)
@@ -191,7 +193,13 @@ def run_suite(
     records.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "suite.json", suite.model_dump_json(indent=1) + "\n")
     do = runner or _here(workers or min(2, os.cpu_count() or 1), console)
-    material = {name: gather(suite.tasks[name]) for name in names}
+    material, lost = _gathered(suite, names)
+    if lost and (choice.tasks or not material):
+        raise next(iter(lost.values()))
+    for name, error in lost.items():
+        if console:
+            console.print(f"{name} is left out: {error}", markup=False)
+    names = [name for name in names if name in material]
     found: list[RunRecord] = []
     expected = {name: _expected(suite, name) for name in names}
     for number, name in enumerate(names):
@@ -202,7 +210,25 @@ def run_suite(
         tried = do(trials, records, later + expected[name] * suite.protocol.seeds / max(suite.runs(name), 1))
         found += tried
         found += do(planned.finals(entries, tried or _tuned(suite, name, found)), records, later)
+    if lost:
+        raise next(iter(lost.values()))
     return found
+
+
+def _gathered(suite: Suite, names: Sequence[str]) -> tuple[dict[str, Material], dict[str, AssetError]]:
+    """Return the material of each task, and why that of others, or of those that they are tuned on, is not there."""
+    material, lost = dict[str, Material](), dict[str, AssetError]()
+    for name in names:
+        try:
+            material[name] = gather(suite.tasks[name])
+        except AssetError as error:
+            lost[name] = error
+    for name in list(material):
+        other = suite.tasks[name].tuned_on
+        if other in lost:
+            lost[name] = lost[other]
+            del material[name]
+    return material, lost
 
 
 def _identity(name: str, entry: Entry) -> tuple[str, dict[str, Any]]:
