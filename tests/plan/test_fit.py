@@ -15,6 +15,7 @@ LLAMA = tf.LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, dtype="float32", architectures=["LlamaForCausalLM"],
 )  # fmt: skip
+SHORT = tf.LlamaConfig(**LLAMA.to_dict() | {"num_hidden_layers": 3})  # traced whole, and once
 BERT = tf.BertConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
     max_position_embeddings=64, architectures=["BertForMaskedLM"],
@@ -24,7 +25,7 @@ BERT = tf.BertConfig(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("llama")
-    LLAMA.save_pretrained(found)
+    SHORT.save_pretrained(found)
     return found
 
 

@@ -8,16 +8,24 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from peftree import registry
 from peftree.cli import app
 from peftree.errors import ConfigError
 from peftree.plan import fit
-from plan.test_fit import LLAMA
+from plan.test_fit import LLAMA, SHORT
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("llama")
     LLAMA.save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("short")
+    SHORT.save_pretrained(found)
     return found
 
 
@@ -35,8 +43,8 @@ def test_json_holds_the_whole_plan(folder: Path) -> None:
     assert said["low"] <= said["expected"] <= said["high"]
 
 
-def test_a_budget_says_what_fits_and_how(folder: Path) -> None:
-    words = (str(folder), "--method", "lora", "--batch", "16", "--length", "64", "--device", "cpu")
+def test_a_budget_says_what_fits_and_how(short: Path) -> None:
+    words = (str(short), "--method", "lora", "--batch", "16", "--length", "64", "--device", "cpu")
     said = run(*words, "--memory", "8MB")
     assert "does not fit into" in said and "largest batch" in said and "way 1: " in said
     assert "fits into" in run(*words, "--memory", "8GiB")
@@ -49,11 +57,22 @@ def test_a_page_is_written_and_asks_for_nothing(folder: Path, tmp_path: Path) ->
     assert "What the peak is made of" in text and "dora" in text and "http" not in text
 
 
-def test_without_a_method_all_are_in_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_method_all_are_in_a_table(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "BATCHES", (1,))
-    cells = json.loads(run(str(folder), "--length", "16", "--json"))
+    cells = json.loads(run(str(short), "--length", "48", "--json"))
     found = {c["method"]: c["expected"] for c in cells if c["batch"] == 1}
     assert found["full"] > found["lora"] > found["head_only"] and found["vpt"] is None
+
+
+def test_a_table_has_a_row_for_a_method_and_says_which_are_left_out(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "BATCHES", (1, 2))
+    some = {name: registry.get(name) for name in ("lora", "vpt", "full")}
+    monkeypatch.setattr(registry, "methods", lambda: some)
+    said = run(str(short), "--length", "16")
+    assert said.index("full") < said.index("lora") and "1 x 16" in said and "2 x 16" in said
+    assert "Not for this model: vpt." in said and "is next" not in said
 
 
 def test_data_give_the_length(folder: Path, tmp_path: Path) -> None:

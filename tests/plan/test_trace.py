@@ -28,10 +28,12 @@ REST = [(m, k, "sdpa") for k in MODELS for m in METHODS if m not in SOME]
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> Iterator[None]:
-    """Let collections, of which every measurement makes one, pass over what was there before."""
+    """Let collections, of which every measurement makes one, pass over what was there before; let none come between."""
     gc.collect()
     gc.freeze()
+    gc.disable()
     yield
+    gc.enable()
     gc.unfreeze()
 
 

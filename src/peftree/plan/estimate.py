@@ -18,13 +18,14 @@ from torch import nn
 
 from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
-from peftree.plan import formulas, skeleton, theirs
+from peftree.plan import between, formulas, skeleton, theirs
 from peftree.plan.batch import position_table
 from peftree.plan.request import Request
 from peftree.plan.reserved import WORKSPACE
 from peftree.plan.result import Plan, Whole
 from peftree.plan.step import PARTS, Traced, adapted, trace
-from peftree.plan.trace import supported
+from peftree.plan.step import traced as described
+from peftree.plan.trace import Timeline, supported
 
 # Settings that the full model's own figures do not depend on.
 _APART: dict[str, Any] = {"batch": 1, "length": 1, "accumulation": 1, "checkpointing": False, "memory": 0}
@@ -35,8 +36,12 @@ CONTEXT = 600 << 20  # bytes that a CUDA process takes for itself; no allocator 
 Parts = dict[str, dict[str, float]]
 
 
-def plan(request: Request) -> Plan:
+def plan(request: Request, quick: bool = False) -> Plan:
     """Return what `request` takes; no weights are read, nothing runs.
+
+    Args:
+        request: the setting.
+        quick: where traces at other sizes tell the memory exactly, do not trace; operations are then not counted.
 
     Raises:
         ConfigError: no config, an unknown task, or a mode that the model does not have; PEFT is not installed.
@@ -44,7 +49,8 @@ def plan(request: Request) -> Plan:
         StoreError: no method of ours is what the adapter's file says.
     """
     request = settled(request)
-    return _planned(request.model_copy(update={"memory": 0}).model_dump_json()).ask(request)
+    quick = quick and request.device == "cuda"  # a CPU's kernels take scratch that grows in steps
+    return _planned(request.model_copy(update={"memory": 0}).model_dump_json(), quick).ask(request)
 
 
 def settled(request: Request) -> Request:
@@ -61,14 +67,14 @@ def _ours(model: str, task: str, labels: int, adapter: str) -> tuple[str, dict[s
 
 
 @lru_cache(maxsize=512)
-def _planned(text: str) -> Plan:
+def _planned(text: str, quick: bool) -> Plan:
     request = Request.model_validate_json(text)
     config, kind = read(request.model, request.task, request.labels)
     if request.mode == "generate" and not kind.can_generate():
         raise ConfigError(f"{kind.__name__} generates no text.", "Plan it with mode=train or mode=eval.")
     dtype = formulas.dtype_of(config, request.dtype)
     if request.adapter:
-        return _of_peft(theirs.traced(config, kind, request, dtype), request)
+        return _of_peft(theirs.traced(config, kind, request, dtype, quick), request)
     whole = _whole(request.model_copy(update=_APART).model_dump_json())
     notes: list[str] = []
     how, operations = "traced", 0.0
@@ -76,7 +82,7 @@ def _planned(text: str) -> Plan:
     why = "" if supported() else f"torch {torch.__version__} is not among the tested versions"
     if not why:
         try:
-            found, operations = traced(config, kind, request, dtype, whole.shared)
+            found, operations = traced(config, kind, request, dtype, whole.shared, quick)
         except PeftreeError:
             raise
         except Exception as error:  # noqa: BLE001  a model's own code may want real values
@@ -88,7 +94,7 @@ def _planned(text: str) -> Plan:
     phases = _phases(whole, found, request)
     if request.mode == "generate":
         phases["generation"] = _generation(config, whole, request, dtype)
-    return _plan(request, whole, phases, round(operations), how, notes)
+    return _plan(request, whole, phases, 0 if quick else round(operations), how, notes)
 
 
 def _of_peft(found: theirs.Theirs, request: Request) -> Plan:
@@ -105,16 +111,30 @@ def _phases(whole: Whole, found: Parts, request: Request) -> dict[str, dict[str,
     return phases
 
 
-def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False) -> tuple[Parts, float]:
+def traced(
+    config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False, quick: bool = False
+) -> tuple[Parts, float]:
     """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers.
 
-    `whole`: trace all of them.
+    `whole`: trace all of them; `quick`: as in `plan`.
     """
     stacks = [] if whole else _cuttable(config, request)
     base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
 
     def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
-        return trace(*adapted(skeleton.cut(config, dict(counts)), kind, request, dtype), request)
+        small = skeleton.cut(config, dict(counts))
+        setting = between.key(request, sorted((d.part, d.key, n) for d, n in counts.items()))
+
+        def real() -> tuple[Timeline, dict[str, int]]:
+            made = trace(*adapted(small, kind, request, dtype), request)
+            return made.timeline, made.operations
+
+        if quick:
+            line, operations = between.line(setting, request.batch, request.length, real)
+        else:
+            line, operations = real()
+            between.remember(setting, request.batch, request.length, line, operations)
+        return described(line, small, operations)
 
     first = run(base)
     total: Parts = {phase: dict(parts) for phase, parts in first.parts.items()}

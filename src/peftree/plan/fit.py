@@ -40,7 +40,9 @@ class Way:
 
 def largest(request: Request, memory: int, key: Literal["batch", "length"] = "batch") -> int:
     """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row is."""
-    return _largest(lambda v: plan(request.model_copy(update={key: v})).expected, memory, _bound(request, key))
+    return _largest(
+        lambda v: plan(request.model_copy(update={key: v}), quick=True).expected, memory, _bound(request, key)
+    )
 
 
 def _bound(request: Request, key: str) -> int:
@@ -176,14 +178,22 @@ def table(
     """Yield methods x batches x lengths; by default every method of the tree at its defaults."""
     for method in methods or sorted(registry.methods()):
         fields = request.fields if method == request.method else {}
-        for length in lengths or LENGTHS:
-            for batch in batches or BATCHES:
-                changed = request.model_copy(
-                    update={"method": method, "fields": fields, "adapter": {}, "batch": batch, "length": length}
-                )
-                try:
-                    made = plan(changed)
-                except (MethodError, SiteError) as error:
-                    yield Cell(method, batch, length, None, why=error.what)
-                    continue
-                yield Cell(method, batch, length, made.expected, made.trainable)
+        changed = request.model_copy(update={"method": method, "fields": fields, "adapter": {}})
+        yield from _row(changed, batches or BATCHES, lengths or LENGTHS)
+
+
+def _row(request: Request, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[Cell]:
+    """Yield the cells of one method; the corners are traced first, and tell most of what is between them."""
+    sizes = [(batch, length) for length in lengths for batch in batches]
+    ends = [(min(batches), min(lengths)), (max(batches), max(lengths)), (min(batches), max(lengths))]
+    found: dict[tuple[int, int], Plan] = {}
+    for batch, length in dict.fromkeys([*ends, *sizes]):
+        try:
+            made = plan(request.model_copy(update={"batch": batch, "length": length}), quick=True)
+        except (MethodError, SiteError) as error:
+            yield from (Cell(request.method, b, n, None, why=error.what) for b, n in sizes)
+            return
+        found[batch, length] = made
+    for batch, length in sizes:
+        made = found[batch, length]
+        yield Cell(request.method, batch, length, made.expected, made.trainable)

@@ -225,7 +225,7 @@ def _bytes(tensors: list[Any]) -> dict[int, int]:
 
 
 def trace(placed: Foreign, batch: Mapping[str, Any], request: Request | None = None) -> tuple[Timeline, int]:
-    """Return what a step allocates, and its operations; loss and outputs live to the end, as in a usual loop.
+    """Return what a step allocates, and its operations; loss and outputs live to its end, as in a usual loop.
 
     `placed.model` then holds fake tensors and is of no other use.
 
@@ -266,9 +266,12 @@ def _phases(
         with torch.set_grad_enabled(asked.mode == "train"):
             kept.update(out=model(**batch))
         ledger.keep("activations", ledger.living())
+        if asked.mode != "train":
+            kept.clear()
 
     def backward() -> None:
         kept["out"].loss.backward()
+        kept.clear()
         ledger.keep("gradients", [p.grad for p in model.parameters()])
 
     if asked.mode != "train":

@@ -171,35 +171,36 @@ def _counter(model: str) -> Any:
 
 
 def print_table(asked: Request, as_json: bool) -> None:
-    """Print methods x batches x lengths, with a bar while it is worked out."""
+    """Print methods x batches x lengths, each row when it is worked out."""
     from rich import box
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import track
     from rich.table import Table
 
     from peftree import registry
 
-    names = sorted(registry.methods())
-    columns = [(b, n) for n in _lengths(asked) for b in fit.BATCHES]
-    cells: list[fit.Cell] = []
-    for name in track(names, "planning", console=Console(stderr=True), transient=True):
-        cells += fit.table(asked, [name], fit.BATCHES, _lengths(asked))
+    names, lengths = sorted(registry.methods()), _lengths(asked)
     if as_json:
-        typer.echo(json.dumps([vars(cell) for cell in cells], indent=2))
+        bar = track(names, "planning", console=Console(stderr=True), transient=True)
+        cells = [vars(cell) for name in bar for cell in fit.table(asked, [name], fit.BATCHES, lengths)]
+        typer.echo(json.dumps(cells, indent=2))
         return
     shown = Table(title=f"{asked.model}: expected GiB", box=box.SIMPLE_HEAD, title_justify="left")
     shown.add_column("method", no_wrap=True)
     shown.add_column("trainable", justify="right")
-    for batch, length in columns:
+    for batch, length in ((b, n) for n in lengths for b in fit.BATCHES):
         shown.add_column(f"{batch} x {length}", justify="right", no_wrap=True)
     left_out = []
-    for name in names:
-        mine = [c for c in cells if c.method == name]
-        if mine[0].expected is None:
-            left_out.append(name)
-            continue
-        shown.add_row(name, f"{mine[0].trainable / 1e6:,.2f} M", *(_cell(c, asked.memory) for c in mine))
-    Console().print(shown)
+    with Live(shown, console=Console(), refresh_per_second=2, vertical_overflow="visible"):
+        for number, name in enumerate(names):
+            shown.caption = f"{number} of {len(names)} methods; {name} is next"
+            mine = list(fit.table(asked, [name], fit.BATCHES, lengths))
+            if mine[0].expected is None:
+                left_out.append(name)
+            else:
+                shown.add_row(name, f"{mine[0].trainable / 1e6:,.2f} M", *(_cell(c, asked.memory) for c in mine))
+        shown.caption = None
     if left_out:
         typer.echo(f"Not for this model: {', '.join(left_out)}.")
 

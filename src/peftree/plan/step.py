@@ -40,7 +40,8 @@ class Traced:
 def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tuple[nn.Module, Adapter]:
     """Return the skeleton with the request's method on it."""
     model = skeleton.build(config, kind, dtype, request.attention)
-    adapter = adapt(model, make(request.method, request.fields))
+    with _Undrawn():
+        adapter = adapt(model, make(request.method, request.fields))
     recompute(model, request.checkpointing)
     model.train(request.mode == "train")
     return model, adapter
@@ -65,8 +66,23 @@ def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
         phases = _training if request.mode == "train" else _reading
         with Fused() if request.device == "cuda" else nullcontext():
             timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)  # type: ignore[union-attr,operator]
-    return Traced({p: parts_of(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+    return traced(timeline, model.config, operations)
+
+
+def traced(timeline: Timeline, config: Any, operations: dict[str, int]) -> Traced:
+    """Return what a timeline is made of, for a model of `config`."""
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+    return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Places that a method draws are the first ones: which ones they are does not matter to memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, a permutation of all being drawn in no time."""
+        if func is torch.randperm:
+            return torch.arange(args[0], device=(kwargs or {}).get("device"))
+        return func(*args, **(kwargs or {}))
 
 
 class Fused(TorchFunctionMode):
@@ -114,7 +130,7 @@ def _reading(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request:
     return [("forward", forward)]
 
 
-def parts_of(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
+def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
     """Return the bytes of each part when the phase holds most."""
     out = dict.fromkeys(("gradients", "activations", "logits", "temporaries"), 0)
     gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))

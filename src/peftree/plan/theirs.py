@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from peftree.errors import ConfigError, StoreError, did_you_mean
-from peftree.plan import foreign, formulas, skeleton
+from peftree.plan import between, foreign, formulas, skeleton
 from peftree.plan.batch import inputs, open_images
 from peftree.plan.request import FILE, Request
 from peftree.plan.reserved import Beside, adamw, reserved
 from peftree.plan.result import Whole
-from peftree.plan.step import parts_of, recompute
+from peftree.plan.step import recompute
+from peftree.plan.step import traced as described
 from peftree.plan.trace import Timeline
 from peftree.store.hfpeft import DIALECTS
 from peftree.store.hfpeft.names import saves_heads
@@ -64,8 +65,8 @@ def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, An
         raise StoreError(error.what, _INSTEAD) from None
 
 
-def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> Theirs:
-    """Put PEFT's modules on the model, all of its layers, and trace one step.
+def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, quick: bool = False) -> Theirs:
+    """Put PEFT's modules on the model, all of its layers, and trace one step; `quick` as in `estimate.plan`.
 
     Raises:
         ConfigError: PEFT is not installed, or does not know the method or a field.
@@ -78,16 +79,23 @@ def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> Thei
         recompute(model, request.checkpointing)
         return model
 
+    def run() -> tuple[Timeline, tuple[Whole, Beside, int]]:
+        batch = inputs(base(), request, labels=request.mode == "train")
+        placed = foreign.put(base, request.adapter)
+        whole, beside = _whole(placed, request, kind.__name__), _beside(placed, request)
+        line, operations = foreign.trace(placed, batch, request)
+        return line, (whole, beside, operations)
+
     if request.mode == "generate":
         raise ConfigError("Generation with PEFT's modules is not planned.", "Say --code peftree, or --mode eval.")
-    batch = inputs(base(), request, labels=request.mode == "train")
-    placed = foreign.put(base, request.adapter)
-    whole = _whole(placed, request, kind.__name__)
-    trained = [p.numel() * p.element_size() for p in placed.model.parameters() if p.requires_grad]
-    line, operations = foreign.trace(placed, batch, request)
-    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-    parts: dict[str, dict[str, float]] = {p: dict(parts_of(line, p, vocabulary)) for p in line.phases}
-    return Theirs(whole, parts, float(operations), _held(line, placed, request, trained))
+    if quick:
+        line, (whole, beside, operations) = between.line(between.key(request), request.batch, request.length, run)
+    else:
+        line, (whole, beside, operations) = run()
+        between.remember(between.key(request), request.batch, request.length, line, (whole, beside, operations))
+    step = described(line, config, {})
+    parts: dict[str, dict[str, float]] = {phase: dict(held) for phase, held in step.parts.items()}
+    return Theirs(whole, parts, float(operations), _held(line, beside, request))
 
 
 def _whole(placed: foreign.Foreign, request: Request, name: str) -> Whole:
@@ -106,16 +114,18 @@ def _whole(placed: foreign.Foreign, request: Request, name: str) -> Whole:
     )  # fmt: skip
 
 
-def _held(line: Timeline, placed: foreign.Foreign, request: Request, trained: list[int]) -> int:
+def _beside(placed: foreign.Foreign, request: Request) -> Beside:
+    trained = [p.numel() * p.element_size() for p in placed.model.parameters() if p.requires_grad]
+    known = adamw(trained)
+    if request.optimizer != "adamw_foreach":
+        known["scratch"] = [max(trained, default=0)] * 2 if request.optimizer == "adamw_loop" else []
+    return Beside(placed.weights, placed.adapter, **known)
+
+
+def _held(line: Timeline, beside: Beside, request: Request) -> int:
     """Replay a first step, and one more after the cache was emptied, as the allocator does before it gives up."""
     plain = request.base == "dense" and request.devices == 1 and request.accumulation == 1
-    if request.device != "cuda" or request.mode != "train" or not plain:
+    known = request.optimizer in ("adamw", "adamw_loop", "adamw_foreach")
+    if request.device != "cuda" or request.mode != "train" or not plain or not known:
         return 0
-    known = adamw(trained)
-    if request.optimizer == "adamw":
-        known["scratch"] = []
-    elif request.optimizer == "adamw_loop":
-        known["scratch"] = [max(trained, default=0)] * 2
-    elif request.optimizer != "adamw_foreach":
-        return 0
-    return reserved([line, line], Beside(placed.weights, placed.adapter, **known), emptied=[0])
+    return reserved([line, line], beside, emptied=[0])

@@ -8,6 +8,7 @@ this file knows of it, and `supported` says whether the installed version is one
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import weakref
@@ -136,6 +137,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, ignore: Iterable[Tensor] = (), scratch: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scratch = scratch
+        self.over = False  # what ends later is not noted: it is when the tracing program lets go of it
         self._summed = -1
         self.timeline = Timeline()
         self.operations = 0
@@ -225,6 +227,8 @@ class Ledger(TorchDispatchMode):
         self.timeline.kept[name] = self.timeline.kept.get(name, frozenset()) | numbers
 
     def _gone(self, key: int, number: int, size: int) -> None:
+        if self.over:
+            return
         if self._known.get(key) == number:
             del self._known[key]
         line = self.timeline
@@ -299,13 +303,26 @@ def faking(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         noisy.setLevel(level)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let no garbage collection come in between, at a time that nobody chose."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def record(phases: Sequence[tuple[str, Callable[[], object]]], ledger: Ledger) -> tuple[Timeline, dict[str, int]]:
     """Run `phases` one after another; return the timeline, and the floating-point operations of each phase."""
     operations: dict[str, int] = {}
-    with ledger:
+    with ledger, _uncollected():
         for name, run in phases:
             before = ledger.operations
             with ledger.during(name):
                 run()
             operations[name] = ledger.operations - before
+    ledger.over = True
     return ledger.timeline, operations

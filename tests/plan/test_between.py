@@ -1,0 +1,164 @@
+"""What is worked out between traces is what a trace there finds, for every method; in doubt nothing is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import transformers as tf
+
+from peftree import registry
+from peftree.errors import SiteError
+from peftree.plan import between, estimate, fit, plan, request
+from peftree.plan.trace import Timeline
+from plan.test_fit import BERT, LLAMA
+
+BATCHES, LENGTHS = (1, 3, 8), (10, 32, 48)
+PEFT = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+CONFIGS: dict[str, Any] = {
+    "llama": LLAMA,
+    "bert": BERT,
+    "vit": tf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8,
+        architectures=["ViTForImageClassification"],
+    ),
+    "windows": tf.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, sliding_window=20, layer_types=["sliding_attention", "full_attention"] * 2,
+        architectures=["Gemma3ForCausalLM"],
+    ),
+}  # fmt: skip
+SOME = ("dora", "full", "houlsby", "mam", "prefix_tuning")
+CASES = [("llama", "lora"), ("vit", "lora"), ("windows", "lora"), ("bert", "mam"), *[("llama", name) for name in SOME]]
+REST = [("llama", name) for name in registry.methods() if name not in ("lora", *SOME)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {name: tmp_path_factory.mktemp(name) for name in CONFIGS}
+    for name, config in CONFIGS.items():
+        config.save_pretrained(made[name])
+    return {name: str(folder) for name, folder in made.items()}
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> None:
+    between.forget()
+    estimate._planned.cache_clear()
+
+
+@pytest.mark.parametrize(("model", "method"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+def test_the_cells_of_a_table_are_plans(folders: dict[str, str], model: str, method: str) -> None:
+    asked = request(model=folders[model], method=method)
+    cells = list(fit.table(asked, [method], BATCHES, LENGTHS))
+    assert [(c.batch, c.length) for c in cells] == [(b, n) for n in LENGTHS for b in BATCHES]
+    inner = [c for c in cells if c.expected is not None and c.batch > 1 and c.length < max(LENGTHS)]
+    for cell in inner[:3]:
+        made = plan(asked.model_copy(update={"batch": cell.batch, "length": cell.length}))
+        assert (cell.expected, cell.trainable) == (made.expected, made.trainable)
+    assert inner or method in ("bitfit", "vpt")
+
+
+def test_few_cells_are_traced(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+    real = estimate.trace
+    monkeypatch.setattr(estimate, "trace", lambda *given: (traced.append(given), real(*given))[1])
+    list(fit.table(request(model=folders["llama"], method="lora"), ["lora"], BATCHES, LENGTHS))
+    assert len(traced) == 2 * 4  # two depths, three corners; and one, for a single row makes fewer copies
+
+
+@pytest.mark.parametrize("key", ["batch", "length"])
+@pytest.mark.parametrize("setting", [{"method": "dora"}, {"adapter": PEFT}])
+def test_the_largest_is_exact_and_needs_few_traces(
+    folders: dict[str, str], key: Any, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(model=folders["llama"], batch=4, length=32, **setting)
+    memory = plan(asked.model_copy(update={key: 50})).expected
+    between.forget()
+    runs: list[Any] = []
+    real = between.remember
+    monkeypatch.setattr(between, "remember", lambda *given: (runs.append(given), real(*given))[1])
+    most = fit.largest(asked, memory, key)
+    assert len(runs) <= (4 if "adapter" in setting else 8)
+    at, over = (plan(asked.model_copy(update={key: n})).expected for n in (most, most + 1))
+    assert at <= memory < over
+
+
+def test_pefts_plan_is_derived_too(folders: dict[str, str]) -> None:
+    asked = request(model=folders["llama"], batch=2, length=16, adapter=PEFT)
+    for batch, length in ((2, 16), (8, 48), (2, 48)):
+        plan(asked.model_copy(update={"batch": batch, "length": length}))
+    wanted = asked.model_copy(update={"batch": 5, "length": 23})
+    quick = estimate.plan(wanted, quick=True)
+    between.forget()
+    assert quick.parts == plan(wanted).parts and quick.expected == plan(wanted).expected
+
+
+def line(*shapes: tuple[int, ...]) -> Timeline:
+    sizes = [4 * math.prod(s) for s in shapes]
+    number = list(range(len(shapes)))
+    return Timeline(number, list(sizes), [0] * len(shapes), ["forward"], sizes, list(shapes), [], {})
+
+
+def seen(*lines: tuple[int, int, Timeline]) -> list[between.Seen]:
+    return [between.Seen(batch, length, made, 0, None) for batch, length, made in lines]
+
+
+def test_each_reading() -> None:
+    def shapes(b: int, n: int) -> list[tuple[int, ...]]:
+        return [(b, n, 7), (b * n, 3), (5,), (b, n + 2), (2 * b, n), (b, 4, n, n)]
+
+    known = seen(*((b, n, line(*shapes(b, n))) for b, n in ((2, 11), (9, 90), (2, 90))))
+    found = between.derived(known, 5, 31)
+    assert found is not None and found.shape == shapes(5, 31)
+    assert found.size == found.change == [4 * math.prod(s) for s in shapes(5, 31)]
+
+
+def test_outside_of_what_was_seen_nothing_is_derived() -> None:
+    known = seen(*((b, n, line((b, n))) for b, n in ((2, 8), (6, 50))))
+    assert between.derived(known, 4, 20) is not None
+    assert [between.derived(known, b, n) for b, n in ((7, 20), (1, 20), (4, 51), (4, 7))] == [None] * 4
+    assert between.derived(known[:1], 4, 20) is None
+
+
+def test_what_can_be_read_in_two_ways_is_not() -> None:
+    two = seen((2, 8, line((8,))), (4, 16, line((16,))))  # four times the rows, or the tokens
+    assert between.derived(two, 3, 9) is None
+    assert between.derived([*two, *seen((2, 16, line((16,))))], 3, 9) is not None
+
+
+def test_what_fits_no_reading_is_not_derived() -> None:
+    steps = seen((2, 8, line((7,))), (4, 16, line((64,))))
+    assert between.derived(steps, 3, 9) is None
+
+
+def test_traces_with_other_events_are_not_mixed() -> None:
+    between.remember("one", 2, 8, line((2, 8)))
+    between.remember("one", 6, 50, line((6, 50), (1,)))
+    ran = line((4, 20))
+    assert between.line("one", 4, 20, lambda: (ran, None))[0] is ran
+
+
+def test_the_order_of_releases_does_not_matter() -> None:
+    base = line((2, 8), (3,))
+    ends = [replace(base, owner=[0, 1, *o], change=[64, 12, *c], phase=[0] * 4) for o, c in (
+        ([0, 1], [-64, -12]), ([1, 0], [-12, -64]),
+    )]  # fmt: skip
+    for made in ends:
+        between.remember("two", 2, 8, made)
+    assert len({one.events for one in between._HELD["two"]}) == 1
+
+
+def test_traces_of_few_settings_are_held() -> None:
+    for number in range(between.KEPT + 3):
+        between.remember(str(number), 1, 1, line((1,)))
+    assert len(between._HELD) == between.KEPT and "0" not in between._HELD
+
+
+def test_a_method_that_fits_nothing_is_said_so_once(folders: dict[str, str]) -> None:
+    cells = list(fit.table(request(model=folders["llama"]), ["vpt"], BATCHES, LENGTHS))
+    assert len(cells) == 9 and {c.expected for c in cells} == {None}
+    with pytest.raises(SiteError):
+        plan(request(model=folders["llama"], method="vpt"))
