@@ -172,7 +172,6 @@ def _counter(model: str) -> Any:
 
 def print_table(asked: Request, as_json: bool) -> None:
     """Print methods x batches x lengths, each row when it is worked out."""
-    from rich import box
     from rich.console import Console
     from rich.live import Live
     from rich.progress import track
@@ -186,11 +185,17 @@ def print_table(asked: Request, as_json: bool) -> None:
         cells = [vars(cell) for name in bar for cell in fit.table(asked, [name], fit.BATCHES, lengths)]
         typer.echo(json.dumps(cells, indent=2))
         return
-    shown = Table(title=f"{asked.model}: expected GiB", box=box.SIMPLE_HEAD, title_justify="left")
+    shown = Table(
+        title=f"{asked.model}: expected GiB",
+        box=None,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     shown.add_column("method", no_wrap=True)
-    shown.add_column("trainable", justify="right")
+    shown.add_column("trained", justify="right", no_wrap=True)
     for batch, length in ((b, n) for n in lengths for b in fit.BATCHES):
-        shown.add_column(f"{batch} x {length}", justify="right", no_wrap=True)
+        shown.add_column(f"{batch} x\n{length}", justify="right", no_wrap=True)
     left_out = []
     with Live(shown, console=Console(), refresh_per_second=2, vertical_overflow="visible"):
         for number, name in enumerate(names):
@@ -199,7 +204,7 @@ def print_table(asked: Request, as_json: bool) -> None:
             if mine[0].expected is None:
                 left_out.append(name)
             else:
-                shown.add_row(name, f"{mine[0].trainable / 1e6:,.2f} M", *(_cell(c, asked.memory) for c in mine))
+                shown.add_row(name, _short(mine[0].trainable / 1e6) + "M", *(_cell(c, asked.memory) for c in mine))
         shown.caption = None
     if left_out:
         typer.echo(f"Not for this model: {', '.join(left_out)}.")
@@ -216,5 +221,10 @@ def _lengths(asked: Request) -> tuple[int, ...]:
 def _cell(cell: fit.Cell, memory: int) -> str:
     if cell.expected is None:
         return "-"
-    text = f"{cell.expected / GIB:.2f}"
+    text = _short(cell.expected / GIB)
     return f"[dim]{text}[/dim]" if memory and cell.expected > memory else text
+
+
+def _short(value: float) -> str:
+    """Return a number in five characters, so that nine columns fit into a terminal of 80."""
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
