@@ -181,8 +181,7 @@ def run_suite(
 
     Raises:
         ConfigError, MethodError: the suite or the choice names something unknown, before any run.
-        AssetError: material could not be fetched: before any run if its task was chosen by name, else when all
-            other tasks are done.
+        AssetError: material could not be fetched: before any run if its task was chosen by name, else after the rest.
         DataError: material is not what the suite was made for, before any run.
     """
     choice, out = choice or Choice(), out.absolute()
@@ -193,29 +192,25 @@ def run_suite(
     records.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "suite.json", suite.model_dump_json(indent=1) + "\n")
     do = runner or _here(workers or min(2, os.cpu_count() or 1), console)
-    material, lost = _gathered(suite, names)
+    material, lost = _gathered(suite, names, console or Console(quiet=True))
     if lost and (choice.tasks or not material):
-        raise next(iter(lost.values()))
-    for name, error in lost.items():
-        if console:
-            console.print(f"{name} is left out: {error}", markup=False)
-    names = [name for name in names if name in material]
+        raise lost[0]
     found: list[RunRecord] = []
-    expected = {name: _expected(suite, name) for name in names}
-    for number, name in enumerate(names):
-        planned = Planned(suite, name, suite.tasks[name], material[name], out)
+    expected = {name: _expected(suite, name) for name in material}
+    for number, (name, made) in enumerate(material.items()):
+        planned = Planned(suite, name, suite.tasks[name], made, out)
         entries = [e for e, _ in suite.entries(name) if not choice.methods or e in choice.methods]
-        later = sum(expected[other] for other in names[number + 1 :])
+        later = sum(list(expected.values())[number + 1 :])
         trials = planned.trials(entries)
         tried = do(trials, records, later + expected[name] * suite.protocol.seeds / max(suite.runs(name), 1))
         found += tried
         found += do(planned.finals(entries, tried or _tuned(suite, name, found)), records, later)
     if lost:
-        raise next(iter(lost.values()))
+        raise lost[0]
     return found
 
 
-def _gathered(suite: Suite, names: Sequence[str]) -> tuple[dict[str, Material], dict[str, AssetError]]:
+def _gathered(suite: Suite, names: Sequence[str], console: Console) -> tuple[dict[str, Material], list[AssetError]]:
     """Return the material of each task, and why that of others, or of those that they are tuned on, is not there."""
     material, lost = dict[str, Material](), dict[str, AssetError]()
     for name in names:
@@ -223,12 +218,11 @@ def _gathered(suite: Suite, names: Sequence[str]) -> tuple[dict[str, Material], 
             material[name] = gather(suite.tasks[name])
         except AssetError as error:
             lost[name] = error
-    for name in list(material):
-        other = suite.tasks[name].tuned_on
-        if other in lost:
-            lost[name] = lost[other]
-            del material[name]
-    return material, lost
+    lost |= {name: lost[other] for name in names if name in material and (other := suite.tasks[name].tuned_on) in lost}
+    for name, error in lost.items():
+        console.print(f"{name} is left out: {error}", markup=False)
+        material.pop(name, None)
+    return material, list(lost.values())
 
 
 def _identity(name: str, entry: Entry) -> tuple[str, dict[str, Any]]:
