@@ -188,8 +188,7 @@ def run_suite(
     choice.check(suite)
     check_methods(suite)
     names = [name for name in suite.tasks if not choice.tasks or name in choice.tasks]
-    records = out / "records"
-    records.mkdir(parents=True, exist_ok=True)
+    (records := out / "records").mkdir(parents=True, exist_ok=True)
     atomic_write(out / "suite.json", suite.model_dump_json(indent=1) + "\n")
     do = runner or _here(workers or min(2, os.cpu_count() or 1), console)
     material, lost = _gathered(suite, names, console or Console(quiet=True))
@@ -219,8 +218,8 @@ def _gathered(suite: Suite, names: Sequence[str], console: Console) -> tuple[dic
         except AssetError as error:
             lost[name] = error
     lost |= {name: lost[other] for name in names if name in material and (other := suite.tasks[name].tuned_on) in lost}
-    for name, error in lost.items():
-        console.print(f"{name} is left out: {error}", markup=False)
+    for name, why in lost.items():
+        console.print(f"{name} is left out: {why}", markup=False)
         material.pop(name, None)
     return material, list(lost.values())
 
