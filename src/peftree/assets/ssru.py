@@ -36,6 +36,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peftree.assets.dit import eager_attention_forward
+
 
 class SsruConfig(PretrainedConfig):
     """Sizes of the model, under the names that Marian's config has in transformers."""
@@ -91,16 +93,6 @@ def positions(like: Tensor, places: Tensor | None, start: int = 0) -> Tensor:
     rates = 10000.0 ** (-torch.arange(half, device=device, dtype=torch.float32) / max(half - 1, 1))
     angles = places[..., None].float() * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float, **_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return softmax(q k' scaling + mask) v `[batch, tokens, heads, head_dim]` and the weights; transformers' name."""
-    scores = query @ key.transpose(2, 3) * scaling
-    weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class Attention(nn.Module):
