@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import peftree.assets.ssru  # noqa: F401  (makes its model known to transformers' auto classes)
+from peftree.assets import dit, ssru  # noqa: F401  (they make their models known to transformers' auto classes)
+from peftree.assets.models import located
 from peftree.errors import ConfigError
 
 # How configs call their number of layers; the first of a row that a config has is the one that counts.
@@ -55,9 +56,6 @@ def read_config(source: str) -> Any:
         ConfigError: there is none, or transformers does not know it.
     """
     from transformers import AutoConfig
-
-    from peftree.assets import dit  # noqa: F401  registers the project's own model type
-    from peftree.assets.models import located
 
     source = located(source)
     path = Path(source).expanduser()
