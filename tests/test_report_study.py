@@ -6,6 +6,7 @@ import io
 import json
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from invented import METHODS, STUDY, TASKS, fabricated, study
 from peftree import report
 from peftree.bench.record import RunRecord
 from peftree.errors import DataError
-from peftree.report import extras, methods, panels, tables
+from peftree.report import extras, methods, panels, svg, tables
 from peftree.report.data import Trial
 from peftree.report.table import Table
 from peftree.report.tuning import decades, steady
@@ -101,12 +102,12 @@ def test_tasks_that_differ_in_data_alone_are_drawn_as_curves(records: list[RunRe
         "noisy": {"label_noise": 0.4},
         "long": {"steps": 9},
     }
-    more = [
-        r.model_copy(update={"task": name, "budget": {**r.budget, **own}})
+    more = [  # without the sets of the base's probes: other data files, the same rows
+        r.model_copy(update={"task": name, "budget": {**r.budget, **own}, "own_data": "o" * 64, "data": "e" * 64})
         for name, own in change.items()
         for r in found
     ]
-    built = report.build([*found, *more])
+    built = report.build([*(r.model_copy(update={"own_data": "o" * 64}) for r in found), *more])
     base, *others = sorted(built.tasks, key=lambda task: task.name != "text-classification")
     share, wrong = panels.series(base, built, "share"), panels.series(base, built, "wrong")
     assert share is not None and "tenth (10%), third (30%) and text-classification (100%)" in share.caption
@@ -114,6 +115,50 @@ def test_tasks_that_differ_in_data_alone_are_drawn_as_curves(records: list[RunRe
     assert len(share.panels) == len(base.scored) and "lora" in "".join(share.panels)
     assert all(panels.series(task, built, name) is None for task in others for name in ("share", "wrong"))
     assert "accuracy against share of wrong training labels" in report.html.render(built)
+
+
+def test_tasks_that_differ_in_the_model_are_a_curve_over_its_size(records: list[RunRecord]) -> None:
+    found = [r for r in records if r.task == "text-classification" and r.phase == "final"]
+    total = min(r.total_parameters or 0 for r in found)
+    change: dict[str, tuple[float, dict[str, JsonValue]]] = {
+        "half": (0.5, {"config": {"num_hidden_layers": 3}, "weights": "other"}),
+        "quarter": (0.25, {"config": {"num_hidden_layers": 1}}),
+        "else": (0.1, {"config": {"hidden_dropout_prob": 0.5}}),
+    }
+    more = [
+        r.model_copy(
+            update={
+                "task": name,
+                "model": name,
+                "total_parameters": round(part * (r.total_parameters or 0)),
+                "budget": {"config": {}, **r.budget, **own},
+            }
+        )
+        for name, (part, own) in change.items()
+        for r in found
+    ]
+    first = [r.model_copy(update={"budget": {"config": {}, **r.budget}}) for r in found]
+    built = report.build([*first, *more])
+    by_name = {task.name: task for task in built.tasks}
+    assert by_name["text-classification"].parameters == total
+    curve = panels.series(by_name["text-classification"], built, "parameters")
+    assert curve is not None and curve.caption.startswith("Over quarter (")
+    assert "half (" in curve.caption and "else" not in curve.caption
+    assert all(panels.series(by_name[name], built, "parameters") is None for name in change)
+    assert "accuracy against parameters of the base" in report.html.render(built)
+
+
+def test_a_sheet_shows_every_panel_in_a_place_of_its_own(records: list[RunRecord]) -> None:
+    found = [r for r in records if r.task == "text-classification"]
+    group = panels.sensitivity(report.build(found).tasks[0])
+    assert group is not None and len(group.panels) > 4
+    root = ElementTree.fromstring(svg.file(panels.sheet(group)))
+    inner = [each for each in root if each.tag.endswith("svg") and each.get("role") == "img"]
+    assert len({(each.get("x"), each.get("y")) for each in inner}) == len(inner) == len(group.panels)
+    _, _, width, height = map(float, str(root.get("viewBox")).split())
+    assert all(float(str(e.get("x"))) + 200 <= width and float(str(e.get("y"))) + 128 <= height for e in inner)
+    known = {each.get("id") for each in root.iter()}
+    assert {str(each.get("href"))[1:] for each in root.iter() if each.get("href")} <= known
 
 
 def test_a_method_of_several_sizes_is_a_curve(records: list[RunRecord]) -> None:

@@ -24,7 +24,7 @@ from peftree.bench.samples import FULL, HEAD_ONLY, comparisons, labelled
 from peftree.bench.suite import Suite, load_suite
 from peftree.bench.versus import ALPHA
 from peftree.files import atomic_write
-from peftree.report import compare, diagrams, plots, svg, text
+from peftree.report import compare, diagrams, panels, plots, svg, text
 from peftree.report.data import Row, Task
 from peftree.report.markup import escape_markdown
 from peftree.train.config import RunConfig
@@ -277,13 +277,16 @@ def claims(done: Sequence[RunRecord]) -> str:
     return f"{summary}\n\n{table(heads, lines, words=2)}"
 
 
-def pictures(task: Task) -> dict[str, str]:
+def pictures(task: Task, built: report.Report) -> dict[str, str]:
     """Return the figures of a task by name, as SVG files."""
     allocator = plots.Cost("allocator peak", lambda row: row.costs.allocator, text.size)
     drawn = {
         "scores": plots.whiskers(task), "memory": plots.against(task, allocator), "kept": diagrams.retention(task)
     }  # fmt: skip
-    return {f"{task.name}-{name}": svg.file(figure.svg) for name, figure in drawn.items() if figure is not None}
+    curves = {name: panels.series(task, built, name) for name in panels.SERIES} | {"sizes": panels.capacity(task)}
+    found = {name: figure.svg for name, figure in drawn.items() if figure is not None}
+    found |= {name: panels.sheet(group) for name, group in curves.items() if group is not None}
+    return {f"{task.name}-{name}": svg.file(figure) for name, figure in found.items()}
 
 
 def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, object], dict[str, str]]:
@@ -298,7 +301,7 @@ def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, ob
     built = report.build(done)
     for task, runs in zip(built.tasks, comparisons(in_order(done)).values(), strict=True):
         if task.full is not None:
-            own = pictures(task)
+            own = pictures(task, built)
             drawn |= own
             part, rows = result(task, runs, own)
             parts.append(part)

@@ -67,6 +67,9 @@ def test_every_run_is_recorded(found: list[RunRecord], root: Path) -> None:
     assert all("vpt" in r.error or "site" in r.error for r in found if r.method == "vpt")
     made = suite(root)
     assert {r.suite_hash for r in found} == {made.hash}
+    own = folder_hash(root / "data")
+    assert {r.own_data for r in found} == {own}, "tasks over the same rows say so"
+    assert own not in {r.data for r in found}, "which also tells the shifted sets and the stages"
     assert json.loads((root / "out" / "suite.json").read_text())["suite"] == "tiny"
     assert {len(r.items) for r in found if r.phase == "trial" and r.status == "ok"} == {SIZES["valid"]}
     assert {len(r.items) for r in found if r.phase == "final" and r.task == "reviews" and r.status == "ok"} == {9}

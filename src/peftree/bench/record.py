@@ -64,8 +64,9 @@ class RunRecord(BaseModel):
 
     `phase`: a ``trial`` is one try of a learning rate, scored on validation rows only, which is what
     `score` and `items` then are; a ``final`` run is scored on the test rows. `data` is the SHA-256 of
-    the data files and `suite_hash` that of the suite as it was when the run was made. `values` holds
-    further metrics by name, `probes` what was found beyond quality: probe -> its figures.
+    all data files, `own_data` that of the task's own alone, without those of probes and stages, and `suite_hash`
+    that of the suite as it was when the run was made. `values` holds further metrics by name, `probes` what was
+    found beyond quality: probe -> its figures.
 
     `status`: ``ok``; ``failed`` (tried again by the next call); ``diverged`` (the loss or output was
     not finite: a result like any other); ``inapplicable`` (the method cannot be put on this model).
@@ -81,6 +82,7 @@ class RunRecord(BaseModel):
     task: Text
     dataset: Text
     data: str = ""
+    own_data: str = ""
     model: Text
     modality: Literal["language", "vision", "vision-language"]
     kind: Literal["understanding", "generation"]

@@ -130,7 +130,8 @@ class Planned:
         budget |= {"stages": list(task.stages)} if task.stages else {}
         return {
             "suite": self.suite.suite, "suite_hash": self.suite.hash, "task": self.name, "dataset": task.dataset,
-            "data": self.material.sha256, "model": task.model, "modality": facts.modality, "kind": facts.kind,
+            "data": self.material.sha256, "own_data": self.material.data.sha256,
+            "model": task.model, "modality": facts.modality, "kind": facts.kind,
             "metric": facts.metric, "higher_is_better": facts.higher_is_better,
             "aggregate": facts.aggregate, "budget": budget,
         }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peftree.bench.record import RunRecord, in_order
 from peftree.bench.samples import FULL, HEAD_ONLY, Comparison, comparisons, labelled, sample
@@ -55,7 +55,7 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
     twins = [other for other in every if other._replace(data=key.data) == key]
     data = f" (data {key.data[:8] or 'unknown'})" if len(twins) > 1 else ""
     notes += _notes(final, groups, rows) + _data_notes(records, len(twins))
-    budget = dict(records[0].budget)
+    own, budget = records[0].own_data or key.data, dict(records[0].budget)
     share, wrong = (_number(budget.pop(name, usual), usual) for name, usual in (("share", 1.0), ("label_noise", 0.0)))
     return Task(
         anchor=f"task-{number}",
@@ -74,10 +74,25 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
         statement=_statement(rows, full, decimals),
         notes=tuple(notes),
         tuning=tuning(trials, usual_environment(records)),
-        setting=json.dumps([key.suite, key.data, key.model, key.metric, budget], sort_keys=True),
+        setting=_told([key.suite, own, key.model, key.metric, budget]),
+        family=_told([key.suite, own, key.metric, _without_size(budget)]),
+        parameters=min((r.total_parameters for r in records if r.total_parameters), default=0),
         share=share,
         wrong=wrong,
     )
+
+
+def _told(parts: list[object]) -> str:
+    return json.dumps(parts, sort_keys=True)
+
+
+def _without_size(budget: Mapping[str, object]) -> dict[str, object]:
+    """Return what a budget says of anything but the model's weights and depth."""
+    out = {key: value for key, value in budget.items() if key != "weights"}
+    config = out.get("config")
+    if isinstance(config, dict):
+        out["config"] = {key: value for key, value in config.items() if key != "num_hidden_layers"}
+    return out
 
 
 def _number(value: object, usual: float) -> float:

@@ -166,7 +166,8 @@ class Tuning:
 class Task:
     """One comparison: the methods tried on one task, data set, model and suite.
 
-    Tasks of one `setting` differ in nothing but the `share` of the training rows and that of wrong labels, `wrong`.
+    Tasks of one `setting` differ in nothing but the `share` of the training rows and that of wrong labels, `wrong`;
+    those of one `family` also in the model, whose size is `parameters`.
     """
 
     anchor: str
@@ -186,6 +187,8 @@ class Task:
     notes: tuple[str, ...]
     tuning: tuple[Tuning, ...] = ()
     setting: str = ""
+    family: str = ""
+    parameters: int = 0
     share: float = 1.0
     wrong: float = 0.0
 

@@ -58,6 +58,27 @@ class Panels:
     panels: tuple[Markup, ...]
 
 
+@dataclass(frozen=True)
+class Series:
+    """A curve over tasks that are alike in all but one thing: what to call it and where it stands."""
+
+    what: str
+    alike: tuple[str, ...]
+    axes: Axes
+    at_largest: bool = True
+
+
+SERIES = {
+    "share": Series(
+        "share of the training rows", ("setting", "wrong"), Axes("", lambda value: f"{value:.0%}", log=True)
+    ),
+    "wrong": Series(
+        "share of wrong training labels", ("setting", "share"), Axes("", lambda value: f"{value:.0%}"), at_largest=False
+    ),
+    "parameters": Series("parameters of the base", ("family", "share", "wrong"), Axes("", text.count, log=True)),
+}
+
+
 def panels(task: Task, report: Report) -> list[Panels]:
     """Return the groups of panels for which `task` has data, in reading order.
 
@@ -66,8 +87,7 @@ def panels(task: Task, report: Report) -> list[Panels]:
     score, loss = _learning(task, report)
     found = [
         capacity(task),
-        series(task, report, "share"),
-        series(task, report, "wrong"),
+        *(series(task, report, name) for name in SERIES),
         sensitivity(task),
         loss,
         *(severities(task, name) for name in ("noise", "corruptions")),
@@ -132,11 +152,14 @@ def capacity(task: Task) -> Panels | None:
 
 
 def series(task: Task, report: Report, name: str) -> Panels | None:
-    """Return the score against the share of training rows, or of wrong labels, over tasks that are else the same."""
-    rest = "wrong" if name == "share" else "share"
-    alike = [t for t in report.tasks if t.setting == task.setting and getattr(t, rest) == getattr(task, rest)]
+    """Return the score against what alone tells tasks apart: `name` is a key of SERIES, an attribute of a task.
+
+    The curve stands at the task with the most rows, the fewest wrong labels, the largest base.
+    """
+    kind = SERIES[name]
+    alike = [t for t in report.tasks if all(getattr(t, same) == getattr(task, same) for same in kind.alike)]
     ends = {getattr(t, name): t for t in sorted(alike, key=lambda t: len(t.scored))}  # of equal ones the fullest
-    if len(ends) < 2 or ends[max(ends) if name == "share" else min(ends)] is not task:
+    if len(ends) < 2 or ends[max(ends) if kind.at_largest else min(ends)] is not task:
         return None
     traces = []
     for row in task.scored:
@@ -144,10 +167,9 @@ def series(task: Task, report: Report, name: str) -> Panels | None:
         points = [(x, each.score) for x, each in found if each is not None]
         if len(points) > 1:
             traces.append(_with_intervals(row.label, row.branch, points, name))
-    what = "share of the training rows" if name == "share" else "share of wrong training labels"
-    caption = f"Over {text.join([f'{t.name} ({x:.0%})' for x, t in sorted(ends.items())])}, with 95 % intervals."
-    axes = Axes("", lambda value: f"{value:.0%}", log=name == "share")
-    return draw(f"{task.anchor}-{name}", f"{task.metric} against {what}", caption, traces, axes)
+    over = text.join([f"{t.name} ({kind.axes.write(x)})" for x, t in sorted(ends.items())])
+    caption = f"Over {over}, with 95 % intervals."
+    return draw(f"{task.anchor}-{name}", f"{task.metric} against {kind.what}", caption, traces, kind.axes)
 
 
 def _with_intervals(label: str, branch: str, found: Sequence[tuple[float, Interval | None]], name: str) -> Trace:
@@ -193,6 +215,19 @@ def severities(task: Task, name: str) -> Panels | None:
     return draw(
         f"{task.anchor}-{name}-lines", f"{task.metric} against severity of {what}", caption, traces, Axes("severity")
     )
+
+
+def sheet(group: Panels, columns: int = 4) -> Markup:
+    """Return all panels of a group as one figure, for a page that shows files."""
+    gap = 8.0
+    wide, high = WIDTH + gap, HEIGHT + gap
+    body = [group.shared]
+    for index, panel in enumerate(group.panels):
+        x, y = num(wide * (index % columns)), num(high * (index // columns))
+        place = f'x="{x}" y="{y}" width="{num(WIDTH)}" height="{num(HEIGHT)}"'
+        body.append(panel.replace("<svg", Markup(f"<svg {place}"), 1))
+    rows = -(-len(group.panels) // columns)
+    return svg.document(wide * min(columns, len(group.panels)), high * rows, group.title, group.caption, body)
 
 
 def thin(steps: list[float], values: list[float], points: int) -> list[Point]:
