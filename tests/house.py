@@ -36,12 +36,12 @@ LAYERS = (
     ("methods",),
     ("deltas",),
     ("sites",),
-    ("errors", "files", "machine", "strict"),
+    ("errors", "files", "machine", "shown", "strict"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
 ON_THE_CORE = (
     *("advise", "assets", "bench", "cli", "demo", "describe", "doctor"),
-    *("evaluate", "machine", "plan", "report", "train"),
+    *("evaluate", "machine", "plan", "report", "shown", "train"),
 )
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

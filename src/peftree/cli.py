@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,9 +13,7 @@ from peftree import __version__
 from peftree.advise.command import advise
 from peftree.assets.command import data, models
 from peftree.errors import ConfigError, PeftreeError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from peftree.shown import Json, emit, short, tabled
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,47 +22,9 @@ app = typer.Typer(
     help="Parameter-efficient fine-tuning: the whole tree of methods, measured.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
 Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), a packaged or a hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance r=32 method=lora.")]
-
-
-def _print(value: Any, as_json: bool, table: Table | None = None) -> None:
-    """Print JSON, or the table."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=2, default=str))
-    elif table is not None:
-        from rich.console import Console
-
-        Console().print(table)
-
-
-def _table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
-    """Return a plain table; numbers are set flush right."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
-    for index, name in enumerate(columns):
-        number = bool(rows) and isinstance(rows[0][index], int | float) and not isinstance(rows[0][index], bool)
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not index)
-    for row in rows:
-        table.add_row(*[_cell(v, escape) for v in row])
-    return table
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _cell(value: Any, escape: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(escape(str(value)))
 
 
 @app.command()
@@ -74,12 +33,12 @@ def doctor(as_json: Json = False) -> None:
     from peftree.doctor import examine
 
     rows = examine()
-    table = _table(
+    table = tabled(
         "peftree doctor",
         ["check", "state", "what to do"],
         [[r.name, r.state, r.advice] for r in rows],
     )
-    _print([vars(r) for r in rows], as_json, table)
+    emit([vars(r) for r in rows], as_json, table)
     if any(r.failed for r in rows):
         raise typer.Exit(1)
 
@@ -95,11 +54,11 @@ def methods(
     if name:
         info = describe_method(name)
         fields = [[f["name"], f["type"], f["default"], f["limits"], f["description"]] for f in info["fields"]]
-        table = _table(
+        table = tabled(
             f"{info['name']} ({info['branch']}, {info['paper']})\n{info['equation']}",
             ["field", "type", "default", "limits", "description"], fields,
         )  # fmt: skip
-        _print(info, as_json, table)
+        emit(info, as_json, table)
         return
     found = method_rows()
     tags = ["identity at start", "merges", "adds tokens", "needs data"]
@@ -116,11 +75,11 @@ def methods(
                 row["paper"].removeprefix("arXiv "),
             ]
         )
-    table = _table(
+    table = tabled(
         "The tree of methods", ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"],
         rows,
     )  # fmt: skip
-    _print(found, as_json, table)
+    emit(found, as_json, table)
 
 
 @app.command()
@@ -132,8 +91,8 @@ def inspect(model: Model, as_json: Json = False) -> None:
     keys = ["tower", "role", "kind", "count", "layers", "in x out", "parameters"]
     shapes = [", ".join(" x ".join(map(str, shape)) for shape in r["shapes"]) for r in info["sites"]]
     rows = [[{**r, "in x out": s}[k] for k in keys] for r, s in zip(info["sites"], shapes, strict=True)]
-    table = _table(f"{info['class']}: {info['parameters']:,} parameters", keys, rows)
-    _print(info, as_json, table)
+    table = tabled(f"{info['class']}: {info['parameters']:,} parameters", keys, rows)
+    emit(info, as_json, table)
 
 
 @app.command()
@@ -151,7 +110,7 @@ def train(
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
     result = run(load_config(path, words))
     if as_json:
-        _print(dataclasses.asdict(result), True)
+        emit(dataclasses.asdict(result), True)
 
 
 @app.command("eval")
@@ -173,7 +132,7 @@ def evaluate(
         raise ConfigError(f"--split {split} is unknown.", "Use train, valid or test.")
     opened = open_run(run_folder, overrides or [], progress=not (quiet or as_json))
     found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None)))
-    _print(found, as_json, _table(str(run_folder), ["what", "value"], [[k, _short(v)] for k, v in found.items()]))
+    emit(found, as_json, tabled(str(run_folder), ["what", "value"], [[k, short(v)] for k, v in found.items()]))
 
 
 @app.command()
@@ -201,7 +160,7 @@ def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json:
     from peftree.train.export import export_run
 
     found = export_run(run_folder, out, to)
-    _print(found, as_json)
+    emit(found, as_json)
     if not as_json:
         typer.echo(f"Wrote {found['folder']}: {', '.join(found['files'])}")
 
@@ -275,7 +234,7 @@ def bench_suites(as_json: Json = False) -> None:
     found = [load_suite(name) for name in known_suites()]
     rows = [[s.suite, s.tier, len(s.tasks), len(s.methods), sum(map(s.runs, s.tasks)), s.title] for s in found]
     columns = ["suite", "tier", "tasks", "methods", "runs", "about"]
-    _print([dict(zip(columns, row, strict=True)) for row in rows], as_json, _table("Suites", columns, rows))
+    emit([dict(zip(columns, row, strict=True)) for row in rows], as_json, tabled("Suites", columns, rows))
 
 
 @bench.command("run")
@@ -300,7 +259,7 @@ def bench_run(
         rows = [[row[name] for name in command.PLAN] for row in found["tasks"]]
         runs, hours = (sum(row[name] for row in found["tasks"]) for name in ("runs", "hours"))
         title = f"{loaded.title} ({loaded.hash[:12]}): {runs:,} runs, about {hours:.1f} processor hours"
-        _print(found, as_json, _table(title, list(command.PLAN), rows))
+        emit(found, as_json, tabled(title, list(command.PLAN), rows))
         return
     command.run(loaded, out or Path("results", loaded.suite), *chosen, workers=workers, slurm=slurm, ray=ray)
 
@@ -316,7 +275,7 @@ def bench_status(suite: SuiteName, out: Results = None, task: Tasks = None, as_j
     title = f"{found['done']} of {found['runs']} runs, about {found['hours left']:.1f} hours left"
     rows = found["methods" if task else "tasks"]
     heads = ["unfit" if name == "inapplicable" else name for name in rows[0]]
-    _print(found, as_json, _table(title, heads, [list(row.values()) for row in rows]))
+    emit(found, as_json, tabled(title, heads, [list(row.values()) for row in rows]))
 
 
 @bench.command("compare")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+from peftree.shown import Json, emit, tabled
 
 
 def models(
@@ -19,9 +19,7 @@ def models(
     from peftree.assets.models import MODELS, describe, model_folder
 
     if not name:
-        _show(
-            "Packaged models", [describe(each) for each in MODELS], ("name", "role", "parameters", "licence"), as_json
-        )
+        _list("Packaged models", [describe(m) for m in MODELS], ("name", "role", "parameters", "licence"), as_json)
         return
     folder, facts = str(model_folder(name, quiet=as_json)), describe(name)
     typer.echo(json.dumps({**facts, "folder": folder}, indent=2) if as_json else folder)
@@ -42,26 +40,12 @@ def data(
 
     if not name:
         rows = [{"name": k, "what": s.about, "licence": ASSETS[s.asset].licence} for k, s in SOURCES.items()]
-        _show("Packaged data", rows, ("name", "what", "licence"), as_json)
+        _list("Packaged data", rows, ("name", "what", "licence"), as_json)
         return
     sizes = {"train": train, "valid": valid, "test": test}
     folder = write_data(out or Path(name), name, {}, sizes, seed, quiet=as_json)
     typer.echo(json.dumps({"name": name, "folder": str(folder), **sizes}, indent=2) if as_json else str(folder))
 
 
-def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
-    """Print rows as JSON, or their columns as a table."""
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        number = isinstance(rows[0][column], int)
-        table.add_column(column, overflow="fold", justify="right" if number else "left", no_wrap=column == columns[0])
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v := row[column], int) else v for column in columns))
-    Console().print(table)
+def _list(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    emit(rows, as_json, tabled(title, columns, [[row[column] for column in columns] for row in rows]))
