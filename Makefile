@@ -52,8 +52,10 @@ bench-smoke: env ## the smallest suite of the benchmark on real models and data,
 	$(BIN)/peftree bench run smoke --out results/smoke
 	$(BIN)/peftree report results/smoke --html results/smoke/report.html
 
-study: env ## the study's page, from its packed records
+study: env ## the study's page, the adviser's evidence and the README's table, from the packed records
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/evidence.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/readme.py
 
 browser: ## install Debian's Chromium for the tests of the report, where that is possible
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

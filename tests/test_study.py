@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from invented import TASKS, study
+from invented import METHODS, TASKS, study
 from peftree import registry, report
 from peftree.bench.command import pack, read_packed
 from peftree.bench.record import RunRecord
@@ -52,16 +52,20 @@ def test_the_page_is_the_same_each_time_and_says_what_is_missing(tool: ModuleTyp
         r.write(tmp_path)
     pack(tmp_path, tmp_path / "pack.gz")
     records = read_packed(tmp_path / "pack.gz")
-    page = tool.page(records, load_suite("small"))
-    assert page == tool.page(read_packed(tmp_path / "pack.gz"), load_suite("small"))
+    page = tool.files(records, load_suite("small"))["study.md"]
+    assert page == tool.files(read_packed(tmp_path / "pack.gz"), load_suite("small"))["study.md"]
     assert "**The study is partial**: 11 of 273 cells" in page and "peftree bench run small" in page
     assert row(page, "`clothing`")[1:3] == ["0 / 25", "0 / 225"]
     assert row(page, "`movies` | 11 / 25")[2:] == ["107 / 225", "`ia3`"]
-    assert "| `ia3` |" not in page.partition("## In short")[2] and "/tmp" not in page and "/work" not in page
+    assert (
+        "`ia3`" not in page.partition("## Runs")[0].partition("## Published")[0]
+        and "/tmp" not in page
+        and "/work" not in page
+    )
 
 
 def test_verdicts_are_the_reports_and_memory_is_over_fulls(tool: ModuleType) -> None:
-    page = tool.page(invented(), load_suite("small"))
+    page = tool.files(invented(), load_suite("small"))["study.md"]
     assert row(page, "`prompt_tuning`")[3] == "not retained"
     full, lora = row(page, "`full`"), row(page, "`lora`")
     assert full[2:5] == ["–", "reference", "–"] and full[7:11] == ["100 %"] * 4
@@ -70,19 +74,37 @@ def test_verdicts_are_the_reports_and_memory_is_over_fulls(tool: ModuleType) -> 
     assert int(row(page, "all")[1]) == 9 == sum(map(int, row(page, "all")[2:6]))
 
 
+def test_the_answers_count_what_the_table_counts(tool: ModuleType) -> None:
+    page = tool.files(invented(), load_suite("small"))["study.md"]
+    answer = page.partition("## In short")[2].partition("Finished methods")[0]
+    shown, open_, refuted, none = map(int, row(page, "all")[2:6])
+    assert shown and f"For {shown} of 9 pairs" in answer and f"for {refuted} refuted, for {open_} open" in answer
+    assert f"for {none} full fine-tuning, as run, had no gain" in answer
+    saved = re.search(
+        r"gradients and optimizer\*\*: (\S+) % in the median, at most (\S+) % \(`(\w+)` on `movies`\)", answer
+    )
+    assert saved is not None
+    section = page.partition("### movies")[2]
+    kept = [each for name, *_ in METHODS if name != "ia3" and (each := row(section, f"`{name}`"))[3] == "shown"]
+    least = min(float(each[10].removesuffix(" %")) for each in kept)
+    assert (
+        float(saved[2]) == pytest.approx(100 - least, abs=0.51) and row(section, f"`{saved[3]}`")[10] == f"{least:g} %"
+    )
+
+
 def test_where_full_loses_against_the_baseline_nothing_is_called_retained(tool: ModuleType) -> None:
-    page = tool.page(invented(top=0.5, floor=0.8), load_suite("small"))
+    page = tool.files(invented(top=0.5, floor=0.8), load_suite("small"))["study.md"]
     assert row(page, "`lora`")[2:4] == ["–", "no gain to retain"] and "weak reference" in page
     assert row(page, "all")[2:6] == ["0", "0", "0", "9"]
 
 
 def test_without_a_reference_nothing_is_compared(tool: ModuleType) -> None:
-    page = tool.page([r for r in invented() if r.method != "full"], load_suite("small"))
+    page = tool.files([r for r in invented() if r.method != "full"], load_suite("small"))["study.md"]
     assert "No task has finished runs of both" in page
 
 
 def test_methods_and_claims_are_counted_from_the_same_verdicts(tool: ModuleType) -> None:
-    page = tool.page(invented(), load_suite("small"))
+    page = tool.files(invented(), load_suite("small"))["study.md"]
     counted = page.partition("## Method by method")[2].partition("## Published")[0]
     claims = page.partition("## Published")[2].partition("## How to read")[0]
     for name in ("lora", "dora", "prompt_tuning", "head_only"):

@@ -1,4 +1,4 @@
-"""Write the README's generated parts from the code: `python tools/readme.py` (with --check only compare)."""
+"""Write the README's generated parts from the code and the study: `python tools/readme.py` (--check only compares)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from peftree import describe
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- methods:start -->", "<!-- methods:end -->"
+STUDY = README.parent / "docs" / "study.md"
 
 
-def table() -> str:
+def methods() -> str:
     """Return the methods by branch, one row a branch, as Markdown."""
     lines = ["| branch | methods |", "|---|---|"]
     for branch, rows in groupby(describe.method_rows(), key=lambda row: row["branch"]):
@@ -20,11 +20,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def study() -> str:
+    """Return what the study's page says in short."""
+    _, _, rest = STUDY.read_text("utf-8").partition("## In short\n\n")
+    return rest.partition("\n\n")[0]
+
+
 def current(text: str) -> str:
-    """Return `text` with the part between the marks made anew."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    """Return `text` with the parts between the marks made anew."""
+    for name, part in (("methods", methods), ("study", study)):
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{part()}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> int:

@@ -219,6 +219,31 @@ def short(found: Sequence[Found]) -> str:
     return table(("task", "methods", "≥ 90 % retained: shown", *names[1:], *MEMORY), lines)
 
 
+def answers(found: Sequence[Found]) -> str:
+    """Return what the runs say of the survey's headline: quality kept, memory saved, and both at once."""
+
+    def less(share: float) -> str:
+        return f"{100 * (1 - share):.{2 * (share < 0.01)}f} %"
+
+    mine = [one for one in found if one.branch != "reference"]
+    verdicts, kept = Counter(one.kept for one in mine), [one for one in mine if one.kept == KEPT["yes"]]
+    often = [f"`{label}` ({count})" for label, count in Counter(one.label for one in kept).most_common(5) if count > 1]
+    shown, lost, left = (verdicts[KEPT[word]] for word in ("yes", "no", "not shown"))
+    out = [
+        f"**Is 90 % of full fine-tuning's gain kept?** For {shown} of {len(mine)} pairs of a method and a task this is "
+        f"shown, for {lost} refuted, for {left} open; for {verdicts[NO_GAIN]} full fine-tuning, as run, had no gain to "
+        f"keep.{f' Shown most often for {text.join(often)}.' if often else ''}"
+    ]
+    for number, what in ((0, "allocator peak"), (2, "peak RSS, full's copy taken off"), (3, "gradients and optimizer")):
+        known = [(share, one) for one in kept if (share := one.shares[number]) is not None]
+        if known:
+            share, best = min(known, key=lambda pair: pair[0])
+            typical = less(statistics.median(share for share, _ in known))
+            out.append(f"**Saved, where it is shown, of the {what}**: {typical} in the median, at most {less(share)} "
+                       f"(`{best.label}` on `{best.task}`).")  # fmt: skip
+    return "\n".join(f"* {line}" for line in out)
+
+
 def middle(values: Iterable[float | None]) -> str:
     """Return the median of what is known, as a percentage."""
     known = [value for value in values if value is not None]
@@ -295,7 +320,7 @@ def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, ob
         r for (task, _), runs in cells.items() if (task, FULL) in cells and (task, HEAD_ONLY) in cells for r in runs
     ]
     if not done:
-        empty = dict.fromkeys(("short", "by_method", "claims"), "Nothing yet.")
+        empty = dict.fromkeys(("answers", "short", "by_method", "claims"), "Nothing yet.")
         return {**empty, "results": "No task has finished runs of both `full` and `head_only` yet.", "ranks": ""}, {}
     parts, found, drawn = [], list[Found](), dict[str, str]()
     built = report.build(done)
@@ -314,7 +339,13 @@ def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, ob
             ranks = "\n\n".join(
                 ["![Mean ranks](study/ranks.svg)", figure.caption, *map(escape_markdown, overview.notes)]
             )
-    said = {"short": short(found), "by_method": by_method(found), "claims": claims(done), "ranks": ranks}
+    said = {
+        "answers": answers(found),
+        "short": short(found),
+        "by_method": by_method(found),
+        "claims": claims(done),
+        "ranks": ranks,
+    }
     return {**said, "results": "\n\n".join(parts)}, drawn
 
 
@@ -333,11 +364,6 @@ def at_the_edge(records: Sequence[RunRecord], final: Sequence[RunRecord]) -> tup
     chosen = {identity(r.task, r.method, r.fields): r.learning_rate for r in final}
     ends = [chosen[key] in (min(tried[key]), max(tried[key])) for key in chosen if key in tried]
     return sum(ends), len(ends)
-
-
-def page(records: Sequence[RunRecord], suite: Suite) -> str:
-    """Return the page."""
-    return files(records, suite)[PAGE.name]
 
 
 def files(records: Sequence[RunRecord], suite: Suite) -> dict[str, str]:
