@@ -60,9 +60,18 @@ class AssetError(PeftreeError, RuntimeError):
     """A packaged model or data set could not be fetched, verified or converted."""
 
 
+# What transformers and Hugging Face PEFT call it -> its name here.
+ELSEWHERE = {
+    "gradient_accumulation_steps": "accumulation", "learning_rate": "lr", "logging_steps": "log_every",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "lr_scheduler_type": "schedule", "max_steps": "steps",
+    "num_train_epochs": "epochs", "output_dir": "output", "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch_size", "rank": "r", "target_modules": "sites", "warmup_steps": "warmup",
+}  # fmt: skip
+
+
 def did_you_mean(name: str, known: Iterable[str], label: str = "Known") -> str:
     """Return ``Did you mean 'x'? Known: a, b, c.`` for an unknown `name` among `known`."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1)
+    close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in options else difflib.get_close_matches(name, options, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}{label}: {', '.join(options) or 'none'}."

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from peftree import registry
-from peftree.errors import ConfigError, PeftreeError
+from peftree.errors import ELSEWHERE, ConfigError, PeftreeError
 from peftree.train.config import RunConfig, load_config, write_resolved
 from peftree.train.run import make_method
 
@@ -105,6 +105,12 @@ def test_file_limits(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"model: \xff\xfe\n")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
+def test_names_of_other_libraries_are_answered_with_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{theirs}=1': lora has no field '{theirs}'.*Did you mean '{ours}'\?"):
+        make_method(load_config(None, ["model=m", "data=d", f"{theirs}=1"]))
 
 
 def test_method_fields_are_checked_with_file_and_line(tmp_path: Path) -> None:
