@@ -86,6 +86,21 @@ def test_a_task_of_few_methods_does_not_empty_the_ranking(records: list[RunRecor
     assert overview.notes[0].startswith("Ranked on ") and len(overview.tasks) == 6
 
 
+def test_of_tasks_over_the_same_rows_one_is_ranked(records: list[RunRecord]) -> None:
+    known = {task: f"{number}" * 64 for number, task in enumerate(dict.fromkeys(r.task for r in records))}
+    first = records[0].task
+    base = [r.model_copy(update={"own_data": known[r.task]}) for r in records]
+    noisy = [
+        r.model_copy(update={"task": "noisy", "budget": {**r.budget, "label_noise": 0.4}})
+        for r in base
+        if r.task == first and r.method in {"full", "head_only", "lora"}
+    ]
+    (plain,), (overview,) = report.build(base).overviews, report.build([*base, *noisy]).overviews
+    assert overview.ranks == plain.ranks and len(overview.tasks) == len(plain.tasks) + 1
+    assert overview.notes[0].startswith("Of tasks over the same rows") and "Of tasks" not in " ".join(plain.notes)
+    assert "noisy" not in overview.notes[1]
+
+
 def test_one_task_has_no_overview_and_two_suites_have_one_each(records: list[RunRecord]) -> None:
     alone = [r for r in records if r.task == "text-generation"]
     assert report.build(alone).overviews == ()

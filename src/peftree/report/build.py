@@ -74,6 +74,7 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
         statement=_statement(rows, full, decimals),
         notes=tuple(notes),
         tuning=tuning(trials, usual_environment(records)),
+        source=records[0].own_data,
         setting=_told([key.suite, own, key.model, key.metric, budget]),
         family=_told([key.suite, own, key.metric, _without_size(budget)]),
         parameters=min((r.total_parameters for r in records if r.total_parameters), default=0),

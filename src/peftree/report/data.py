@@ -167,7 +167,7 @@ class Task:
     """One comparison: the methods tried on one task, data set, model and suite.
 
     Tasks of one `setting` differ in nothing but the `share` of the training rows and that of wrong labels, `wrong`;
-    those of one `family` also in the model, whose size is `parameters`.
+    those of one `family` also in the model, whose size is `parameters`. Those of one `source` have the same rows.
     """
 
     anchor: str
@@ -186,6 +186,7 @@ class Task:
     statement: str
     notes: tuple[str, ...]
     tuning: tuple[Tuning, ...] = ()
+    source: str = ""
     setting: str = ""
     family: str = ""
     parameters: int = 0

@@ -19,9 +19,14 @@ def overviews(tasks: Sequence[Task]) -> tuple[Overview, ...]:
 
 def _one(suite: str, tasks: Sequence[Task]) -> Overview:
     labels = list(dict.fromkeys(row.label for task in tasks for row in task.rows))
-    ranked = _shared(tasks)
+    apart = _apart(tasks)
+    ranked = _shared(apart)
     everywhere = [label for label in labels if all(_score(task, label) is not None for task in ranked)]
     notes = []
+    if len(apart) < len(tasks):
+        notes.append(
+            "Of tasks over the same rows only the one with the most methods is ranked: others add no evidence."
+        )
     if len(ranked) < len(tasks):
         notes.append(f"Ranked on {join([task.name for task in ranked])}, where most methods have a score.")
     ranks: Ranks | None = None
@@ -40,6 +45,15 @@ def _one(suite: str, tasks: Sequence[Task]) -> Overview:
     order = {label: place for place, label in enumerate(ranks.names)} if ranks else {}
     labels.sort(key=lambda label: (order.get(label, len(order)), label))
     return Overview(suite, tuple(task.anchor for task in tasks), tuple(labels), ranks, tuple(notes))
+
+
+def _apart(tasks: Sequence[Task]) -> Sequence[Task]:
+    """Return of tasks known to be over the same rows the one with the most scores; all where one would be left."""
+    fullest: dict[str, Task] = {}
+    for task in sorted(tasks, key=lambda task: -len(task.scored)):
+        fullest.setdefault(task.source or task.anchor, task)
+    kept = {task.anchor for task in fullest.values()}
+    return [task for task in tasks if task.anchor in kept] if len(kept) > 1 else tasks
 
 
 def _shared(tasks: Sequence[Task]) -> Sequence[Task]:
