@@ -119,6 +119,15 @@ def test_methods_and_claims_are_counted_from_the_same_verdicts(tool: ModuleType)
     assert "Over all tasks the claimed direction is shown 1 times" in claims
 
 
+def test_the_claims_tasks_are_those_with_a_verdict(tool: ModuleType) -> None:
+    lines = [line for line in (ROOT / "docs" / "study.md").read_text("utf-8").splitlines() if line.startswith("| `")]
+    claims = [cells for line in lines if len(cells := [c.strip() for c in line.strip("|").split("|")]) == 6
+              and re.search("` (as good as|better than) `", cells[0])]  # fmt: skip
+    assert len(claims) > 10
+    for _, _, tasks, better, same, worse in claims:
+        assert int(tasks) == better.count("`") / 2 + int(same) + worse.count("`") / 2
+
+
 def test_claims_name_methods_that_the_suite_has(tool: ModuleType) -> None:
     names = {"lora sites=linear", *(entry.method or name for name, entry in load_suite("small").methods.items())}
     found = yaml.safe_load(tool.CLAIMS.read_text("utf-8"))

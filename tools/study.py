@@ -286,7 +286,8 @@ def claims(done: Sequence[RunRecord]) -> str:
             chosen = {label: groups[label] for label in (other, *(claim.one for claim in mine)) if label in groups}
             rows = {row.label: row for row in compare.rows(chosen, other)} if mine else {}
             for claim in mine:
-                seen[claim].setdefault(said(rows[claim.one]), []).append(key.task)
+                if word := said(rows[claim.one]):  # none where the method does not apply
+                    seen[claim].setdefault(word, []).append(key.task)
     lines = [
         (f"`{claim.one}` {claim.says} `{claim.other}`", claim.source, str(sum(map(len, tasks.values()))),
          ticked(tasks.get("better", ())), str(len(tasks.get(SAME, ()))), ticked(tasks.get("worse", ())))
