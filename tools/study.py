@@ -227,7 +227,9 @@ def answers(found: Sequence[Found]) -> str:
 
     mine = [one for one in found if one.branch != "reference"]
     verdicts, kept = Counter(one.kept for one in mine), [one for one in mine if one.kept == KEPT["yes"]]
-    often = [f"`{label}` ({count})" for label, count in Counter(one.label for one in kept).most_common(5) if count > 1]
+    ordered = Counter(one.label for one in kept).most_common()
+    least = max(2, ordered[min(4, len(ordered) - 1)][1]) if ordered else 0  # the fifth's, so that ties are named alike
+    often = [f"`{label}` ({count})" for label, count in ordered if count >= least]
     shown, lost, left = (verdicts[KEPT[word]] for word in ("yes", "no", "not shown"))
     out = [
         f"**Is 90 % of full fine-tuning's gain kept?** For {shown} of {len(mine)} pairs of a method and a task this is "
