@@ -1,10 +1,12 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format lint types docs bench-step bench-plan bench-smoke study browser clean
+.PHONY: help env demo test test-slow check format lint types docs peft-page bench-step bench-plan bench-smoke study models-page lab-page browser settings-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
+# Slow tests that start several processes of their own; the rest run side by side.
+SERIAL := tests/bench tests/graft/test_distributed.py
 # One thread and no network, so that results repeat and nothing waits for a hub.
 TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -24,7 +26,8 @@ test: env ## the quick test suite
 	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: env ## the tests marked slow
-	$(TESTING) $(BIN)/python -m pytest -q -m slow
+	$(TESTING) $(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal $(SERIAL:%=--ignore %)
+	$(TESTING) $(BIN)/python -m pytest -q -m slow $(SERIAL)
 
 check: lint types docs $(if $(TESTED),,test) ## format, lint, types, docs, tests and budgets (TESTED=1: tests just ran)
 
@@ -42,6 +45,9 @@ types: env
 docs: env ## build the documentation into site/, with no network
 	$(TESTING) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+peft-page: env ## run the matrix of Hugging Face PEFT's files and write its page
+	$(TESTING) $(BIN)/python -W ignore tools/peft_page.py
+
 bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --whole --rounds 11 --markdown docs/bench-step.md --json docs/bench-step.json
 
@@ -54,8 +60,17 @@ bench-smoke: env ## the smallest suite of the benchmark on real models and data,
 
 study: env ## the study's page, the adviser's evidence and the README's table, from the packed records
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py
-	OMP_NUM_THREADS=1 $(BIN)/python tools/evidence.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence.make
 	OMP_NUM_THREADS=1 $(BIN)/python tools/readme.py
+
+models-page: env ## docs/models.md from docs/models.json (`python -m tools.models_page measure` measures)
+	$(BIN)/python -m tools.models_page
+
+lab-page: env ## docs/lab/index.md from its records (`python -m tools.lab run` makes them)
+	$(BIN)/python -m tools.lab
+
+settings-page: env ## docs/settings.md from the configuration of a run
+	$(BIN)/python tools/settings.py
 
 browser: ## install Debian's Chromium for the tests of the report, where that is possible
 	@command -v chromium chromium-browser google-chrome >/dev/null || \

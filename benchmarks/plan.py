@@ -75,14 +75,14 @@ def train(name: str) -> dict[str, Any]:
     import peftree
     import plantruth
     from peftree.assets.models import model_folder
-    from peftree.evaluate.cost import allocator_peak, current_rss, peak_rss, reset_peak_rss
+    from peftree.evaluate.cost import allocator_peak, current_rss, peak_rss, reset_peaks
     from peftree.plan import plan, request
 
     torch.set_num_threads(1)
     method, fields = RUNS[name]
     folder = str(model_folder(MODEL, quiet=True))
     asked = request(
-        model=folder, method=method, fields=fields, batch=ROWS, length=LENGTH, padded=False, dtype="float32",
+        model=folder, method={"name": method, "fields": fields}, batch_size=ROWS, max_length=LENGTH, padded=False,
         device="cpu",
     )  # fmt: skip
     tiny = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -102,13 +102,14 @@ def train(name: str) -> dict[str, Any]:
     warm = stepper(tiny.train(), peftree.adapt(tiny, method, **fields), 64)  # libraries take theirs before the count
     warm(), warm()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.use_cache = False  # as the Trainer sets it
     for p in model.parameters():
         p.data = p.data.clone()  # off the file's pages
     step = stepper(model.train(), peftree.adapt(model, method, **fields), model.config.vocab_size)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = current_rss()
-    assert before is not None and reset_peak_rss()
+    assert before is not None and reset_peaks(torch.device("cpu"))
     for _ in range(STEPS):
         step()
     measured = peak_rss() - before
@@ -146,7 +147,7 @@ def planned(name: str) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(str(folder))
     getattr(transformers, config.architectures[0])  # its module is imported here
     imported, base = time.perf_counter(), current_rss()
-    made = plan(request(model=str(folder), method="lora", batch=4, length=2048))
+    made = plan(request(model=str(folder), method="lora", batch_size=4, max_length=2048))
     done = time.perf_counter()
     assert base is not None and made.how == "traced"
     return {"import": imported - start, "plan": done - imported, "base": base, "peak": peak_rss(), "low": made.low}

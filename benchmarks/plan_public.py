@@ -294,8 +294,8 @@ taken after the installed one had missed AdaLoRA and OSF. By their own files, 62
 runs never had. Replayed at 768 tokens, the 63 runs are 4.5 % off in the mean, all but full fine-tuning and two prefixes
 too high, and 6.2 % at most; rank correlation .9894. So the worst stays below 8 %, the mean is not below 3 %.
 
-`peftree plan FOLDER --adapter adapter_config.json --batch 4 --length {length} --dtype bfloat16 --optimizer
-adamw_foreach` is the same prediction, but for LoRA-FA. Without the last option (mean 0.86, worst 5.90, rank
+`peftree plan FOLDER --adapter adapter_config.json batch_size=4 max_length={length} dtype=bfloat16
+optimizer=adamw_foreach` is the same prediction, but for LoRA-FA. Without the last option (mean 0.86, worst 5.90, rank
 correlation .9921) full fine-tuning is 5.9 % too low and OSF 0.4 %; nothing else moves by more than 0.4 %.
 
 Chosen by looking at these runs:
@@ -305,7 +305,7 @@ Chosen by looking at these runs:
   was taken after lengths from 698 to 712 had been tried on six runs and 704 and 709 on all (709: mean 0.98, worst 5.01,
   rank correlation .9906). Between 704 and 705 every figure jumps by about 1 %, as 2 MiB rounding starts a new step
   there; what is measured lies between the two. 672 and 736 were run afterwards. The halves below choose among those
-  three, so they show that {length} is no accident of a few runs, not that it was found on half of them.
+  three, so they show that {length} is not an accident of a few runs, not that it was found on half of them.
 * Outputs and loss end with their step. The suite's loop holds them into the next forward pass; a replay that does so
   too is 4 to 6 % higher in nine runs tried at {length} tokens, so a shorter batch with that rule would fit as well.
   Length and rule were not told apart.
@@ -318,7 +318,7 @@ Chosen by looking at these runs:
 
 Taken from torch's defaults: AdamW with one temporary for each parameter at once; two cuBLAS workspaces of 8,320 KiB.
 
-The earlier runs (January to May 2026, torch 2.9, PEFT 0.18 and 0.19) are no independent check: 51 of 52 are the same
+The earlier runs (January to May 2026, torch 2.9, PEFT 0.18 and 0.19) are not independent: 51 of 52 are the same
 experiments, measured within 0.2 % of the later figure in 47 cases. Their predictions are those of the later ones, but
 for two: LoRA-FA, whose adapter is not switched since the suite did not do so then, and `lokr-rank32`, the new one.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -17,7 +18,17 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 60, 10, 400, 50, 20, 6000, 6
+METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 72, 10, 400, 50, 20, 6200, 6
+PRIMITIVE = 18  # lines of code of the building blocks in deltas/ for each method file (decision 0012)
+VERBS = ("__init__", "combine", "place", "scene", "verbs")  # of deltas/, what the contract itself is made of
+DIALECTS = 2500  # lines of code of the foreign format, beside the core (decision 0007)
+ALIKE, ALIKE_SHARE = 6, 0.6  # so many fields, and so large a part of the smaller class, in common are a copied list
+NO_COPIES = {
+    ("peftree.advise.table.Context", "peftree.report.data.Task"): "rows is a count here and the rows of a table there",
+    ("peftree.bench.versus.Duel", "peftree.report.data.Row"): "of a row, the test is absent where nothing was compared",
+    ("peftree.report.data.Failure", "peftree.runs.record.RunRecord"): "the texts of a record made safe to show",
+    ("peftree.settings.RunConfig", "peftree.tasks.base.Options"): "picked out of a run by their names, without data",
+}
 TEXT = (".py", ".yaml", ".j2", ".css", ".js", ".md", ".toml", ".txt", ".sh", ".yml")
 # From the top down. A unit imports from lower lines, or from its own line if no circle arises.
 # "" is the package's own __init__.py, the public face.
@@ -29,19 +40,26 @@ LAYERS = (
     ("report",),
     ("advise",),
     ("bench",),
-    ("evaluate", "train", "plan", "federated", "serve", "assets"),
+    ("probes",),
+    ("train", "plan", "federated", "serve"),
+    ("runs",),
+    ("tasks", "evaluate", "factors"),
+    ("data", "assets"),
     ("store", "compose", "adapter"),
+    ("making", "named_method"),
     ("graft",),
     ("registry",),  # it yields Method classes, so it stands above the contract
     ("methods",),
     ("deltas",),
     ("sites",),
-    ("errors", "files", "machine", "shown", "strict"),
+    ("settings", "setting_rows", "catalogue"),
+    ("errors", "files", "machine", "printing", "strict", "table", "text", "trusted"),
 )
 # Applications, built on the core; the peers' cores have none of these either (decision 0002).
 ON_THE_CORE = (
-    *("advise", "assets", "bench", "cli", "demo", "describe", "doctor"),
-    *("evaluate", "machine", "plan", "report", "shown", "train"),
+    *("advise", "assets", "bench", "catalogue", "cli", "data", "demo", "describe", "doctor", "evaluate", "factors"),
+    *("machine", "named_method", "plan", "printing", "probes", "report", "runs", "setting_rows", "settings", "table"),
+    *("tasks", "text", "train", "trusted"),
 )
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -119,6 +137,41 @@ def duplicates(root: Path) -> list[str]:
             if run in seen:
                 faults.append(f"{place}: {RUN} lines repeat {seen[run]}; move them to deltas/")
             seen.setdefault(run, place)
+    return faults
+
+
+def _fields(root: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """Return for each class the fields that it types itself, and it with the classes that it inherits from."""
+    typed: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
+    for path in sorted(set(python(root)) - set(plugins(root, ".py"))):
+        module, nodes = _module(root, path), list(ast.walk(parse(path)))
+        home = {a.name: n.module for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
+        for node in (n for n in nodes if isinstance(n, ast.ClassDef)):
+            own = (s for s in node.body if isinstance(s, ast.AnnAssign) and "ClassVar" not in ast.unparse(s.annotation))
+            typed[f"{module}.{node.name}"] = {ast.unparse(s.target) for s in own}
+            names = [ast.unparse(b).split("[")[0] for b in node.bases]
+            bases[f"{module}.{node.name}"] = [f"{home.get(name, module)}.{name}" for name in names]
+
+    def line(name: str) -> set[str]:
+        return {name}.union(*(line(base) for base in bases[name] if base in bases))
+
+    return {name: (own, line(name)) for name, own in typed.items()}
+
+
+def copied_fields(root: Path) -> list[str]:
+    """No two unrelated classes hold mostly the same fields; methods share names of hyper-parameters, not a base."""
+    classes, faults = _fields(root), []
+    for one, two in itertools.combinations(sorted(classes), 2):
+        (own, ups), (other, above) = classes[one], classes[two]
+        held, holds, family = ({f for up in line for f in classes[up][0]} for line in (ups, above, ups & above))
+        same = (held & holds) - family
+        if one in above or two in ups or not (own & same and other & same):
+            continue
+        if NO_COPIES.keys() & set(itertools.product(ups, above)):
+            continue
+        if len(same) >= ALIKE and len(same) >= ALIKE_SHARE * min(len(held), len(holds)):
+            faults.append(f"{one} and {two} share {', '.join(sorted(same))}; type them once")
     return faults
 
 
@@ -313,9 +366,19 @@ def code_lines(path: Path) -> int:
     return len(lines)
 
 
+def dialects(root: Path) -> list[Path]:
+    """Return the files that read and write another library's format."""
+    return sorted((root / "store" / "hfpeft").glob("*.py"))
+
+
+def primitives(root: Path) -> list[Path]:
+    """Return the building blocks of methods: they grow with the tree."""
+    return [p for p in sorted((root / "deltas").glob("*.py")) if p.stem not in VERBS]
+
+
 def core(root: Path) -> dict[str, int]:
-    """Return lines of code by unit: plug-ins and what is built on the core left out."""
-    grown = set(plugins(root, ".py"))
+    """Return lines of code by unit: plug-ins, building blocks, dialects and what is built on the core left out."""
+    grown = {*plugins(root, ".py"), *primitives(root), *dialects(root)}
     sizes: dict[str, int] = defaultdict(int)
     for path in python(root):
         unit = path.relative_to(root).parts[0].removesuffix(".py")
@@ -340,3 +403,14 @@ def loaded_by(statement: str, path: Path) -> set[str]:
     """Return the top-level packages in memory after `statement` in a fresh interpreter."""
     show = "import sys\nprint(*{m.split('.')[0] for m in sys.modules})"
     return set(_run(f"{statement}\n{show}", path))
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parents[1] / "src" / "peftree"
+    methods = len(plugins(here, ".py"))
+    for part, size, most in (
+        ("core", sum(core(here).values()), CORE),
+        ("building blocks", sum(map(code_lines, primitives(here))), PRIMITIVE * methods),
+        ("dialects", sum(map(code_lines, dialects(here))), DIALECTS),
+    ):
+        print(f"{part}: {size:,} lines of code of {most:,}")

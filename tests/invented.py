@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peftree.bench.record import CurvePoint, RunRecord
+from peftree.runs.record import CurvePoint, RunRecord
 
 TASKS: list[dict[str, Any]] = [
     {"task": "text-classification", "dataset": "reviews", "model": "MiniLM-L6", "total": 22_700_000,
@@ -166,10 +166,9 @@ def _probes(task: dict[str, Any], index: int, seed: int, number: int) -> dict[st
     kinds = {"swap": levels, "drop": [value + step / 2 for value in levels]}
     out: dict[str, Any] = {
         "latency": {"unit": "ms", "off": 10.0, "on": 10.0 + index / 4, "merged": 10.0 + noise[0]},
-        "energy": {"not measured": "No energy counter can be read."},
         "retention": {"measure": "knn accuracy" if higher else "perplexity", "before": 0.8, "change": -near,
                       "after": 0.8 - near + noise[1] if higher else 0.8 + near,
-                      "low": -near - 0.02, "high": -near + 0.02},
+                      "low": -near - 0.02, "high": -near + 0.02, "items": 40},
         "interpretability": {"relative_update": near, "effective_rank": 4.0 + index, "stable_rank": 1.5,
                              "intruders": {"0.5": 1.5, "0.9": 6.0}, "cka": [1.0, 0.98 - near, 0.9 - near],
                              "knockout": {"layer 1": -0.01, "layer 2": -near}},
@@ -178,6 +177,9 @@ def _probes(task: dict[str, Any], index: int, seed: int, number: int) -> dict[st
         "clean": clean,
         "severities": levels,
         "kinds": kinds,
+        "drop": (1 if higher else -1) * (clean - sum(levels) / 5),
+        "metric": task["metric"],
+        "items": 40,
     }
     if index == 1:
         out["interpretability"] = {"not measured": "head_only changes no weight matrix inside the layers."}
@@ -186,7 +188,7 @@ def _probes(task: dict[str, Any], index: int, seed: int, number: int) -> dict[st
     if task["kind"] == "understanding":
         part = {"low": 0.5, "high": 1.0, "count": 3, "accuracy": 0.5, "confidence": 0.7}
         out["calibration"] = {"ece": near, "brier": 0.2, "nll": 0.5, "accuracy": clean, "confidence": clean + near}
-        out["calibration"] |= {"bins": [part]}
+        out["calibration"] |= {"items": 40, "bins": [part]}
     if number % 3 == 0:
         out["shift"] = {"other domain": {"score": 0.5, "items": [0.0, 1.0] * 40}}
         names = [task["task"], "second", "third"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zoo
 from peftree.adapter import Adapter, adapt
 from peftree.evaluate.cost import allocator_peak
-from peftree.plan.request import Request, request
+from peftree.plan.question import Request, request
 from peftree.plan.step import Traced, adapted, recompute, trace
 from peftree.registry import make
 
@@ -24,8 +24,9 @@ ROWS = 3
 
 def asked(key: str, method: str, attention: str = "eager", **values: Any) -> Request:
     """Return the request that `zoo.batch(key)` fits, without its mask."""
-    given = {"batch": ROWS, "length": zoo.LENGTH, "padded": False, "device": "cpu", "dtype": "float32"}
-    return request(model=key, method=method, attention=attention, **(given | values))
+    given = {"batch_size": ROWS, "max_length": zoo.LENGTH, "padded": False, "device": "cpu", "dtype": "float32"}
+    chosen = {"name": method, **values.pop("fields", {})}
+    return request(model=key, method=chosen, attention=attention, **(given | values))
 
 
 def traced(key: str, wanted: Request) -> Traced:
@@ -39,15 +40,15 @@ def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tenso
     """Return the same model with values, its adapter, ready to train, and a batch."""
     model: Any = zoo.build(key).to(getattr(torch, wanted.dtype))
     model.set_attn_implementation(wanted.attention)
-    adapter = adapt(model, make(wanted.method, wanted.fields))
-    batch = {k: v[:, : wanted.length] if v.dim() == 2 else v for k, v in zoo.batch(key, wanted.batch).items()}
+    adapter = adapt(model, make(wanted.method.name, wanted.method.fields))
+    batch = {k: v[:, : wanted.length] if v.dim() == 2 else v for k, v in zoo.batch(key, wanted.batch_size).items()}
     if not wanted.padded:
         batch.pop("attention_mask", None)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     if adapter.method.tags.needs_data:
         adapter.init([lambda: model(**batch).loss])
-    if wanted.checkpointing:
+    if wanted.gradient_checkpointing:
         recompute(model, True, preserve_rng_state=False)
     return model.train(), adapter, batch
 

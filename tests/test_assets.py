@@ -358,24 +358,24 @@ def check_demo_data(base: Path, sizes: dict[str, int]) -> None:
     total = sum(sizes.values())
 
     def write(task: str, seed: int = 0, name: str = "") -> Path:
-        return data.write_demo_data(base / (name or task), task, sizes, seed, quiet=True)
+        return data.write_data(base / (name or task), task, {}, sizes, seed, quiet=True)
 
-    texts = {s: (write("text-classification") / f"{s}.csv").read_text("utf-8") for s in sizes}
+    texts = {s: (write("movies") / f"{s}.csv").read_text("utf-8") for s in sizes}
     tables = {s: list(csv.DictReader(io.StringIO(text))) for s, text in texts.items()}
     assert {s: len(rows) for s, rows in tables.items()} == sizes
     assert len({row["text"].lower() for rows in tables.values() for row in rows}) == total
     shares = [sum(row["label"] == "negative" for row in rows) / len(rows) for rows in tables.values()]
     assert max(shares) - min(shares) <= 2 / min(sizes.values())
-    texts = {s: (write("generation") / f"{s}.jsonl").read_text("utf-8") for s in sizes}
+    texts = {s: (write("definitions") / f"{s}.jsonl").read_text("utf-8") for s in sizes}
     pairs = [json.loads(line) for text in texts.values() for line in text.splitlines()]
     assert all(re.fullmatch(r"Define the word: [a-z]+\.", pair["prompt"]) for pair in pairs)
     assert len({p["prompt"] for p in pairs}) == len({p["completion"] for p in pairs}) == total
-    folder = write("image-classification")
+    folder = write("fashion-mnist")
     for split, size in sizes.items():
         found = collections.Counter(path.parent.name for path in folder.glob(f"{split}/*/*.png"))
         assert dict(found) == dict.fromkeys(sources.FASHION_CLASSES, size // 10)
     assert len({path.name for path in folder.glob("[tv]*i*/*/*")}) == sizes["train"] + sizes["valid"]
-    for task in ("text-classification", "generation", "image-classification"):
+    for task in ("movies", "definitions", "fashion-mnist"):
         folders = write(task), write(task, 0, f"{task}-again"), write(task, 1, f"{task}-other")
         first, again, other = ([(f, (d / f).read_bytes()) for f in sorted(below(d))] for d in folders)
         assert first == again != other
@@ -393,11 +393,11 @@ def test_demo_data(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(data, "fashion_mnist", lambda split, quiet: pictures)
     check_demo_data(tmp_path, SIZES)
     for task, sizes, message in (
-        ("text-clasification", SIZES, "mean 'text-class"), ("generation", {"dev": 1}, "dev"),
-        ("generation", {"train": 0}, "train"), ("generation", {"train": 999}, "80 there"),
+        ("movie", SIZES, "mean 'movies'"), ("definitions", {"dev": 1}, "dev"),
+        ("definitions", {"train": 0}, "train"), ("definitions", {"train": 999}, "80 there"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
-            data.write_demo_data(tmp_path / "bad", task, sizes, quiet=True)
+            data.write_data(tmp_path / "bad", task, {}, sizes, quiet=True)
         assert not (tmp_path / "bad").exists()
 
 
@@ -434,10 +434,10 @@ def test_real_model(name: str) -> None:
     import torch
     import transformers
 
-    from peftree.assets import dit, ssru
+    from peftree.assets import dit
 
     folder = models.model_folder(name, quiet=True)
-    own = {"dit-fashion": dit, "bergamot-en-pt": ssru}
+    own = {"dit-fashion": dit}
     kind = getattr(own.get(name, transformers), str(models.describe(name)["architecture"]))
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     new = set(getattr(model.config, "fresh_modules", ()))

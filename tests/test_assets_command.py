@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from peftree.assets.data import SOURCES
+from peftree.assets.fetch import make_folder
 from peftree.assets.models import MODELS, located
 from peftree.cli import app
 from peftree.errors import AssetError, DataError
@@ -50,8 +52,31 @@ def test_what_is_no_packaged_model_stays_as_it_is(own_cache: Path) -> None:
 def test_inspect_and_plan_take_the_name() -> None:
     found = json.loads(shown("inspect", "dit-fashion", "--json"))
     assert found["class"] == "DiffusionTransformer" and found["parameters"] == 758_064
-    planned = json.loads(shown("plan", "dit-fashion", "--method", "lora", "--batch", "4", "--json"))
+    planned = json.loads(shown("plan", "dit-fashion", "method=lora", "batch_size=4", "--json"))
     assert planned["model"] == "DiffusionTransformer" and planned["low"] > 0 and "not traced" not in str(planned)
+
+
+def test_files_of_the_user_beside_data_or_in_them_are_not_replaced(own_cache: Path) -> None:
+    def build(rows: str) -> Callable[[Path], None]:
+        return lambda folder: write(folder / "train.csv", f"text,label\n{rows}")
+
+    def write(path: Path, text: str) -> None:
+        path.write_text(text)
+
+    folder = make_folder(own_cache / "d", "one", build("a,x\n"), "data", quiet=True)
+    make_folder(folder, "two", build("b,y\n"), "data", quiet=True)  # what peftree wrote, it may write again
+    assert "b,y" in (folder / "train.csv").read_text()
+    for name, text in (("notes.txt", "mine"), ("train.csv", "text,label\nmy own,z\n")):
+        before = (folder / "train.csv").read_text()
+        write(folder / name, text)
+        for key in ("two", "three"):
+            if name == "notes.txt" and key == "two":
+                continue  # nothing to do
+            with pytest.raises(AssetError, match=f"did not write: {name}"):
+                make_folder(folder, key, build("c,w\n"), "data", quiet=True)
+        assert (folder / name).read_text() == text
+        (folder / name).unlink()
+        write(folder / "train.csv", before)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from peftree.assets import data, sources
 from peftree.assets.data import SOURCES, grouped, write_data
 from peftree.assets.sources import Definition, Emoji, Scored, Translation, Turn, plain
+from peftree.data.rows import load_data
 from peftree.errors import DataError
-from peftree.train.data import load_data
 
 SIZES = {"train": 20, "valid": 6, "test": 10}
 PAIRED = {"emoji-pairs": "captioning"}
@@ -162,10 +162,10 @@ def test_what_is_asked_for_wrongly(invented: Path) -> None:
         ("movie", {}, SIZES, "no data source 'movie'.*Did you mean 'movies'"),
         ("movies", {"tsk": "x"}, SIZES, "no option 'tsk'.*Did you mean 'task'"),
         ("movies", {"task": "generation"}, SIZES, "none of its tasks"),
-        ("movies", {"margin": "0.5"}, SIZES, "margin: '0.5' is no float"),
-        ("movies", {"margin": True}, SIZES, "margin: True is no float"),
+        ("movies", {"margin": "0.5"}, SIZES, "margin: '0.5' is not a float"),
+        ("movies", {"margin": True}, SIZES, "margin: True is not a float"),
         ("glosses", {"classes": []}, SIZES, "no option 'classes'"),
-        ("emoji-pairs", {"categories": "Objects"}, SIZES, "'Objects' is no list"),
+        ("emoji-pairs", {"categories": "Objects"}, SIZES, "'Objects' is not a list"),
         ("emoji-pairs", {"categories": ["Object"]}, SIZES, "no category 'Object'.*Did you mean 'Objects'"),
         ("fashion-mnist", {"classes": ["bags"]}, SIZES, "no class 'bags'.*Did you mean 'bag'"),
         ("chat", {}, {"train": 500}, "500 rows asked for"),
@@ -202,7 +202,7 @@ def test_concepts() -> None:
     assert same(("man walking", "", "1"), ("man walking facing right", "", "2"))
     assert not same(("man farmer", "", "1f468-200d-1f33e"), ("man cook", "", "1f468-200d-1f373"))
     assert not same(("poland flag", "", "1f1f5-1f1f1"), ("chad flag", "", "1f1f9-1f1e9"))
-    assert not same(("human", "", "1"), ("permanent", "", "2"))  # "man" inside a word is no man
+    assert not same(("human", "", "1"), ("permanent", "", "2"))  # "man" inside a word is not a man
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from invented import METHODS, fabricated, hostile
-from peftree import report
-from peftree.bench.record import CurvePoint, RunRecord
+from peftree import report, text
 from peftree.errors import DataError
-from peftree.report import plots, svg, terminal, text
+from peftree.report import plots, svg, terminal
+from peftree.runs.record import CurvePoint, RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,37 @@ def test_rows_hold_the_figures_of_the_records(built: report.Report, records: lis
     task = built.tasks[-1]
     runs = [r for r in records if r.task == task.name and r.method == "lora"]
     row = task.row("lora")
-    assert row is not None and row.score is not None and row.costs.train is not None
+    assert row is not None and row.score is not None and row.costs.train_seconds is not None
     assert row.score.value == pytest.approx(np.mean([r.score for r in runs]))
-    assert row.costs.train == pytest.approx(np.mean([r.train_seconds for r in runs]))
+    assert row.costs.train_seconds == pytest.approx(np.mean([r.train_seconds for r in runs]))
     assert row.trainable == runs[0].trainable_parameters
     assert row.covers == "seeds and items" and (row.seeds, row.items) == (2, 120)
     assert {run.key for run in row.runs} == {r.key for r in runs}
     full = task.row("full")
-    assert full is not None and full.relative is not None and full.costs.peak
+    assert full is not None and full.relative is not None and full.costs.peak_rss_bytes
     assert full.relative.value == pytest.approx(1.0) and full.verdict == "reference"
-    assert row.peak_share == pytest.approx((row.costs.peak or 0) / full.costs.peak)
+    assert row.peak_share == pytest.approx((row.costs.peak_rss_bytes or 0) / full.costs.peak_rss_bytes)
+
+
+def test_a_report_of_few_tasks_opens_with_what_each_method_keeps(
+    built: report.Report, records: list[RunRecord]
+) -> None:
+    lines = [line for line in built.headlines if "of full fine-tuning's gain are kept: " in line]
+    assert [line.partition(":")[0] for line in lines] == [task.name for task in built.tasks]
+    for line, task in zip(lines, built.tasks, strict=True):
+        judged = {row.label: row for row in task.rows if row.retained and row.relative}
+        parts = [part.rsplit(" %", 1)[0] for part in line.partition("are kept: ")[2].split("; ")]
+        assert {part.split()[0] for part in parts} == set(judged) and "full" not in judged
+        kept = [judged[part.split()[0]].relative for part in parts]
+        assert [k.value for k in kept if k] == sorted((k.value for k in kept if k), reverse=True)
+        row = judged["lora"]
+        assert row.relative is not None
+        told = f"lora {text.score(100 * row.relative.value, 0)} % [{text.score(100 * row.relative.low, 0)}, "
+        verdict = {"yes": "(at least 90 % is shown)", "no": "(refuted)", "not shown": "(open)"}[row.retained]
+        assert told in line and verdict in line[line.index(told) :].split(";")[0]
+    assert built.headlines[0] in report.html.render(built).replace("&#39;", "'")
+    many = [r.model_copy(update={"task": f"{r.task} {n}"}) for r in records for n in range(2)]
+    assert len(report.build(many).tasks) > 4 and not report.build(many).headlines
 
 
 def test_verdicts_and_their_count_agree(built: report.Report) -> None:

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from invented import METHODS, STUDY, TASKS, fabricated, study
 from peftree import report
-from peftree.bench.record import RunRecord
 from peftree.errors import DataError
-from peftree.report import extras, methods, panels, svg, tables
+from peftree.probes import interpretability, retention
+from peftree.report import methods, panels, svg, tables, task_tables
 from peftree.report.data import Trial
-from peftree.report.table import Table
 from peftree.report.tuning import decades, steady
+from peftree.runs.record import RunRecord
+from peftree.table import Table
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def page(built: report.Report) -> str:
 
 def further(built: report.Report, name: str, task: int = 0) -> Table:
     """Return a further table of a task by the last part of its anchor."""
-    found = {table.anchor.removeprefix(f"task-{task + 1}-"): table for table in extras.tables(built.tasks[task])}
+    found = {table.anchor.removeprefix(f"task-{task + 1}-"): table for table in task_tables.tables(built.tasks[task])}
     return found[name]
 
 
@@ -253,21 +254,27 @@ def test_a_method_that_does_not_apply_is_a_row_with_its_reason(built: report.Rep
 def test_probes_are_averaged_over_seeds(built: report.Report, records: list[RunRecord]) -> None:
     runs = [r for r in records if (r.task, r.method, r.phase) == (built.tasks[0].name, "ia3", "final")]
     probes = built.tasks[0].row("ia3").probes  # type: ignore[union-attr]
-    assert probes.retention is not None and probes.calibration is not None and probes.interpretability is not None
+    kept, inside = probes["retention"], probes["interpretability"]
+    assert isinstance(kept, retention.Found) and isinstance(inside, interpretability.Found)
     mean = np.mean([r.probes["retention"]["after"] for r in runs])
-    assert probes.retention.after == pytest.approx(mean) and probes.retention.measure == "knn accuracy"
-    assert probes.interpretability.intruders == {"0.5": 1.5, "0.9": 6.0}
+    assert kept.after == pytest.approx(mean) and kept.measure == "knn accuracy"
+    assert inside.intruders == {"0.5": 1.5, "0.9": 6.0}
     assert line(further(built, "calibration"), "ia3")[0] == "0.040"
-    inside = line(further(built, "inside"), "ia3")
-    assert inside[:4] == ["0.0400", "8.0", "1.5", "0.5: 1.5, 0.9: 6"] and inside[5] == "layer 2"
+    cells = line(further(built, "inside"), "ia3")
+    assert cells[:4] == ["0.0400", "8.0", "1.5", "0.5: 1.5, 0.9: 6"] and cells[5] == "layer 2"
 
 
 def test_what_was_not_measured_is_said(built: report.Report) -> None:
     assert "head_only: not measured. head_only changes no weight" in further(built, "inside").notes[0]
-    assert line(further(built, "time"), "lora")[-1] == "not measured"
     partly = {"interpretability": {"cka": {"not measured": "tokens"}, "knockout": {"not measured": "none"}}}
     found = [r.model_copy(update={"probes": partly}) for r in fabricated(failures=False)]
     assert line(further(report.build(found), "inside"), "lora")[-3:] == ["\u2013"] * 3
+
+
+def test_older_records_with_an_energy_that_was_not_measured_report_as_those_without() -> None:
+    found = fabricated(failures=False)
+    older = [r.model_copy(update={"probes": {**r.probes, "energy": {"not measured": "No counter."}}}) for r in found]
+    assert report.build(older) == report.build(found)
 
 
 @pytest.mark.parametrize(
@@ -312,9 +319,12 @@ def test_costs_of_another_environment_are_blank_and_quality_stays(
     moved = report.build(found)
     for before, after in zip(built.tasks, moved.tasks, strict=True):
         one, two = before.row("lora"), after.row("lora")
-        assert one is not None and two is not None and one.costs.peak and one.probes.latency
-        assert (two.costs.peak, two.costs.train, two.peak_share, two.probes.latency) == (None, None, None, None)
-        assert (two.score, two.relative, two.probes.calibration) == (one.score, one.relative, one.probes.calibration)
+        assert one is not None and two is not None and one.costs.peak_rss_bytes and "latency" in one.probes
+        assert (two.costs.peak_rss_bytes, two.costs.train_seconds, two.peak_share, two.probes.get("latency")) == (
+            None,
+        ) * 4
+        assert (two.score, two.relative) == (one.score, one.relative)
+        assert two.probes.get("calibration") == one.probes.get("calibration")
         assert "2 environments. Memory and time cannot be compared" in " ".join(after.notes)
         tuned = next(t for t in after.tuning if t.label == "lora")
         assert tuned.expected is not None and tuned.expected.seconds[0] == 0.0
@@ -327,7 +337,12 @@ def test_one_seed_of_another_environment_leaves_the_costs_of_the_rest(records: l
         for r in records
     ]
     row = report.build(found).tasks[0].row("lora")
-    assert row is not None and row.costs.peak is not None and row.costs.peak < 10**11 and row.seeds == 3
+    assert (
+        row is not None
+        and row.costs.peak_rss_bytes is not None
+        and row.costs.peak_rss_bytes < 10**11
+        and row.seeds == 3
+    )
 
 
 def test_versions_of_the_data_are_not_mixed(records: list[RunRecord]) -> None:
@@ -362,7 +377,7 @@ def test_figures_are_there_where_the_records_hold_them(page: str) -> None:
 
 def test_markdown_latex_and_json_are_in_step(built: report.Report) -> None:
     markdown, latex, data = report.to_markdown(built), report.to_latex(built), json.loads(report.to_json(built))
-    names = [table.title for task in built.tasks for table in extras.tables(task)]
+    names = [table.title for task in built.tasks for table in task_tables.tables(task)]
     assert markdown.count("\n### ") == len(names) and latex.count(r"\begin{table}") == len(names) + 7
     for rows in re.findall(r"\\toprule\n(.*?)\\bottomrule", latex, re.S):
         counts = {len(re.findall(r"(?<!\\)&", row)) for row in rows.splitlines() if row != r"\midrule"}
@@ -392,7 +407,7 @@ def test_the_page_on_two_thousand_records_stays_below_one_and_a_half_megabytes()
 
 
 def test_where_full_fine_tuning_is_worse_than_the_head_alone_nothing_is_said_to_be_retained() -> None:
-    from peftree.bench.samples import Sample
+    from peftree.bench.grouping import Sample
     from peftree.report.compare import relative
 
     def sample(level: float) -> Sample:

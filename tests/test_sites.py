@@ -66,11 +66,6 @@ EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
         "encoder": PLAIN | {"embed": (1, VOCAB, H), "embed.position": (1, 42, H)},
         "decoder": PLAIN | CROSS | LM | {"embed.position": (1, 42, H)},
     },
-    # a recurrent unit in place of the decoder's self-attention
-    "ssru": {
-        "encoder": PLAIN | {"embed": (1, VOCAB, H), "norm": 4},
-        "decoder": {k: v for k, v in PLAIN.items() if k not in ("attn", "attn.q", "attn.o")} | CROSS | LM | {"norm": 6},
-    },
     "whisper": {
         "encoder": PLAIN | {"embed.position": (1, 10, H)},
         "decoder": PLAIN | CROSS | LM | {"embed.position": (1, 40, H)},
@@ -171,7 +166,7 @@ def run(name: str, model: nn.Module) -> dict[str, list[tuple[Any, Any]]]:
     return seen
 
 
-POST = ("bert", "bert_cls", "roberta", "distilbert", "bart", "dual", "ssru")
+POST = ("bert", "bert_cls", "roberta", "distilbert", "bart", "dual")
 SANDWICH = ("gemma2", "gemma3")
 
 
@@ -214,7 +209,7 @@ def _same_as_the_layer(
     elif name == "gpt_neox":  # attention and feed-forward network side by side
         return
     elif name in POST and site.tower != "vision":
-        norms = {"distilbert": "output_layer_norm"} | dict.fromkeys(("bart", "ssru"), "final_layer_norm")
+        norms = {"distilbert": "output_layer_norm", "bart": "final_layer_norm"}
         added = model.get_submodule(f"{layer}.{norms.get(name, 'output.LayerNorm')}")(added)
     torch.testing.assert_close(added, end, rtol=0, atol=1e-5)
 

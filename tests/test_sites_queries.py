@@ -44,8 +44,6 @@ def test_paths_and_generic_modules() -> None:
     gpt2 = zoo.build("gpt2")
     assert names(sites.resolve(gpt2, "c_attn@1")) == [f"text:attn.{x}@1" for x in "qkv"]
     assert Counter(s.role for s in sites.resolve(gpt2, "c_proj")) == {"attn.o": 2, "ffn.down": 2}
-    whole = sites.module_site(gpt2, "transformer.h.1.attn.c_attn")
-    assert (whole.role, whole.layer, whole.rows, whole.out_features) == ("module", 1, None, 96)
     bert = zoo.build("bert")
     dense = sites.resolve(bert, "dense")
     assert Counter(s.role for s in dense) == {
@@ -102,7 +100,7 @@ def test_towers() -> None:
         ("llama", "txt:attn.q", "", ["Did you mean 'text'?"]),
         ("llama", "(attn|ffn)", "", ["not well formed", "tower"]),
         ("llama", "  ", "", ["empty"]),
-        ("gpt_neox", "attn.q", "", ["attn.qkv x2"]),
+        ("gpt_neox", "attn.q", "", ["attn.qkv x2", "one weight here", "write attn.qkv"]),
         ("llava", "conv", "", ["in the tower vision", "write vision:conv"]),
         ("llava", "connector:attn.q", "", ["connector: linear x2"]),
         ("siglip", "head", "", ["vision:", "text:"]),
@@ -126,14 +124,15 @@ def test_a_role_missing_in_a_named_layer_is_an_error() -> None:
     assert {s.layer for s in sites.resolve(model, "experts@0:")} == {1}
 
 
-def test_module_site_errors() -> None:
-    with pytest.raises(SiteError, match="does not exist"):
-        sites.module_site(zoo.build("llama"), "model.layers.9.mlp")
-    with pytest.raises(SiteError, match="is not a linear"):
-        sites.module_site(zoo.build("llama"), "model.layers.0.mlp")
-
-
 def test_a_model_without_biases_says_so() -> None:
     with pytest.raises(SiteError, match="Nothing here has a bias") as caught:
         sites.resolve(zoo.build("llama"), "bias")
     assert "Did you mean" not in str(caught.value)
+
+
+def test_biases_that_lie_in_another_tower_alone_are_not_parameters_called_so() -> None:
+    model = zoo.build("llava")  # its text tower is a Llama, which has none
+    with pytest.raises(SiteError, match=r"No site matches 'bias'.*tower vision.*write vision:bias"):
+        sites.resolve(model, "bias", "")
+    found = sites.resolve(model, "vision:bias", "")
+    assert found and all(site.kind in ("linear", "norm", "conv") and site.bias for site in found)

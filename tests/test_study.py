@@ -13,9 +13,10 @@ import yaml
 
 from invented import METHODS, TASKS, study
 from peftree import registry, report
-from peftree.bench.command import pack, read_packed
-from peftree.bench.record import RunRecord
+from peftree.bench.command import pack
 from peftree.bench.suite import load_suite
+from peftree.runs.read import read_packed
+from peftree.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 TASK = {**TASKS[0], "task": "movies"}
@@ -146,6 +147,7 @@ def test_figures_are_files_of_their_own(tool: ModuleType) -> None:
         assert used and used <= set(re.findall(r' id="([^"]+)"', made[name]))
 
 
+@pytest.mark.slow
 def test_what_is_committed_is_what_the_pack_gives(tool: ModuleType) -> None:
     records = read_packed(tool.PACK)
     made = tool.files(records, load_suite("small")) | {"study/report.html": report.html.render(report.build(records))}

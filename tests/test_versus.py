@@ -7,9 +7,9 @@ import json
 import pytest
 
 from invented import HOSTILE, METHODS, TASKS, study
-from peftree.bench.record import RunRecord
 from peftree.bench.versus import versus
 from peftree.errors import ConfigError, DataError
+from peftree.runs.record import RunRecord
 
 
 @pytest.fixture(scope="module")

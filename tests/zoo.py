@@ -10,8 +10,6 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from peftree.assets import ssru
-
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, LENGTH, PIXELS = 64, 32, 48, 2, 4, 7, 16
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 5
 SPECIAL: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -65,11 +63,10 @@ BART: dict[str, Any] = SPECIAL | {
 
 def _make(model: str, config: str, **fields: Any) -> nn.Module:
     """Build transformers' class `model` from `config(**fields)`, fixed weights, eval mode."""
-    source = ssru if model.startswith("Ssru") else tf
-    settings = getattr(source, config)(**fields)
+    settings = getattr(tf, config)(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made: nn.Module = getattr(source, model)(settings)
+        made: nn.Module = getattr(tf, model)(settings)
         # Fresh models start biases at 0 and norms at 1; real ones do not, and tests must notice.
         for name, parameter in made.named_parameters():
             if parameter.ndim == 1 and name.endswith(("weight", "bias")):
@@ -120,17 +117,6 @@ _T5: dict[str, Any] = {
     "decoder_start_token_id": PAD,
     "pad_token_id": PAD,
     "eos_token_id": EOS,
-}
-_SSRU: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "d_model": HIDDEN,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": INNER,
-    "decoder_ffn_dim": INNER,
-    "initializer_range": 0.2,
 }
 _WHISPER = BART | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40}
 _GEMMA = LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
@@ -239,7 +225,6 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "distilbert": partial(_make, "DistilBertForSequenceClassification", "DistilBertConfig", **_DISTIL),
     "t5": partial(_make, "T5ForConditionalGeneration", "T5Config", **_T5),
     "bart": partial(_make, "BartForConditionalGeneration", "BartConfig", **BART),
-    "ssru": partial(_make, "SsruTranslator", "SsruConfig", **_SSRU),
     "vit": partial(_make, "ViTForImageClassification", "ViTConfig", **VIT),
     "dinov2": partial(
         _make,
@@ -328,7 +313,7 @@ def batch(name: str, n: int = 3, seed: int = 0) -> dict[str, Tensor]:
     text = _text(n, draw)
     if name in CLASSIFIERS:
         return text | {"labels": torch.arange(n) % 3}
-    if name in ("t5", "bart", "ssru"):
+    if name in ("t5", "bart"):
         return text | {"labels": _labels(_text(n, draw, 5))}
     if name in VLM:
         return _with_image(name, text, _pixels(n, draw))

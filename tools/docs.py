@@ -6,6 +6,7 @@ only in the built site, so they cannot fall behind the code.
 
 from __future__ import annotations
 
+import html
 import inspect
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from mkdocs.structure.files import File, Files
 
 import peftree
 from peftree import describe, registry
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # MkDocs loads this file by its path
+from tools import method_pages as pages
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "peftree"
@@ -89,15 +93,62 @@ def _paper(paper: str) -> str:
 
 
 def tree(rows: list[dict[str, Any]]) -> str:
-    """Return the page of all methods, branch by branch."""
-    text = "# The tree of methods\n\nMade from the tags that each method declares.\n"
-    text += "Default rates are for AdamW.\n"
+    """Return the page of the survey's tree: every row with its state, to be searched and filtered; then all methods."""
+    facts = {row["name"]: row for row in rows}
+    text = "# The tree of methods\n\nThe survey's 157 rows, and which of them work here.\n\n" + TREE_FILTER
+    found = describe.tree_rows()
+    for branch in dict.fromkeys(row["branch"] for row in found):
+        some = [row for row in found if row["branch"] == branch]
+        works = sum(row["state"] == "works" for row in some)
+        lines = "".join(_tree_line(row, facts) for row in some)
+        text += f'<details class="branch" open><summary><b>{branch}</b> ({works} of {len(some)} work)</summary>'
+        text += f"<ul>{lines}</ul></details>\n"
+    text += "\n" + "".join(f"* *{mark}*: {meaning}\n" for mark, meaning in (describe.STATES | describe.NEEDS).items())
+    text += "\n## All methods\n\nMade from the tags that each method declares. Default rates are for AdamW.\n"
     for branch in dict.fromkeys(row["branch"] for row in rows):
         found = [row for row in rows if row["branch"] == branch]
-        facts = ("identity at start", "merges", "adds tokens", "inference cost", "default lr")
-        lines = [[_entry(row), *(row[fact] for fact in facts)] for row in found]
-        text += f"\n## {branch}\n\n{table(['method', *facts], lines)}"
+        names = ("identity at start", "merges", "adds tokens", "inference cost", "default lr")
+        cells = [[_entry(row), *(row[name] for name in names)] for row in found]
+        text += f"\n### {branch}\n\n{table(['method', *names], cells)}"
     return text
+
+
+TREE_FILTER = """<p id="tree-filter">
+<input type="search" aria-label="search the tree" placeholder="name, paper or method">
+<label><input type="checkbox" value="works" checked> works</label>
+<label><input type="checkbox" value="designed" checked> designed</label>
+<label><input type="checkbox" value="open" checked> open</label>
+<label><input type="checkbox" value="record" checked> record</label>
+<label><input type="checkbox" value="out" checked> out</label>
+<output aria-live="polite"></output></p>
+<script>
+addEventListener("DOMContentLoaded", () => {
+  const box = document.getElementById("tree-filter"), rows = [...document.querySelectorAll("li[data-state]")]
+  const show = () => {
+    const words = box.querySelector("[type=search]").value.toLowerCase()
+    const states = [...box.querySelectorAll(":checked")].map(c => c.value)
+    for (const row of rows)
+      row.hidden = !(states.includes(row.dataset.state) && row.textContent.toLowerCase().includes(words))
+    for (const branch of document.querySelectorAll("details.branch"))
+      branch.hidden = !branch.querySelector("li:not([hidden])")
+    box.querySelector("output").textContent = ` ${rows.filter(r => !r.hidden).length} of ${rows.length} rows`
+  }
+  box.addEventListener("input", show)
+  show()
+})
+</script>
+
+"""
+
+
+def _tree_line(row: dict[str, Any], facts: dict[str, dict[str, Any]]) -> str:
+    """Return one row of the tree as a list item; our methods are links with their equations as titles."""
+    links = " ".join(
+        f'<a href="{name}.html" title="{html.escape(facts[name]["equation"])}">{name}</a>' for name in row["methods"]
+    )
+    more = links or html.escape(" ".join([f"peftree.{name}()" for name in row["functions"]] or row["needs"]))
+    words = f"{row['row']} {html.escape(row['name'])} <small>{html.escape(row['paper'])}, {row['state']}</small>"
+    return f'<li data-state="{row["state"]}">{words} {more}</li>'
 
 
 def method(name: str) -> str:
@@ -105,18 +156,32 @@ def method(name: str) -> str:
     info = describe.describe_method(name)
     fields = ("name", "type", "default", "limits", "description")
     source = _source(registry.get(name).tags.branch, name)
-    text = f"# {name}\n\n`{info['equation']}`\n\n{_paper(info['paper'])}, branch *{info['branch']}*.\n"
+    text = f"# {name}\n\n{pages.equation(info['equation'])}\n{_paper(info['paper'])}, branch *{info['branch']}*.\n"
     text += f'\n```python\nadapter = peftree.adapt(model, "{name}")\n```\n'
+    text += f"\n## Where it sits\n\n{pages.drawing(name)}\n"
+    text += table(("role", "what it does there"), pages.places(name).items())
+    text += "\n## What it trains\n\nThe closed form of its file, with the fields' defaults.\n\n"
+    text += table(("model", "parameters", "share", "where, or why not"), pages.counts(name))
     text += "\n## Fields\n\n"
     text += table(fields, ([f"`{f['name']}`", *(f[k] for k in fields[1:])] for f in info["fields"]))
-    skipped = {"branch", "paper"}
-    tags = ((k.replace("_", " "), v) for k, v in info["tags"].items() if k not in skipped)
+    skipped = {"branch", "paper", "small", "peft"}
+    tags = ((k.replace("_", " "), v) for k, v in info["tags"].items() if k not in skipped and v not in ({}, None))
     text += f"\n## Facts\n\n{table(['fact', 'value'], tags)}"
+    text += "\n## Relations\n\n" + _relations(name)
     if source is not None:
         body = source.read_text("utf-8").rstrip()
         text += f"\n## The whole method\n\n`{source.relative_to(REPOSITORY)}`\n\n"
         text += f"```{LANGUAGES[source.suffix]}\n{body}\n```\n"
     return text
+
+
+def _relations(name: str) -> str:
+    """Return the sentences about what is built like a method."""
+    kin, near, blocks = pages.neighbours(name)
+    links = [", ".join(f"[{other}]({other}.md)" for other in some) for some in (kin, near)]
+    text = f"Of the same file or base: {links[0]}.\n\n" if kin else ""
+    text += f"Built from {', '.join(f'`{b}`' for b in blocks)}" if blocks else "Built from the contract alone"
+    return text + (f", as are in part {links[1]}.\n" if near else ".\n")
 
 
 def _source(branch: str, name: str) -> Path | None:

@@ -71,3 +71,5 @@ pip=("$venv/bin/python" -m pip install --progress-bar off --retries 8)
 # shellcheck disable=SC2046 # the answer is an option and its value, or nothing
 progress "installing torch" "${pip[@]}" $(cpu_index) torch hatchling editables
 progress "installing packages" "${pip[@]}" --no-build-isolation -e '.[cluster,data,demo,dev,test]'
+# Their models are tested; without what they ask for, torchvision above all, which has no build for this torch.
+progress "installing model libraries" "${pip[@]}" --no-deps diffusers sentence-transformers timm

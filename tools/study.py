@@ -16,18 +16,19 @@ from typing import NamedTuple
 import jinja2
 import yaml
 
-from peftree import registry, report
-from peftree.bench.command import read_packed
-from peftree.bench.record import RunRecord, in_order
-from peftree.bench.run import states
-from peftree.bench.samples import FULL, HEAD_ONLY, comparisons, labelled
+from peftree import registry, report, text
+from peftree.bench.grouping import FULL, HEAD_ONLY, comparisons, labelled
+from peftree.bench.run import completed, states
 from peftree.bench.suite import Suite, load_suite
 from peftree.bench.versus import ALPHA
 from peftree.files import atomic_write
-from peftree.report import compare, diagrams, panels, plots, svg, text
+from peftree.report import compare, diagrams, panels, plots, svg
 from peftree.report.data import Row, Task
 from peftree.report.markup import escape_markdown
-from peftree.train.config import RunConfig
+from peftree.report.tables import interval
+from peftree.runs.read import read_packed
+from peftree.runs.record import RunRecord, in_order
+from peftree.settings import RunConfig
 
 HERE = Path(__file__).parents[1]
 PACK, PAGE = HERE / "docs" / "study" / "small.jsonl.gz", HERE / "docs" / "study.md"
@@ -67,7 +68,7 @@ def complete(records: Iterable[RunRecord], suite: Suite) -> dict[tuple[str, str]
     groups: dict[Identity, list[RunRecord]] = {}
     for r in records:
         if r.suite == suite.suite and r.phase == "final" and r.settled:
-            groups.setdefault(identity(r.task, r.method, r.fields), []).append(r)
+            groups.setdefault(identity(r.task, r.method, completed(r)), []).append(r)
     for task in suite.tasks:
         for entry, chosen in suite.entries(task):
             method = registry.make(chosen.method or entry, chosen.fields)
@@ -122,7 +123,7 @@ def gap(task: Task, row: Row | None) -> str:
         return text.NONE
     value = text.score(row.difference.value, task.decimals, signed=True)
     p = "" if row.p_holm is None else f" (p {row.p_holm:.2g})"
-    return f"{value} {text.interval(row.difference, task.decimals, signed=True)}, {said(row)}{p}"
+    return f"{value} {interval(row.difference, task.decimals, signed=True)}, {said(row)}{p}"
 
 
 def over(one: float | None, other: float | None) -> float | None:
@@ -132,14 +133,19 @@ def over(one: float | None, other: float | None) -> float | None:
 
 def shares(row: Row, full: Row) -> tuple[float | None, ...]:
     """Return over full's: allocator peak, peak RSS, that without full's frozen copy, gradients and optimizer."""
-    copy, peak = FLOAT32 * (full.trainable or 0), full.costs.peak
+    copy, peak = FLOAT32 * (full.trainable or 0), full.costs.peak_rss_bytes
     lean = None if peak is None else peak - copy
     held = [
         None if g is None or o is None else g + o
-        for g, o in ((r.costs.gradients, r.costs.optimizer) for r in (row, full))
+        for g, o in ((r.costs.gradient_bytes, r.costs.optimizer_bytes) for r in (row, full))
     ]
-    own = lean if row is full else row.costs.peak
-    pairs = ((row.costs.allocator, full.costs.allocator), (row.costs.peak, peak), (own, lean), (held[0], held[1]))
+    own = lean if row is full else row.costs.peak_rss_bytes
+    pairs = (
+        (row.costs.allocator_peak_bytes, full.costs.allocator_peak_bytes),
+        (row.costs.peak_rss_bytes, peak),
+        (own, lean),
+        (held[0], held[1]),
+    )
     return tuple(over(one, other) for one, other in pairs)
 
 
@@ -159,8 +165,9 @@ def line(task: Task, row: Row, full: Row, rival: Row | None, verdict: str) -> tu
         relative = f"{value} % [{low}, {high}]" if part.known else f"{value} %"
     score = text.score(row.score.value if row.score else None, task.decimals)
     return (
-        f"`{row.label}`", f"{score} {text.interval(row.score, task.decimals)}", relative, verdict, gap(task, row),
-        gap(task, rival), text.count(row.trainable), *map(text.percent, shares(row, full)), text.size(row.costs.disk),
+        f"`{row.label}`", f"{score} {interval(row.score, task.decimals)}", relative, verdict, gap(task, row),
+        gap(task, rival), text.count(row.trainable), *map(text.percent, shares(row, full)),
+        text.size(row.costs.adapter_bytes),
     )  # fmt: skip
 
 
@@ -281,7 +288,7 @@ def claims(done: Sequence[RunRecord]) -> str:
     """Return published claims beside what the tasks show; tests against one method on one task are one family."""
     said_of = [Claim(**each) for each in yaml.safe_load(CLAIMS.read_text("utf-8"))]
     seen: dict[Claim, dict[str, list[str]]] = {claim: {} for claim in said_of}
-    for key, runs in comparisons(in_order(done)).items():
+    for runs in comparisons(in_order(done)):
         groups = labelled(runs)
         for other in dict.fromkeys(claim.other for claim in said_of):
             mine = [claim for claim in said_of if claim.other == other and claim.one in groups and other in groups]
@@ -289,7 +296,7 @@ def claims(done: Sequence[RunRecord]) -> str:
             rows = {row.label: row for row in compare.rows(chosen, other)} if mine else {}
             for claim in mine:
                 if word := said(rows[claim.one]):  # none where the method does not apply
-                    seen[claim].setdefault(word, []).append(key.task)
+                    seen[claim].setdefault(word, []).append(runs[0].task)
     lines = [
         (f"`{claim.one}` {claim.says} `{claim.other}`", claim.source, str(sum(map(len, tasks.values()))),
          ticked(tasks.get("better", ())), str(len(tasks.get(SAME, ()))), ticked(tasks.get("worse", ())))
@@ -307,7 +314,7 @@ def claims(done: Sequence[RunRecord]) -> str:
 
 def pictures(task: Task, built: report.Report) -> dict[str, str]:
     """Return the figures of a task by name, as SVG files."""
-    allocator = plots.Cost("allocator peak", lambda row: row.costs.allocator, text.size)
+    allocator = plots.Cost("allocator peak", lambda row: row.costs.allocator_peak_bytes, text.size)
     drawn = {
         "scores": plots.whiskers(task), "memory": plots.against(task, allocator), "kept": diagrams.retention(task)
     }  # fmt: skip
@@ -327,7 +334,7 @@ def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, ob
         return {**empty, "results": "No task has finished runs of both `full` and `head_only` yet.", "ranks": ""}, {}
     parts, found, drawn = [], list[Found](), dict[str, str]()
     built = report.build(done)
-    for task, runs in zip(built.tasks, comparisons(in_order(done)).values(), strict=True):
+    for task, runs in zip(built.tasks, comparisons(in_order(done)), strict=True):
         if task.full is not None:
             own = pictures(task, built)
             drawn |= own
@@ -363,8 +370,8 @@ def at_the_edge(records: Sequence[RunRecord], final: Sequence[RunRecord]) -> tup
     tried: dict[Identity, set[float]] = {}
     for r in records:
         if r.phase == "trial" and r.learning_rate is not None:
-            tried.setdefault(identity(r.task, r.method, r.fields), set()).add(r.learning_rate)
-    chosen = {identity(r.task, r.method, r.fields): r.learning_rate for r in final}
+            tried.setdefault(identity(r.task, r.method, completed(r)), set()).add(r.learning_rate)
+    chosen = {identity(r.task, r.method, completed(r)): r.learning_rate for r in final}
     ends = [chosen[key] in (min(tried[key]), max(tried[key])) for key in chosen if key in tried]
     return sum(ends), len(ends)
 

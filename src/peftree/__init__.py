@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from peftree.adapter import active as active
     from peftree.adapter import adapt as adapt
     from peftree.adapter import adapters as adapters
+    from peftree.adapter import context as context
     from peftree.adapter import detach as detach
     from peftree.adapter import disabled as disabled
     from peftree.adapter import route as route
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from peftree.errors import PeftreeError as PeftreeError
     from peftree.registry import get as get
     from peftree.store import export as export
+    from peftree.store import from_peft as from_peft
     from peftree.store import load as load
     from peftree.store import save as save
     from peftree.train.trainer import AdapterTrainer as AdapterTrainer
@@ -27,11 +29,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "peftree.adapter": ("Adapter", "active", "adapt", "adapters", "detach", "disabled", "route", "switch"),
+    "peftree.adapter": ("Adapter", "active", "adapt", "adapters", "context", "detach", "disabled", "route", "switch"),
     "peftree.compose": ("combine", "merge", "unmerge"),
     "peftree.errors": ("PeftreeError",),
     "peftree.registry": ("get",),
-    "peftree.store": ("export", "load", "save"),
+    "peftree.store": ("export", "from_peft", "load", "save"),
     "peftree.train.trainer": ("AdapterTrainer",),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
@@ -42,8 +44,10 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import peftree` costs nothing."""
     if name not in _WHERE:
-        raise AttributeError(f"module 'peftree' has no attribute '{name}'")
+        raise importlib.import_module("peftree.errors").no_name("module 'peftree'", name, __all__)
     value = getattr(importlib.import_module(_WHERE[name]), name)
+    if _WHERE[name] == "peftree.adapter":
+        importlib.import_module("peftree.store")  # says what save_pretrained of an adapted model writes
     globals()[name] = value
     return value
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peftree import registry
-from peftree import sites as site_tree
-from peftree.deltas import Delta, Place
-from peftree.errors import AdapterError, MethodError, did_you_mean
+from peftree.deltas import Delta
+from peftree.errors import AdapterError, did_you_mean, no_model, no_name
 from peftree.graft import Graft
+from peftree.graft.call import Choice
 from peftree.graft.program import Group, Route
+from peftree.making import Entries, build, take
 from peftree.methods.contract import Method, Moment
 from peftree.sites import Site
-
-Entries = list[tuple[str, Site, Delta]]
-"""Key, site and delta of every place of an adapter, in model order."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
@@ -34,7 +33,10 @@ class Adapter:
         model: the model it is on; None after it was taken off.
         head: whether it holds its own copy of the task head.
         seed: the seed its tensors were drawn with.
+        fixed: names of tensors that the method itself keeps frozen.
     """
+
+    fixed: frozenset[str] = frozenset()
 
     def __init__(self, name: str, method: Method, model: nn.Module, head: bool, seed: int) -> None:
         self.name = name
@@ -52,8 +54,15 @@ class Adapter:
     def __repr__(self) -> str:
         if self.model is None:
             return f"Adapter({self.name!r}, {self.method.name}, detached)"
-        count = sum(p.numel() for p in self.parameters())
-        return f"Adapter({self.name!r}, {self.method.name}, {len(self.deltas)} sites, {count:,} parameters)"
+        own, every = self.parameters(), sum(p.numel() for p in _base(self.model, self.graft))
+        count, trained = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
+        return (
+            f"Adapter({self.name!r}, {self.method.name}, {len(self.deltas)} sites, {count:,} parameters, "
+            f"trained {trained:,} of the model's {every:,} ({trained / max(every, 1):.2%}))"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_name("An adapter", name, (n for n in dir(type(self)) if not n.startswith("_")))
 
     @property
     def graft(self) -> Graft:
@@ -77,15 +86,17 @@ class Adapter:
         return list({id(p): p for d in self.deltas.values() for p in d.parameters()}.values())
 
     def requires_grad(self, on: bool = True) -> Adapter:
-        """Make its parameters trainable, or freeze them."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(on)
+        """Freeze its parameters, or make those trainable again; what the method itself keeps frozen stays so."""
+        for name, tensor in self.state().items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(on and name not in self.fixed)
         return self
 
     def state(self) -> dict[str, Tensor]:
         """Return its tensors, parameters and persistent buffers, each once, by `path/part_role/tensor`."""
         out: dict[str, Tensor] = {}
         seen: set[int] = set()
+        self.graft.check()
         for key, delta in self.deltas.items():
             for name, tensor in delta.state_dict(keep_vars=True).items():
                 if id(tensor) not in seen:
@@ -93,21 +104,47 @@ class Adapter:
                     out[f"{key}/{name}"] = tensor
         return out
 
+    def unused(self) -> list[str]:
+        """Return the paths of its modules that no run has used since an adapter was last put on them or taken off.
+
+        That need not be wrong: experts without a token, a tower without an input. Compiled runs do not count.
+        """
+        return list(dict.fromkeys(s.path for _, s, _ in self.entries if s.path in self.graft.shared.unseen))
+
     def init(self, batches: Iterable[Callable[[], Tensor]]) -> None:
         """Let a method that needs data see it before training; each batch is a call that returns the loss."""
         self.method.init(self.deltas, batches)
 
-    def step(self, step: int, total: int) -> None:
-        """Run the method's schedule; call it after `optimizer.step()` and before `zero_grad()`."""
-        self.method.schedule(self.deltas, Moment(step, total))
+    def start(self, step: int, total: int, optimizer: Any = None) -> None:
+        """Run the method's schedule where a run starts or resumes, after `step` of `total` steps."""
+        self.method.schedule(self.deltas, Moment(step, total, start=True, optimizer=optimizer))
+
+    def before_step(self, step: int, total: int, optimizer: Any = None) -> None:
+        """Let the method change the gradients; call it before `optimizer.step()`, `step` counted from 1."""
+        self.method.before_step(self.deltas, Moment(step, total, optimizer=optimizer))
+
+    def step(self, step: int, total: int, optimizer: Any = None, batches: Iterable[Callable[[], Tensor]] = ()) -> None:
+        """Run the method's schedule; call it after `optimizer.step()` and before `zero_grad()`, `step` from 1.
+
+        Args:
+            batches: calls that give the loss of training batches, for methods that look at data again.
+        """
+        self.method.schedule(self.deltas, Moment(step, total, optimizer=optimizer, batches=batches))
 
     def aux_loss(self, step: int = 0, total: int = 0, outputs: Any = None, again: Any = None) -> Tensor | None:
         """Return the method's extra loss term for the forward pass just done, or None."""
-        return self.method.aux_loss(self.deltas, Moment(step, total, outputs, again))
+        return self.method.aux_loss(self.deltas, Moment(step, total, outputs=outputs, again=again))
 
     def param_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
         """Return optimizer groups; `lr` None takes the method's default."""
         return self.method.param_groups(self.deltas, self.method.tags.lr if lr is None else lr)
+
+    def optimizer(self, lr: float | None = None, **more: Any) -> Optimizer | None:
+        """Return the method's own optimizer, None if any will do; `more` is for groups that say nothing else.
+
+        In a loop of one's own: `adapter.optimizer() or torch.optim.AdamW(adapter.param_groups())`.
+        """
+        return self.method.optimizer([more | group for group in self.param_groups(lr)])
 
     def finish(self) -> None:
         """Run the method's work after training."""
@@ -115,7 +152,12 @@ class Adapter:
 
 
 class Record:
-    """What peftree keeps on a model: the graft, the adapters, and what merging replaced."""
+    """What peftree keeps on a model: the graft, the adapters, and what merging replaced.
+
+    `write` is what `save_pretrained` of an adapted model does; the store sets it.
+    """
+
+    write: ClassVar[Callable[[nn.Module, Any, dict[str, Any]], None] | None] = None
 
     def __init__(self, model: nn.Module) -> None:
         self.graft = Graft(model)
@@ -126,15 +168,22 @@ class Record:
 
     def turn_on(self, names: tuple[str, ...]) -> None:
         """Make those of `names` that are still on the model the active ones; none while weights are merged."""
-        self.graft.shared.active = () if self.merged else tuple(n for n in names if n in self.adapters)
+        self.graft.shared.switch(() if self.merged else tuple(n for n in names if n in self.adapters))
 
 
 def record_of(model: nn.Module) -> Record:
     """Return what peftree keeps on `model`; AdapterError if it has no adapter."""
-    found = model.__dict__.get("_peftree") if isinstance(model, nn.Module) else None
-    if not isinstance(found, Record):
+    found = _kept(model)
+    if found is None:
         raise AdapterError("This model has no adapter.", "Put one on with peftree.adapt(model, 'lora').")
     return found
+
+
+def _kept(model: nn.Module) -> Record | None:
+    if not isinstance(model, nn.Module):
+        raise no_model(model)
+    found = vars(model).get("_peftree")
+    return found if isinstance(found, Record) else None
 
 
 def graft_of(model: nn.Module) -> Graft:
@@ -144,14 +193,14 @@ def graft_of(model: nn.Module) -> Graft:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters on `model` by name."""
-    found = model.__dict__.get("_peftree")
-    return dict(found.adapters) if isinstance(found, Record) else {}
+    found = _kept(model)
+    return dict(found.adapters) if found else {}
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that are on, in the order in which they apply."""
-    found = model.__dict__.get("_peftree")
-    return found.graft.shared.active if isinstance(found, Record) else ()
+    found = _kept(model)
+    return found.graft.shared.now.active if found else ()
 
 
 def adapt(
@@ -162,32 +211,41 @@ def adapt(
     name: str = "default",
     head: bool | None = None,
     seed: int = 0,
+    sources: Sequence[str] = (),
     **fields: Any,
 ) -> Adapter:
     """Put a new adapter on `model`, freeze the base, switch the adapter on, and return it.
 
     Args:
-        model: any transformers model, or a module with a role record.
+        model: any torch module. Roles such as `attn.q` need a model of known structure; module paths, globs of them
+            and `linear` work on every model.
         method: a method's name, or a method object such as `peftree.get("lora")(r=16)`.
         name: `[A-Za-z0-9][A-Za-z0-9_-]{0,63}`.
         head: give the adapter its own trainable copy of a fresh task head (classifier); None: if there is one.
         seed: for its random tensors; the global generator is not touched.
-        fields: the method's fields, `r=16, sites="attn.q attn.v"`; `peftree methods NAME` lists them.
+        sources: names of adapters on the model that a method such as `adapter_fusion` is made from; it holds copies.
+        fields: the method's fields, `r=16, sites="attn.q attn.v"` (or `"*.q_proj"`); `peftree methods NAME` lists them.
 
     Raises:
         ConfigError, MethodError, SiteError, AdapterError: before anything is changed.
     """
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"{model!r} is no model: its type is {type(model).__name__}.", "Pass a torch module.")
+        raise no_model(model)
     if not isinstance(method, str | Method):
-        raise AdapterError(f"{method!r} is no method.", "Pass a name such as 'lora', or peftree.get('lora')(r=16).")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise AdapterError(f"{seed!r} is no seed.", "Use a whole number from 0 to 2**63 - 1.")
+        raise AdapterError(f"{method!r} is not a method.", "Pass a name such as 'lora', or peftree.get('lora')(r=16).")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise AdapterError(f"{seed!r} is not a seed.", "Use a whole number from 0 to 2**63 - 1.")
     if isinstance(method, Method) and fields:
         raise AdapterError(f"Fields {sorted(fields)} come with a ready method.", "Pass a name, or set them there.")
     made = method if isinstance(method, Method) else registry.make(method, fields)
     check_free(model, name)
-    entries, with_head = build(model, made, head, seed)
+    if isinstance(sources, str):
+        raise AdapterError(f"sources={sources!r} is one text.", "Pass names of adapters in a list: sources=['a', 'b'].")
+    members = {n: known(record_of(model), n) for n in sources}
+    made = made.of([a.method for a in members.values()]) if members else made
+    with disabled(model) if adapters(model) else contextlib.nullcontext():  # a start is made from the base alone
+        entries, with_head = build(model, made, head, seed)
+    take(entries, {n: a.entries for n, a in members.items()})
     return install(model, name, made, entries, with_head, seed)
 
 
@@ -195,9 +253,12 @@ def check_free(model: nn.Module, name: str) -> None:
     """Raise AdapterError unless an adapter called `name` can be put on `model` now."""
     if not isinstance(name, str) or not NAME.match(name):
         raise AdapterError(
-            f"{name!r} is no adapter name.",
+            f"{name!r} is not an adapter name.",
             "Use 1 to 64 letters, digits, '-' and '_', starting with one of the first two.",
         )
+    if found := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
+        what = f"{found[0] or 'The model'} is what torch.compile returned, so what lies in it cannot be seen."
+        raise AdapterError(what, "Adapt its _orig_mod before it is compiled, or compile in place: module.compile().")
     present = adapters(model)
     if name in present:
         raise AdapterError(f"There is an adapter '{name}' already.", "Choose another name, or detach it first.")
@@ -210,48 +271,19 @@ def install(model: nn.Module, name: str, method: Method, entries: Entries, head:
     record = model.__dict__.get("_peftree") or Record(model)
     record.graft.put(name, entries)
     model.__dict__["_peftree"] = record
-    _freeze_base(model, record)
+    for parameter in _base(model, record.graft):
+        parameter.requires_grad_(False)
     adapter = record.adapters[name] = Adapter(name, method, model, head, seed)
+    named = [(f"{s.path}/{k}/{n}", p) for k, s, d in entries for n, p in d.named_parameters()]
+    adapter.fixed = frozenset(n for n, p in named if not p.requires_grad)
     switch(model, name)
     return adapter
 
 
-def _freeze_base(model: nn.Module, record: Record) -> None:
-    own = {id(p) for a in record.adapters.values() for p in a.parameters()}
-    own |= {id(p) for *_, d in record.graft.entries for p in d.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-
-
-def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tuple[Entries, bool]:
-    """Build every delta of a method, and whether a task head is among them; the model is only read."""
-    entries: Entries = []
-    parts = method.parts()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        for index, part in enumerate(parts):
-            prefix = f"p{index}_" if len(parts) > 1 else ""
-            peers = site_tree.resolve(model, part.sites, part.layers)
-            memo: dict[str, Any] = {}
-            for site in peers:
-                place = Place(site, model.get_submodule(site.path), peers, memo)
-                delta = method.wrap(place, part.build(place))
-                role = site.role if site.kind != "raw" else f"{site.role}.{site.parameter}"
-                entries.append((prefix + role.replace(".", "_"), site, delta))
-        heads = site_tree.task_head(model)
-        covered = {s.path for _, s, _ in entries}
-        wanted = bool(heads) if head is None else head
-        if head and not heads:
-            raise MethodError("The model has no task head of its own.", "Leave head unset.")
-        if wanted:
-            entries += _head_entries(model, [s for s in heads if s.path not in covered])
-    return entries, wanted
-
-
-def _head_entries(model: nn.Module, heads: list[Site]) -> list[tuple[str, Site, Delta]]:
-    full = registry.get("full")(sites="head")
-    return [("head", s, full.build(Place(s, model.get_submodule(s.path), heads, {}))) for s in heads]
+def _base(model: nn.Module, graft: Graft) -> list[nn.Parameter]:
+    """Return the parameters of `model` that belong to no adapter, each once."""
+    own = {id(p) for *_, d in graft.entries for p in d.parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -261,7 +293,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         record.graft.drop(each)
         record.adapters.pop(each).model = None
-    record.turn_on(record.graft.shared.active)
+    record.turn_on(record.graft.shared.default.active)
     if not record.adapters:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(record.trainable.get(path, True))
@@ -288,28 +320,26 @@ def _stack(record: Record, names: str | Sequence[str] | None) -> tuple[str, ...]
 
 
 def switch(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Turn on exactly these adapters, applied in this order on top of each other; None: the base model."""
+    """Turn on exactly these adapters, applied in this order on top of each other; None: the base model.
+
+    This sets the model, for every thread; a run in progress keeps to what it began with. To run with other adapters in
+    one thread or asyncio task only, use `peftree.route` or `peftree.disabled`.
+    """
     record = record_of(model)
     wanted = _stack(record, names)
     if record.merged:
         raise AdapterError(f"{', '.join(record.merged)} is merged.", "Call peftree.unmerge(model) first.")
-    record.graft.shared.active = wanted
+    record.graft.shared.switch(wanted)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the base model inside the `with` block, to the bit."""
+    """Run the base model inside the `with` block, to the bit; other threads and asyncio tasks are not affected."""
     record = record_of(model)
-    shared = record.graft.shared
-    before, route_before = shared.active, shared.route
     if record.merged:
         raise AdapterError("The adapters are merged.", "Call peftree.unmerge(model) first.")
-    shared.active, shared.route = (), None
-    try:
+    with record.graft.shared.block(Choice()):
         yield model
-    finally:
-        shared.route = route_before
-        record.turn_on(before)
 
 
 @contextlib.contextmanager
@@ -320,14 +350,14 @@ def route(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iter
         names: one entry per row: a name, several names to stack, or None. A batch with k times as many rows (beams,
             image tiles) has k neighbouring rows for each entry.
 
-    With gradient checkpointing call `backward()` inside the block: layers run again then.
+    The block is this thread's or asyncio task's own: others on the same model run with what they chose.
 
     Raises:
         AdapterError: a name is unknown, adapters are merged, or (from the model) the batch has another number of rows.
     """
     record = record_of(model)
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise AdapterError(f"{names!r} is no list of rows.", "Pass one entry per row of the batch, ['a', None].")
+        raise AdapterError(f"{names!r} is not a list of rows.", "Pass one entry per row of the batch, ['a', None].")
     rows: dict[tuple[str, ...], list[int]] = {}
     for i, entry in enumerate(names):
         rows.setdefault(_stack(record, entry), []).append(i)
@@ -335,12 +365,31 @@ def route(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iter
         raise AdapterError("The adapters are merged.", "Call peftree.unmerge(model) first.")
     if not rows:
         raise AdapterError("No row is named.", "Pass one entry per row of the batch.")
-    device = next(model.parameters()).device
+    groups = [Group(k, _numbers(model, v)) for k, v in rows.items()]
     shared = record.graft.shared
-    before = shared.route
-    groups = [Group(k, torch.tensor(v, device=device)) for k, v in rows.items()]
-    shared.route = Route(groups, len(names))
-    try:
+    with shared.block(Choice(shared.now.active, Route(groups, len(names)), task=shared.now.task)):
         yield model
-    finally:
-        shared.route = before
+
+
+@contextlib.contextmanager
+def context(model: nn.Module, *, task: Sequence[int]) -> Iterator[nn.Module]:
+    """Inside the `with` block row i of every batch belongs to task number `task[i]`, for methods with several tasks.
+
+    It is this thread's or asyncio task's own, and goes with `route`. A batch with k times as many rows (beams) has k
+    neighbouring rows for each entry.
+
+    Raises:
+        AdapterError: there is no adapter, `task` is not a list of numbers from 0 on, or (from the model) the batch has
+            another number of rows.
+    """
+    shared = record_of(model).graft.shared
+    listed = isinstance(task, Sequence) and not isinstance(task, str | bytes)
+    if not listed or not task or not all(type(t) is int and 0 <= t < 2**63 for t in task):
+        raise AdapterError(f"task={task!r} is not a list of numbers.", "Pass one number from 0 on a row: task=[0, 2].")
+    with shared.block(shared.now._replace(task=_numbers(model, task))):
+        yield model
+
+
+def _numbers(model: nn.Module, values: Sequence[int]) -> Tensor:
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return torch.tensor(list(values), device=device)

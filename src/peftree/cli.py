@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from peftree import __version__
 from peftree.advise.command import advise
 from peftree.assets.command import data, models
-from peftree.errors import ConfigError, PeftreeError
-from peftree.shown import Json, emit, short, tabled
+from peftree.errors import ConfigError, PeftreeError, plain, unwritten
+from peftree.plan.command import plan
+from peftree.printing import EXITS, Json, emit, short, tabled
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Parameter-efficient fine-tuning: the whole tree of methods, measured.",
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in EXITS.items())}.",
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
 Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), a packaged or a hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance r=32 method=lora.")]
+Scoring = Annotated[list[str] | None, typer.Argument(help="key=value of the data or the scoring: data.test=other.csv.")]
 
 
 @app.command()
@@ -46,11 +52,23 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def methods(
     name: Annotated[str, typer.Argument(help="One method: its equation and fields.")] = "",
+    tree: Annotated[bool, typer.Option("--tree", help="The survey's tree, row by row, with what works.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the tree of methods with its tags, or one method with its fields."""
-    from peftree.describe import describe_method, method_rows
+    """Show the methods with their tags, one method with its fields, or the survey's whole tree."""
+    from peftree.describe import describe_method, legend, method_rows, tree_rows
 
+    if tree:
+        listed = tree_rows()
+        states = Counter(r["state"] for r in listed)
+        count = ", ".join(f"{n} {state}" for state, n in states.most_common())
+        last = [" ".join(r["methods"] or [f"{f}()" for f in r["functions"]] or r["needs"]) for r in listed]
+        shown = [[r["row"], r["branch"], r["name"], r["state"], what] for r, what in zip(listed, last, strict=True)]
+        columns = ["row", "branch", "name in the survey", "state", "methods, or what is missing"]
+        table = tabled(f"The tree of PEFT A2Z: {count}", columns, shown)
+        table.caption, table.caption_justify = "\n".join(legend()), "left"
+        emit(listed, as_json, table)
+        return
     if name:
         info = describe_method(name)
         fields = [[f["name"], f["type"], f["default"], f["limits"], f["description"]] for f in info["fields"]]
@@ -67,14 +85,7 @@ def methods(
         if not rows or row["branch"] != found[found.index(row) - 1]["branch"]:
             rows.append([row["branch"], *[""] * 6])
         marks = ["yes" if row[t] else "." for t in tags]
-        rows.append(
-            [
-                f"  {row['name']}",
-                *marks,
-                f"{row['default lr']:g}",
-                row["paper"].removeprefix("arXiv "),
-            ]
-        )
+        rows.append([f"  {row['name']}", *marks, f"{row['default lr']:g}", row["paper"].removeprefix("arXiv ")])
     table = tabled(
         "The tree of methods", ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"],
         rows,
@@ -91,11 +102,29 @@ def inspect(model: Model, as_json: Json = False) -> None:
     keys = ["tower", "role", "kind", "count", "layers", "in x out", "parameters"]
     shapes = [", ".join(" x ".join(map(str, shape)) for shape in r["shapes"]) for r in info["sites"]]
     rows = [[{**r, "in x out": s}[k] for k in keys] for r, s in zip(info["sites"], shapes, strict=True)]
-    table = tabled(f"{info['class']}: {info['parameters']:,} parameters", keys, rows)
+    title = f"{info['class']}: {info['parameters']:,} parameters"
+    table = tabled(f"{title}. {info['unclear']}" if info["unclear"] else title, keys, rows)
     emit(info, as_json, table)
 
 
-@app.command()
+class _WithSettings(TyperCommand):
+    """A command whose help ends with every setting of its kind, read when it is asked for."""
+
+    kind = ("peftree.settings", "RunConfig")
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usual help, then the settings."""
+        from peftree.setting_rows import text
+
+        super().format_help(ctx, formatter)
+        formatter.write(text(getattr(importlib.import_module(self.kind[0]), self.kind[1])))
+
+
+class _WithPlan(_WithSettings):
+    kind = ("peftree.plan.question", "Request")
+
+
+@app.command(cls=_WithSettings)
 def train(
     config: Annotated[str, typer.Argument(help="run.yaml, or the first key=value.")],
     overrides: Overrides = None,
@@ -103,20 +132,36 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter from run.yaml and key=value settings; writes the adapter and its metrics."""
-    from peftree.train.config import load_config
+    from peftree.settings import load_config
     from peftree.train.run import run
 
+    if Path(config).is_dir():
+        raise _folder(Path(config))
     path = None if "=" in config and not Path(config).exists() else Path(config)
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
     result = run(load_config(path, words))
     if as_json:
-        emit(dataclasses.asdict(result), True)
+        emit(result.metrics(), True)
+
+
+def _folder(path: Path) -> ConfigError:
+    """Return the error for a folder where a file of settings is wanted: what continues what is in it."""
+    settings = path / "resolved.yaml"
+    if (path / "adapter").is_dir():
+        fix = f"It is a finished run: peftree eval {path} scores it; peftree train {settings} output=NEW runs it again."
+    elif settings.is_file():
+        fix = f"It is a run that was cut off: peftree train {settings} resume=true continues it."
+    elif (path / "config.json").is_file():
+        fix = f"It is a model: peftree train model={path} data=FILE method=lora."
+    else:
+        fix = f"For data write data={path}, for the output output={path}."
+    return ConfigError(f"{path} is a folder, no run.yaml and no key=value.", fix)
 
 
 @app.command("eval")
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
-    overrides: Overrides = None,
+    overrides: Scoring = None,
     against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
     split: Annotated[str, typer.Option(help="train, valid or test; empty: test where there is one.")] = "",
     quiet: Quiet = False,
@@ -156,25 +201,36 @@ def export_run(
     _export(run_folder, out, to, as_json)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A folder with adapter_model.bin, or such a file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; another than the source's.")],
+) -> None:
+    """Turn a pickled adapter of Hugging Face PEFT into safetensors; nothing in it is run."""
+    from peftree.store.hfpeft.convert import convert as to_safetensors
+
+    typer.echo(f"Wrote {to_safetensors(source, out)}")
+
+
 def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool) -> None:
     from peftree.train.export import export_run
 
     found = export_run(run_folder, out, to)
     emit(found, as_json)
     if not as_json:
-        typer.echo(f"Wrote {found['folder']}: {', '.join(found['files'])}")
+        typer.echo(plain(f"Wrote {found['folder']}: {', '.join(found['files'])}"))
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("demo-results"),
-    seeds: Annotated[int, typer.Option(min=1, max=10, help="Runs of each method with different seeds.")] = 2,
-    quick: Annotated[bool, typer.Option(help="Fewer methods and one seed, for a first look.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Runs of each method with different seeds.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, for a first look.")] = False,
 ) -> None:
     """Fine-tune real language and vision models with methods of every branch and write a report."""
-    from peftree.demo.run import main as run_demo
+    from peftree.demo import main as run_demo
 
-    run_demo(out, seeds=seeds, quick=quick)
+    run_demo(out, 1 if quick else seeds)
 
 
 @app.command()
@@ -191,7 +247,7 @@ def report(
     from rich.console import Console
 
     from peftree import report as reports
-    from peftree.bench.command import read_results
+    from peftree.runs.read import read_results
 
     built = reports.build(read_results(results))
     forms = {as_json: reports.to_json, markdown: reports.to_markdown, latex: reports.to_latex}
@@ -205,17 +261,9 @@ def report(
         typer.echo(f"Wrote {atomic_write(html, reports.html.render(built))}", err=True in forms)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def plan(context: typer.Context) -> None:
-    """Predict the memory of a setting from a model's config: no weights, no GPU, nothing runs."""
-    from peftree.plan.command import plan_command  # its options are a request's fields, which help alone need not load
-
-    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    own.command()(plan_command)
-    own(context.args, prog_name="peftree plan", standalone_mode=False)
-
-
-app.command("advise")(advise)
+_GRAMMAR = {"ignore_unknown_options": True}  # an option of old is answered with the setting that it is now
+app.command("plan", cls=_WithPlan, context_settings=_GRAMMAR)(plan)
+app.command("advise", cls=_WithPlan, context_settings=_GRAMMAR)(advise)
 app.command("models")(models)
 app.command("data")(data)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
@@ -249,7 +297,7 @@ def bench_run(
     ray: Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Run what is missing of a suite; Ctrl-C keeps what is done, and the same command goes on."""
+    """Run what is missing of a suite; Ctrl-C keeps what is done, and the same command continues."""
     from peftree.bench import command
     from peftree.bench.suite import load_suite
 
@@ -286,10 +334,10 @@ def bench_compare(
     as_json: Json = False,
 ) -> None:
     """Is one method better than another, with what confidence, at what cost?"""
-    from peftree.bench import command
     from peftree.bench.versus import versus
+    from peftree.runs.read import read_results
 
-    found = versus(command.read_results(results), first, second)
+    found = versus(read_results(results), first, second)
     typer.echo(found.to_json() if as_json else found.to_text())
 
 
@@ -307,9 +355,9 @@ def bench_pack(
 @bench.command("unpack")
 def bench_unpack(
     packed: Annotated[Path, typer.Argument(help="A file that `pack` wrote.")],
-    out: Annotated[Path, typer.Argument(help="The folder of results to fill, for `run` to go on from.")],
+    out: Annotated[Path, typer.Argument(help="The folder of results to fill, for `run` to continue from.")],
 ) -> None:
-    """Put packed run records back, so that a suite goes on where they end."""
+    """Put packed run records back, so that a suite continues where they end."""
     from peftree.bench import command
 
     typer.echo(f"Wrote {command.unpack(packed, out)} runs into {out}.")
@@ -331,14 +379,18 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; an error of ours or of a file is one line on stderr and exit code 2."""
+    """Run the command line; an error of ours or of a file is one line on stderr and one of the codes in `EXITS`."""
     try:
         app()
-    except (PeftreeError, OSError) as error:
-        clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
-        advice = "" if isinstance(error, PeftreeError) else ". Check the path, its permissions and the free space."
-        typer.echo(f"peftree: {clean}{advice}", err=True)
-        sys.exit(2)
+    except PeftreeError as error:
+        typer.echo(f"peftree: {error}", err=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        refused = unwritten(error.filename or "A file", error, "")
+        typer.echo(f"peftree: {plain(str(error))}. {refused.fix}", err=True)
+        sys.exit(refused.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,18 @@ def merge(model: nn.Module) -> None:
     """
     record = record_of(model)
     graft = record.graft
-    names = graft.shared.active
+    names = graft.shared.now.active
     if record.merged:
         raise MergeError(f"{', '.join(record.merged)} is merged already.", "Call peftree.unmerge(model) first.")
-    if graft.shared.route is not None:
-        raise MergeError("The rows of a batch are routed just now.", "Leave the `with peftree.route(...)` block first.")
+    if graft.shared.open:
+        raise MergeError("Rows are routed, or adapters disabled, just now.", "Leave the `with` block first.")
     bad = sorted({type(d).__name__ for a, _, _, d in graft.entries if a in names and not isinstance(d, Reweight)})
     if bad or not names:
         what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
         raise MergeError(what, "`peftree methods` shows which methods merge; keep the others as adapters.")
+    graft.check()
     changes: list[tuple[str, nn.Module, str, Tensor | None]] = []
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(d for a, _, _, d in graft.entries if a in names):
         for path, module, hub in graft.hubs():
             program = hub.program(names)
             if program.reweights:
@@ -49,7 +51,21 @@ def merge(model: nn.Module) -> None:
         record.originals[path, key] = module._parameters.get(key)
         kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
         module._parameters[key] = kept
-    graft.shared.active, record.merged = (), names
+    record.merged = names
+    graft.shared.switch(())
+
+
+@contextlib.contextmanager
+def _evaluating(deltas: Iterable[Delta]) -> Iterator[None]:
+    """Put `deltas` in evaluation mode inside: what is folded is what the model computes when it is used."""
+    training = [m for d in deltas for m in d.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def unmerge(model: nn.Module) -> None:
@@ -83,9 +99,9 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: s
     if not isinstance(weights, Mapping) or not weights:
         raise AdapterError("No adapter is named.", "Pass factors by name, {'a': 0.5, 'b': 0.5}.")
     members = [known(record, n) for n in weights]
-    bad = [f"{n}={w!r}" for n, w in weights.items() if not isinstance(w, int | float) or not math.isfinite(w)]
+    bad = [f"{n}={w!r}" for n, w in weights.items() if type(w) not in (int, float) or not math.isfinite(w)]
     if bad:
-        raise AdapterError(f"{', '.join(bad)} is no factor.", "Pass finite numbers.")
+        raise AdapterError(f"{', '.join(bad)} is not a factor.", "Pass finite numbers.")
     if how not in ("effects", "weights"):
         raise AdapterError(f"how={how!r} is unknown.", "Use 'effects' or 'weights'.")
     if len({tuple((k, s) for k, s, _ in m.entries) for m in members}) != 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from peftree import registry, sites
@@ -25,6 +28,47 @@ def method_rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+TREE = Path(registry.__file__).parent / "methods" / "tree.yaml"
+
+
+def tree_rows() -> list[dict[str, Any]]:
+    """Return the rows of the survey's tree: number, name, branch, paper, state, what of ours does it, what is missing.
+
+    `STATES` says what a state means, `NEEDS` what is missing.
+    """
+    known, found = registry.methods(), []
+    for row in yaml.safe_load(TREE.read_text("utf-8")):
+        mine = [name for name in row.pop("methods", []) if name in known]
+        needs, functions = row.pop("needs", []), row.pop("functions", [])
+        marks = [state for state in ("record", "out") if row.pop(state, False)]
+        state = "works" if mine or functions else marks[0] if marks else "open" if needs else "designed"
+        rest = [] if state == "works" else needs
+        found.append(row | {"state": state, "methods": mine, "functions": functions, "needs": rest})
+    return found
+
+
+STATES = {
+    "works": "a method, or a function of peftree, does it; the last column names it",
+    "designed": "the contract can say it, and no file does",
+    "open": "the contract lacks what the last column names",
+    "record": "a record in docs/decisions says why there is no code",
+    "out": "it does not adapt a model",
+}
+NEEDS = {
+    "GRAD": "gradients over several steps, or an optimizer of the method's own",
+    "PROC": "stages and searches over recipes",
+    "PROMPT": "virtual tokens that enter at a deeper layer, or queries of an adapter's own",
+    "QUANT": "quantised bases",
+    "TASK": "the batch in a method's loss",
+    "TEXT": "token ids of a phrase when it is built",
+}
+
+
+def legend() -> list[str]:
+    """Return what the marks of the tree mean, a line each: states first, then what rows need."""
+    return [f"{mark}: {meaning}" for mark, meaning in (STATES | NEEDS).items()]
+
+
 def equation(cls: type[Method]) -> str:
     """Return the equation of a method: line 1 of its file, or what its recipe says."""
     recipe = cls.__doc__ or ""
@@ -40,15 +84,16 @@ def describe_method(name: str) -> dict[str, Any]:
     fields = cls.model_json_schema(mode="serialization").get("properties", {})
     rows = [
         {
-            "name": n, "type": _type(fields.get(n, {})), "default": str(info.default),
+            "name": n, "type": _type(fields.get(n, {})), "default": str(info.get_default(call_default_factory=True)),
             "limits": _limits(fields.get(n, {})), "description": info.description or "",
         }
         for n, info in cls.model_fields.items()
+        if n != "by_site"  # it is written in the other fields
     ]  # fmt: skip
     text = (sys.modules[cls.__module__].__doc__ or "").strip()
     return {
         "name": name, "branch": cls.tags.branch, "paper": cls.tags.paper, "equation": equation(cls),
-        "about": text, "tags": vars(cls.tags), "fields": rows,
+        "about": text, "tags": dataclasses.asdict(cls.tags), "fields": rows,
     }  # fmt: skip
 
 
@@ -72,7 +117,7 @@ def inspect_model(source: str) -> dict[str, Any]:
     model = skeleton(source)
     return {
         "model": source, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()),
-        "sites": sites.summary(model),
+        "sites": sites.summary(model), "unclear": sites.why_unclear(model),
     }  # fmt: skip
 
 

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+USAGE, GIVE_UP, TRY_AGAIN = 2, 65, 75  # exit codes: fix the command; fix the data or the run; the same may work later
+LONGEST = 200  # characters of a value that a message repeats
+_QUOTED = re.compile(rf"(?<!\w)(['\"])((?:(?!\1).){{{LONGEST},}})\1(?!\w)")
+_RUN = re.compile(rf"\S{{{LONGEST},}}")
 
 
 class PeftreeError(Exception):
     """Base of all errors raised on purpose by peftree.
 
+    Values of users and files in it are cut, and characters that would steer a terminal are replaced.
+
     Args:
         what: what is wrong, naming the offending thing.
         fix: what to do next; appended to the message.
+
+    Attributes:
+        exit_code: of a command that ends with it.
     """
 
+    exit_code = USAGE
+
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(f"{what} {fix}".strip())
+        self.what = plain(what)
+        self.fix = plain(fix)
+        super().__init__(f"{self.what} {self.fix}".strip())
 
 
 class ConfigError(PeftreeError, ValueError):
@@ -36,6 +51,10 @@ class AdapterError(PeftreeError, ValueError):
     """An adapter name is unknown, taken, malformed, or in the wrong state for the call."""
 
 
+class NoNameError(PeftreeError, AttributeError):
+    """A name that the package or an object of it does not have."""
+
+
 class MergeError(PeftreeError, RuntimeError):
     """An adapter cannot be folded into the base weights, or is already."""
 
@@ -44,20 +63,57 @@ class StoreError(PeftreeError, ValueError):
     """A stored adapter is missing, damaged, unsafe, or made for another base model."""
 
 
+class BusyError(StoreError):
+    """The disk is full, or another process holds the folder: the same call may work later."""
+
+    exit_code = TRY_AGAIN
+
+
 class DataError(PeftreeError, ValueError):
     """A data file is missing, malformed, or does not fit the task."""
+
+    exit_code = GIVE_UP
 
 
 class TrainError(PeftreeError, RuntimeError):
     """Training would fail silently: dead gradients, masked labels, non-finite values."""
 
+    exit_code = GIVE_UP
+
 
 class DivergedError(TrainError):
-    """A loss, gradient, weight or output is not finite: training cannot go on."""
+    """A loss, gradient, weight or output is not finite: training cannot continue."""
+
+
+class PeftreeWarning(UserWarning):
+    """An adapter is on, and part of it has no effect."""
 
 
 class AssetError(PeftreeError, RuntimeError):
     """A packaged model or data set could not be fetched, verified or converted."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def plain(text: str) -> str:
+    r"""Return `text` on one line, without control characters, and with long values in it cut.
+
+    >>> plain("a\x1b[31mb: " + "x" * 1000)[:12]
+    'a?[31mb: xxx'
+    """
+    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    text = _QUOTED.sub(lambda m: f"{m[1]}{m[2][: LONGEST - 3]}...{m[1]}", text)
+    return _RUN.sub(lambda m: f"{m[0][: LONGEST - 3]}...", text)
+
+
+def unwritten(path: str | Path, error: OSError, advice: str = "What was there before is as it was.") -> StoreError:
+    """Return what to raise for a file or folder that the system did not let us write."""
+    kind = BusyError if error.errno in _FULL else StoreError
+    reason = error.strerror or str(error)
+    return kind(
+        f"{path} could not be written: {reason}.", f"Check the path, its permissions and the free space. {advice}"
+    )
 
 
 # What transformers and Hugging Face PEFT call it -> its name here.
@@ -67,6 +123,55 @@ ELSEWHERE = {
     "num_train_epochs": "epochs", "output_dir": "output", "per_device_eval_batch_size": "eval_batch_size",
     "per_device_train_batch_size": "batch_size", "rank": "r", "target_modules": "sites", "warmup_steps": "warmup",
 }  # fmt: skip
+
+# Names that Hugging Face PEFT, transformers and Unsloth have -> the call that does it here. `model` is the base model,
+# `adapter` what peftree.adapt or peftree.load returned, `folder` where an adapter lies, `config` one of PEFT's.
+CALLS = {
+    "AutoPeftModelForCausalLM": "model = transformers.AutoModelForCausalLM.from_pretrained(base); "
+    "adapter = peftree.load(model, folder)",
+    "FastLanguageModel": "model = transformers.AutoModelForCausalLM.from_pretrained(base); "
+    "adapter = peftree.adapt(model, 'lora', r=16)",
+    "IA3Config": "adapter = peftree.adapt(model, 'ia3')",
+    "AdaLoraConfig": "adapter = peftree.adapt(model, 'adalora')",
+    "LoraConfig": "adapter = peftree.adapt(model, 'lora', r=16, alpha=32, sites='*.q_proj *.v_proj')",
+    "PeftConfig": "adapter = peftree.from_peft(model, config)",
+    "PeftModel": "adapter = peftree.load(model, folder)",
+    "PrefixTuningConfig": "adapter = peftree.adapt(model, 'prefix_tuning', length=20)",
+    "PromptTuningConfig": "adapter = peftree.adapt(model, 'prompt_tuning', length=20)",
+    "active_adapter": "peftree.active(model)",
+    "active_adapters": "peftree.active(model)",
+    "add_adapter": "adapter = peftree.adapt(model, 'lora', name='b')",
+    "add_weighted_adapter": "peftree.combine(model, {'default': 0.7, 'other': 0.3}, name='both')",
+    "delete_adapter": "peftree.detach(model, 'default')",
+    "disable_adapter": "with peftree.disabled(model): ...",
+    "disable_adapters": "peftree.switch(model, None)",
+    "enable_adapters": "peftree.switch(model, 'default')",
+    "from_pretrained": "adapter = peftree.load(model, folder)",
+    "get_nb_trainable_parameters": "sum(p.numel() for p in adapter.parameters() if p.requires_grad)",
+    "get_peft_model": "adapter = peftree.adapt(model, 'lora', r=16)",
+    "get_peft_model_state_dict": "adapter.state()",
+    "load_adapter": "adapter = peftree.load(model, folder, name='b')",
+    "merge_adapter": "peftree.merge(model)",
+    "merge_and_unload": "peftree.merge(model); peftree.detach(model)",
+    "peft_config": "peftree.adapters(model)",
+    "print_trainable_parameters": "print(peftree.adapters(model))",
+    "save_pretrained": "peftree.save(adapter, folder)",
+    "set_adapter": "peftree.switch(model, 'default')",
+    "trainable_parameters": "adapter.parameters()",
+    "unload": "peftree.detach(model)",
+    "unmerge_adapter": "peftree.unmerge(model)",
+}
+
+
+def no_model(given: object) -> AdapterError:
+    """Return what to raise for `given` where a model is wanted."""
+    return AdapterError(f"{given!r} is not a model: its type is {type(given).__name__}.", "Pass a torch module.")
+
+
+def no_name(what: str, name: str, known: Iterable[str]) -> NoNameError:
+    """Return what to raise where `what`, with the names `known`, is asked for another one."""
+    hint = f"In peftree: {CALLS[name]}" if name in CALLS else did_you_mean(name, known, "Names")
+    return NoNameError(f"{what} has no attribute '{name}'.", hint)
 
 
 def did_you_mean(name: str, known: Iterable[str], label: str = "Known") -> str:

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from peftree.errors import StoreError
+from peftree.errors import StoreError, unwritten
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
     """Write `data` to `path` through a temporary file in the same folder, fsync, rename.
 
     The parent folder is created. A reader sees the old file or the new one, never a part.
+
+    Raises:
+        StoreError: the system does not let us write there (BusyError: no space is left).
     """
     path = Path(path)
+    try:
+        return _written(path, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise unwritten(path, error) from None
+
+
+def _written(path: Path, raw: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = data.encode() if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -45,6 +57,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def stage_for(path: Path) -> Path:
+    """Return a new temporary folder beside `path`."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
 
 
 def sha256(data: bytes) -> str:
@@ -128,3 +145,16 @@ def _depth(text: str) -> int:
         elif char in "]}":
             level -= 1
     return deepest
+
+
+def load_module(path: Path, package: str) -> ModuleType:
+    """Return the module of a file: that of `package`, a folder of ours, where it lies there; else run from its path."""
+    home = Path(__file__).parent.joinpath(*package.split(".")[1:])
+    if path.is_relative_to(home):
+        return importlib.import_module(".".join([package, *path.relative_to(home).with_suffix("").parts]))
+    name = f"peftree_plugin_{path.parent.name}_{path.stem}"  # no dots: pickle finds it in sys.modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

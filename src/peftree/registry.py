@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import inspect
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from peftree.catalogue import BRANCHES, Branch
 from peftree.errors import ConfigError, MethodError, did_you_mean
-from peftree.methods.contract import Branch, Fusion, Method, Recipe, Tags, Union
+from peftree.files import load_module
+from peftree.methods.contract import Fusion, Method, Recipe, Tags, Union
+from peftree.strict import explain
 
-BRANCHES: tuple[str, ...] = (
-    "additive", "selective", "reparameterized", "hybrid", "moe", "unified", "reference",
-)  # fmt: skip
 _HOME = Path(__file__).parent / "methods"
 _FOLDERS: list[Path] = []
 
@@ -87,25 +85,7 @@ def make(name: str, fields: dict[str, Any]) -> Method:
     try:
         return cls(**fields)
     except ValidationError as error:
-        raise ConfigError(*explain(cls, error)) from None
-
-
-def explain(cls: type[BaseModel], error: ValidationError) -> tuple[str, str]:
-    """Turn pydantic's report into one sentence and a remedy."""
-    first = error.errors()[0]
-    where = ".".join(str(p) for p in first["loc"])
-    title = getattr(cls, "name", "") or cls.__name__
-    if first["type"] == "extra_forbidden":
-        return f"{title} has no field '{where}'.", did_you_mean(where, cls.model_fields, "Fields")
-    if not first["loc"]:
-        return f"{title}: {first['msg'].removeprefix('Value error, ')}.", f"`peftree methods {title}` lists the fields."
-    info = cls.model_fields.get(str(first["loc"][0]))
-    about = f" ({info.description})" if info is not None and info.description else ""
-    default = f" The default is {info.default!r}." if info is not None else ""
-    return (
-        f"{title}: {where}={first['input']!r}: {first['msg']}.",
-        f"Field '{where}'{about}.{default}",
-    )
+        raise ConfigError(*explain(error, cls, name)) from None
 
 
 def _add(found: dict[str, type[Method]], cls: type[Method], path: Path) -> None:
@@ -120,7 +100,7 @@ def _add(found: dict[str, type[Method]], cls: type[Method], path: Path) -> None:
 def _from_file(path: Path) -> type[Method]:
     """Load the one method class that a file defines."""
     try:
-        module = _load(path)
+        module = load_module(path, "peftree.methods")
     except Exception as error:  # any fault of a plug-in file is reported with its path
         raise MethodError(f"{path} does not load: {type(error).__name__}: {error}.", "Mend or remove it.") from error
     classes = [
@@ -137,18 +117,6 @@ def _from_file(path: Path) -> type[Method]:
     return _checked(cls, str(path), path.parent.name)
 
 
-def _load(path: Path) -> ModuleType:
-    if path.is_relative_to(_HOME):
-        return importlib.import_module(".".join(["peftree.methods", *path.relative_to(_HOME).with_suffix("").parts]))
-    name = f"peftree_plugin_{path.parent.name}_{path.stem}"  # no dots: pickle finds it in sys.modules
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
     """Return `cls` if it keeps the contract's static part."""
     if not (inspect.isclass(cls) and issubclass(cls, Method)):
@@ -163,6 +131,8 @@ def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
         problems.append(f"its branch is '{cls.tags.branch}' but it lies in folder '{branch}'")
     if not issubclass(cls, Union) and cls.build is Method.build:
         problems.append("it defines no build(place)")
+    if not issubclass(cls, Union) and cls.count is Method.count:
+        problems.append("it defines no count(sites)")
     doc = sys.modules[cls.__module__].__doc__ or ""
     if not ("=" in (first := doc.split("\n")[0]) or "(" in first):
         problems.append("line 1 of the file does not state the equation")
@@ -191,7 +161,7 @@ def _from_recipe(path: Path, found: dict[str, type[Method]]) -> type[Method]:
         recipe = _Recipe(**yaml.safe_load(path.read_text(encoding="utf-8")))
         return _variant(path, recipe, found) if recipe.base else _hybrid(path, recipe, found)
     except (ValidationError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise MethodError(f"{path} is no good recipe: {error}.", "See docs: recipes.") from None
+        raise MethodError(f"{path} is not a valid recipe: {error}.", "See docs: recipes.") from None
 
 
 def _tags(path: Path, recipe: _Recipe, start: Tags) -> Tags:
@@ -221,12 +191,15 @@ def _hybrid(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> type
     for part in recipe.parts:
         ((name, settings),) = part.items()
         cls = found[name]
-        fields[name] = (cls, Field(cls(**settings), description=f"the {name} part"))
+        same = sum(known is cls for known, _ in fields.values())
+        key = f"{name}_{same + 1}" if same else name
+        fields[key] = (cls, Field(cls(**settings), description=f"the {name} part"))
     names = tuple(fields)
     made: type[Method] = create_model(path.stem, __base__=Recipe, __module__=__name__, **fields)
     made.name, made.__doc__ = path.stem, recipe.about
     made.member_names, made.gated = names, recipe.gated
-    start = Tags("hybrid", recipe.paper, identity_at_init=False, mergeable=False, lr=1e-3)
+    small = {name: dict(fields[name][0].tags.small) for name in names}
+    start = Tags("hybrid", recipe.paper, identity_at_init=False, mergeable=False, lr=1e-3, small=small)
     made.tags = _tags(path, recipe, start)
     return made
 
@@ -235,7 +208,7 @@ def spec(method: Method) -> dict[str, Any]:
     """Return `{"method": name, "fields": {...}}`, JSON-able, nested for composite methods."""
     return {
         "method": method.name,
-        "fields": {n: _plain(getattr(method, n)) for n in type(method).model_fields},
+        "fields": {n: _plain(v) for n in type(method).model_fields if (v := getattr(method, n)) or n != "by_site"},
     }
 
 

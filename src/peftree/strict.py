@@ -1,13 +1,15 @@
-"""Strict YAML: plain values only, no key twice, and every key's line known, for errors that name it."""
+"""Strict YAML and typed values: plain values only, no key twice; what is wrong is said with key, file and line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from peftree.errors import ConfigError
+from peftree.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 12
@@ -27,7 +29,7 @@ def read_yaml(path: str | Path, lines: dict[str, str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist or is not a file.", "Check its name.")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes.", "This is no file of settings.")
+        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes.", "This is not a file of settings.")
     try:
         text = path.read_text(encoding="utf-8")
         _check_tokens(text, path)
@@ -66,7 +68,7 @@ def _mapping(node: yaml.MappingNode, path: Path, lines: dict[str, str], prefix: 
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{where}: a key is no plain word.", "Keys are names.")
+            raise ConfigError(f"{where}: a key is not a plain word.", "Keys are names.")
         key = str(key_node.value)
         if key in out:
             raise ConfigError(f"{where}: {key}: is set twice.", f"It stands in {lines[prefix + key]} too.")
@@ -89,3 +91,45 @@ def _value(node: yaml.Node, where: str) -> Any:
         raise ConfigError(f"{where}: {first}.", "Use plain numbers, words and lists.") from None
     finally:
         loader.dispose()
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], source: str = "", lines: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """Return what is wrong with values for `model`, and what to do, from pydantic's report.
+
+    Args:
+        error: the report; of a misspelt key, which is a missing one too, the former is said.
+        model: what the values were for.
+        source: where they come from, for what has no line of its own.
+        lines: `file:line` of dotted keys, see `read_yaml`.
+    """
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    loc, known = [str(part) for part in first["loc"] if part != "[key]"], lines or {}
+    key = ".".join(loc)
+    where = next((known[k] for k in (".".join(loc[:n]) for n in range(len(loc), 0, -1)) if k in known), source)
+    where += ": " if where else ""
+    info, owner = None, model
+    for step in loc:  # the keys of mappings and the numbers of lists are passed over
+        if step in owner.model_fields:
+            info = owner.model_fields[step]
+            owner = next(_models(info.annotation), owner)
+    about = f"{info.description}." if info is not None and info.description else ""
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    if first["type"] == "extra_forbidden":
+        return f"{where}there is no key '{key}'.", did_you_mean(loc[-1], owner.model_fields, "Keys")
+    if first["type"] == "missing":
+        return f"{where}{key} is missing.", f"Add {key}: {about}"
+    if not loc:
+        return f"{where}{message}.", "Correct it."
+    default = None if info is None or info.is_required() else info.get_default(call_default_factory=True)
+    said = about + (f" The default is {default!r}." if default is not None else "")
+    return f"{where}{key}={first['input']!r}: {message}.", f"{key}: {said}" if said else "Correct it."
+
+
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models in a type."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models(part)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftree.bench.record import RunRecord
+from peftree.runs.record import RunRecord
 
 
 def work(job: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from bench.runner import cell
 from peftree.bench import cluster
-from peftree.bench.record import read_records
 from peftree.errors import ConfigError
+from peftree.runs.read import read_records
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -32,6 +32,7 @@ def run(submit: cluster.Submit, folder: Path, behaviours: list[str], jobs: int =
     return [record.status for record in found], out.getvalue()
 
 
+@pytest.mark.slow
 def test_submitit_does_cells_once_and_records_what_fails(tmp_path: Path) -> None:
     submit = cluster.slurm(tmp_path / "logs", cluster="local")
     records = tmp_path / "records"

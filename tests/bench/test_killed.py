@@ -13,7 +13,7 @@ import pytest
 
 from bench.test_run import SIZES, run, suite
 from demo import tiny
-from peftree.bench.record import RunRecord
+from peftree.runs.record import RunRecord
 
 RUNNER = Path(__file__).with_name("suite_runner.py")
 

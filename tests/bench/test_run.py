@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from demo import tiny
-from peftree.bench import cell, command, material
-from peftree.bench.material import Material, folder_hash
-from peftree.bench.record import RunRecord, file_name, read_records
+from peftree.bench import cell, command, sources
 from peftree.bench.run import Choice, run_suite, states
+from peftree.bench.sources import Material, folder_hash
 from peftree.bench.suite import Suite, SuiteTask
 from peftree.errors import AssetError, ConfigError, DataError, DivergedError
+from peftree.runs.read import read_records, read_results
+from peftree.runs.record import RunRecord, file_name
 
 SIZES = {"train": 24, "valid": 6, "test": 9}
 
@@ -61,6 +62,7 @@ def found(root: Path) -> list[RunRecord]:
     return run(suite(root), root / "out")[0]
 
 
+@pytest.mark.slow
 def test_every_run_is_recorded(found: list[RunRecord], root: Path) -> None:
     assert len(found) == 3 * (2 + 2) + 2
     assert {(r.method, r.status) for r in found} == {("head_only", "ok"), ("lora", "ok"), ("vpt", "inapplicable")}
@@ -76,6 +78,7 @@ def test_every_run_is_recorded(found: list[RunRecord], root: Path) -> None:
     assert not list((root / "out" / "runs").glob("*")), "adapters of finished runs are not kept"
 
 
+@pytest.mark.slow
 def test_the_best_trial_gives_the_rate(found: list[RunRecord]) -> None:
     for method in ("head_only", "lora"):
         trials = [r for r in found if (r.method, r.phase) == (method, "trial")]
@@ -89,20 +92,21 @@ def test_the_best_trial_gives_the_rate(found: list[RunRecord]) -> None:
     assert ratio[0] == pytest.approx(ratio[1], rel=1e-2), "every method draws the same points of its range"
 
 
+@pytest.mark.slow
 def test_final_runs_are_probed(found: list[RunRecord]) -> None:
     final = next(r for r in found if (r.task, r.method, r.phase) == ("reviews", "lora", "final"))
     assert 0 <= float(str(final.probes["calibration"]["ece"])) <= 1
     assert final.probes["shift"]["other"]["score"] == final.score  # type: ignore[index, call-overload]
-    assert final.probes["energy"]
     assert final.gradient_bytes == 4 * (final.trainable_parameters or 0)
     assert (final.optimizer_bytes or 0) >= 2 * (final.gradient_bytes or 0)
     assert (final.allocator_peak_bytes or 0) > (final.saved_for_backward_bytes or 0) > 0
     assert final.throughput
     assert final.throughput_unit == "tokens/s"
     trial = next(r for r in found if r.phase == "trial" and r.status == "ok")
-    assert set(trial.probes) == {"energy"}
+    assert not trial.probes
 
 
+@pytest.mark.slow
 def test_a_sequence_scores_every_test_set_after_every_stage(found: list[RunRecord]) -> None:
     for r in (r for r in found if r.task == "sequence"):
         probe = r.probes["sequence"]
@@ -114,6 +118,7 @@ def test_a_sequence_scores_every_test_set_after_every_stage(found: list[RunRecor
         assert len(r.items) == 2 * SIZES["test"]
 
 
+@pytest.mark.slow
 def test_done_runs_are_not_repeated_and_a_lost_one_comes_back_the_same(found: list[RunRecord], root: Path) -> None:
     lost = next(r for r in found if (r.method, r.phase) == ("lora", "final"))
     path = root / "out" / "records" / file_name(lost.key)
@@ -126,6 +131,7 @@ def test_done_runs_are_not_repeated_and_a_lost_one_comes_back_the_same(found: li
     assert "runs are done already" in said
 
 
+@pytest.mark.slow
 def test_states_and_status(found: list[RunRecord], root: Path) -> None:
     made = suite(root)
     assert sum(s.missing for s in states(made, found)) == 0
@@ -138,18 +144,19 @@ def test_states_and_status(found: list[RunRecord], root: Path) -> None:
     assert command.plan(made)["tasks"][0]["runs"] == 12
 
 
+@pytest.mark.slow
 def test_packed_records_come_back_whole(found: list[RunRecord], root: Path, tmp_path: Path) -> None:
     assert command.pack(root / "out", tmp_path / "study.jsonl.gz") == 14
     assert command.unpack(tmp_path / "study.jsonl.gz", tmp_path / "back") == 14
     assert command.unpack(tmp_path / "study.jsonl.gz", tmp_path / "back") == 0
-    assert {r.key for r in command.read_results(tmp_path / "back")} == {r.key for r in found}
-    assert command.read_results(tmp_path / "study.jsonl.gz") == command.read_results(root / "out")
+    assert {r.key for r in read_results(tmp_path / "back")} == {r.key for r in found}
+    assert read_results(tmp_path / "study.jsonl.gz") == read_results(root / "out")
     first = (tmp_path / "study.jsonl.gz").read_bytes()
     command.pack(tmp_path / "back", tmp_path / "study.jsonl.gz")
     assert (tmp_path / "study.jsonl.gz").read_bytes() == first
     (tmp_path / "bad.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="no pack"):
-        command.read_results(tmp_path / "bad.gz")
+    with pytest.raises(DataError, match="not a pack"):
+        read_results(tmp_path / "bad.gz")
 
 
 def test_changed_data_are_refused_before_any_run(root: Path, tmp_path: Path) -> None:
@@ -162,6 +169,7 @@ def test_changed_data_are_refused_before_any_run(root: Path, tmp_path: Path) -> 
     assert made.hash != suite(root, data=source).hash
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fetched_is_said_and_does_not_hold_up_the_rest(
     found: list[RunRecord], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +179,7 @@ def test_what_cannot_be_fetched_is_said_and_does_not_hold_up_the_rest(
     def gather(task: SuiteTask) -> Material:
         if task.dataset == "gone":
             raise AssetError("The archive is no longer there.", "Put it into downloads/.")
-        return material.gather(task)
+        return sources.gather(task)
 
     tasks["gone"] = tasks["gone"].model_copy(update={"dataset": "gone"})
     more = made.model_copy(update={"tasks": tasks | made.tasks})
@@ -203,6 +211,7 @@ def test_a_task_tuned_on_one_that_was_not_run(root: Path, tmp_path: Path) -> Non
         run(suite(root), tmp_path / "out", "sequence")
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_a_result(found: list[RunRecord], root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(config: object) -> None:
         raise DivergedError("The loss of step 2 is not finite.", "Lower lr.")

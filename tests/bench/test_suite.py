@@ -16,9 +16,13 @@ from typer.testing import CliRunner
 
 import peftree
 from peftree import registry
+from peftree.bench import command
+from peftree.bench import run as running
+from peftree.bench.run import Choice, rate, run_suite, states
 from peftree.bench.suite import known_suites, load_suite
 from peftree.cli import app
 from peftree.errors import ConfigError
+from peftree.runs.record import RunRecord
 
 GOOD = """\
 suite: mine
@@ -53,12 +57,38 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_record_of_another_rate_does_not_count() -> None:
+    suite = load_suite("demo")
+    entry, chosen = next(suite.entries("movies"))
+    method = registry.make(chosen.method, chosen.fields)
+    task, own = suite.tasks["movies"], rate(entry, chosen, chosen.times)
+    facts = task.facts.recorded | {"suite": "demo", "task": "movies", "dataset": task.dataset, "status": "ok"}
+    facts |= {"score": 1.0, "method": method.name, "branch": method.tags.branch, "seed": 0, "model": task.model}
+    facts |= {"fields": registry.spec(method)["fields"], "started": "2026-01-01T00:00:00Z"}
+    for lr, count in ((own, 1), (2 * own, 0)):
+        record = RunRecord(**facts, learning_rate=lr)
+        assert next(s.finals for s in states(suite, [record]) if s.method == entry) == count
+
+
+def test_what_has_no_chosen_method_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(running, "gather", lambda task: fetched.append(task.model) or object())
+    monkeypatch.setattr(running, "Planned", lambda *a: pytest.skip("it came as far as planning"))
+    with pytest.raises(ConfigError, match="No chosen task of demo has a chosen method"):
+        run_suite(load_suite("demo"), tmp_path, choice=Choice(("clothing",), ("movies-lora",)))
+    assert not fetched
+    with pytest.raises(pytest.skip.Exception):
+        run_suite(load_suite("demo"), tmp_path, choice=Choice((), ("movies-lora",)))
+    assert fetched == ["minilm-l6"]
+
+
 @pytest.mark.parametrize("name", known_suites())
 def test_every_suite_of_the_package_reads(name: str) -> None:
     suite = load_suite(name)
     assert suite.suite == name
     assert len(suite.hash) == 64
-    assert {"full", "head_only"} <= set(suite.methods), "the protocol compares with both"
+    methods = {entry.method or name for name, entry in suite.methods.items()}
+    assert {"full", "head_only"} <= methods, "the protocol compares with both"
 
 
 def test_like_copies_and_adds(tmp_path: Path) -> None:
@@ -149,8 +179,8 @@ def test_methods_of_equal_capacity_train_what_their_names_say() -> None:
 def test_tables_fit_80_columns_with_a_line_a_task(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = CliRunner().invoke(app, ["bench", *words], catch_exceptions=False).stdout.splitlines()
-    tasks = load_suite(words[1]).tasks
-    assert max(map(len, shown)) <= 80 and [line.split()[0] for line in shown[-1 - len(tasks) : -1]] == list(tasks)
+    tasks = [name for name, task in load_suite(words[1]).tasks.items() if words[0] == "status" or not task.closed]
+    assert max(map(len, shown)) <= 80 and [line.split()[0] for line in shown[-1 - len(tasks) : -1]] == tasks
 
 
 def test_status_of_one_task_is_a_line_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +188,23 @@ def test_status_of_one_task_is_a_line_a_method(tmp_path: Path, monkeypatch: pyte
     words = ["bench", "status", "small", "--out", str(tmp_path), "--task", "movies-budgets"]
     shown = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert "0 of 180 runs" in shown and shown.count("movies-budgets") == 20 and "prefix_tuning-0.05" in shown
+
+
+def test_a_closed_task_no_longer_runs_and_keeps_the_hash(tmp_path: Path) -> None:
+    plain = load_suite(write(tmp_path, GOOD))
+    suite = load_suite(
+        write(tmp_path, GOOD.replace("dataset: reviews", "dataset: reviews\n    closed: its model is gone"))
+    )
+    assert suite.hash == plain.hash and not suite.tasks["fewer"].closed, "what is like it is not closed with it"
+    assert [row["task"] for row in command.plan(suite)["tasks"]] == ["fewer"]
+    for refused in (
+        lambda: command.plan(suite, ("reviews",)),
+        lambda: run_suite(suite, tmp_path, choice=Choice(("reviews",))),
+    ):
+        with pytest.raises(ConfigError, match=r"reviews no longer runs: its model is gone\."):
+            refused()
+    wanted = {task: sum(s.missing for s in states(suite, []) if s.task == task) for task in suite.tasks}
+    assert wanted == {"reviews": 0, "fewer": 3}
 
 
 def test_no_such_suite() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE = 30.0  # seconds
+expect = sync_api.expect
+expect.set_options(timeout=PATIENCE * 1000)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 pytestmark = [
@@ -84,6 +89,15 @@ def opened(browser: Any, files: dict[str, Path], request: pytest.FixtureRequest)
     context.close()
 
 
+def becomes(watched: Watched, read: Callable[[], Any], wanted: Any) -> None:
+    """Wait until `read` returns `wanted`: the page works an event off after the driver has sent it."""
+    found, end = read(), time.monotonic() + PATIENCE
+    while found != wanted and time.monotonic() < end:
+        watched.page.wait_for_timeout(10)
+        found = read()
+    assert found == wanted
+
+
 def picture(watched: Watched, name: str) -> None:
     """Save a screenshot for a person to look at where PEFTREE_SCREENSHOTS names a folder."""
     folder = os.environ.get("PEFTREE_SCREENSHOTS")
@@ -120,31 +134,32 @@ def test_a_click_sorts_up_then_down_with_gaps_last(opened: Watched) -> None:
     button = opened.page.get_by_role("button", name="Trainable").first
     head = opened.page.locator("table.results").first.locator("th[data-name=trainable]")
     button.click()
-    assert head.get_attribute("aria-sort") == "ascending"
-    assert opened.methods()[0] == "head_only" and opened.methods()[-1] == "full"
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    becomes(opened, lambda: opened.methods()[:: len(opened.methods()) - 1], ["head_only", "full"])
     button.click()
-    assert head.get_attribute("aria-sort") == "descending"
-    assert opened.methods()[0] == "full" and opened.methods()[-1] == "head_only"
+    expect(head).to_have_attribute("aria-sort", "descending")
+    becomes(opened, lambda: opened.methods()[:: len(opened.methods()) - 1], ["full", "head_only"])
     opened.page.get_by_role("button", name="Against full").first.click()
-    assert opened.methods()[-1] == "full"
-    assert head.get_attribute("aria-sort") is None
+    expect(head).not_to_have_attribute("aria-sort", re.compile(""))
+    becomes(opened, lambda: opened.methods()[-1], "full")
 
 
 def test_the_keyboard_reaches_and_works_sorting_and_filtering(opened: Watched) -> None:
     page = opened.page
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
+    becomes(opened, lambda: page.evaluate("document.activeElement.className"), "skip")
     seen = []
-    for _ in range(80):
+    for _ in range(80):  # a press that the page has not worked off yet is seen by a later turn
         page.keyboard.press("Tab")
         seen.append(page.evaluate("document.activeElement.tagName"))
         if page.evaluate("!!document.activeElement.closest('table.results')"):
             break
     assert {"A", "INPUT", "SELECT", "BUTTON"} <= set(seen)
+    names = sorted(opened.methods())
     page.keyboard.press("Enter")
-    assert opened.methods() == sorted(opened.methods())
+    becomes(opened, opened.methods, names)
     page.keyboard.press("Space")
-    assert opened.methods() == sorted(opened.methods(), reverse=True)
+    becomes(opened, opened.methods, names[::-1])
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
 
@@ -154,15 +169,17 @@ def test_filters_hide_rows_and_say_how_many_are_left(opened: Watched) -> None:
     section = page.locator("section.task").first
     box = section.get_by_label("Filter")
     box.fill("lora")
-    assert sorted(opened.methods()) == ["lora", "molora"]
-    assert section.locator("output").inner_text() == "2 of 12 methods shown"
+    becomes(opened, lambda: sorted(opened.methods()), ["lora", "molora"])
+    expect(section.locator("output")).to_have_text("2 of 12 methods shown")
     section.get_by_label("Branch", exact=True).select_option("moe")
-    assert opened.methods() == ["molora"]
+    becomes(opened, opened.methods, ["molora"])
     section.get_by_role("button", name="accuracy").click()
-    assert opened.methods() == ["molora"]
+    expect(section.locator("th[aria-sort]")).to_have_count(1)
+    becomes(opened, opened.methods, ["molora"])
     box.fill("")
     section.get_by_label("Branch", exact=True).select_option("")
-    assert len(opened.methods()) == 12 and section.locator("output").inner_text() == ""
+    becomes(opened, lambda: len(opened.methods()), 12)
+    expect(section.locator("output")).to_have_text("")
 
 
 @pytest.mark.parametrize("opened", [{"java_script_enabled": False}], indirect=True)
@@ -228,8 +245,8 @@ def test_text_has_enough_contrast(browser: Any, files: dict[str, Path], scheme: 
 
 def test_it_prints_with_every_record_and_without_controls(opened: Watched, tmp_path: Path) -> None:
     opened.page.emulate_media(media="print")
-    assert opened.page.locator(".filter:visible").count() == 0
-    assert opened.page.locator("nav").is_hidden()
+    expect(opened.page.locator(".filter:visible")).to_have_count(0)
+    expect(opened.page.locator("nav")).to_be_hidden()
     printed = opened.page.pdf(path=str(tmp_path / "report.pdf"), prefer_css_page_size=True)
     assert printed.startswith(b"%PDF") and printed.count(b"/Type /Page\n") <= 20
 
@@ -243,40 +260,48 @@ def shown(watched: Watched, selector: str) -> list[str]:
 @pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
 def test_filters_of_the_whole_page(opened: Watched) -> None:
     page = opened.page
-    form = page.locator("form.everywhere")
-    assert len(shown(opened, "table.overview thead th")) == 10 and page.locator("section.task:visible").count() == 6
+    form, tasks = page.locator("form.everywhere"), page.locator("section.task:visible")
+    heads = page.locator("table.overview thead th:visible")
+
+    def rows(selector: str, *wanted: str) -> None:
+        becomes(opened, lambda: sorted(shown(opened, f"{selector} tbody tr")), list(wanted))
+
+    expect(heads).to_have_count(10)
+    expect(tasks).to_have_count(6)
     form.get_by_label("Modality").select_option("vision")
-    assert len(shown(opened, "table.overview thead th")) == 6 and page.locator("section.task:visible").count() == 2
-    assert form.locator("output").inner_text() == "2 of 6 tasks shown"
-    assert page.locator("nav li[data-modality]:visible").count() == 2
+    expect(heads).to_have_count(6)
+    expect(tasks).to_have_count(2)
+    expect(form.locator("output")).to_have_text("2 of 6 tasks shown")
+    expect(page.locator("nav li[data-modality]:visible")).to_have_count(2)
     form.get_by_label("Branch").select_option("additive")
-    assert sorted(shown(opened, "table.overview tbody tr")) == ["houlsby", "ia3", "prompt_tuning"]
-    assert page.locator("#methods > details:visible").count() == 3
+    rows("table.overview", "houlsby", "ia3", "prompt_tuning")
+    expect(page.locator("#methods > details:visible")).to_have_count(3)
     form.get_by_label("Trainable share").select_option("up to 0.1 %")
-    assert sorted(shown(opened, "table.overview tbody tr")) == ["ia3", "prompt_tuning"]
+    rows("table.overview", "ia3", "prompt_tuning")
     page.locator("#task-1-tuning > summary").click()
-    assert sorted(shown(opened, "#task-1-tuning tbody tr")) == ["ia3", "prompt_tuning"]
-    results = page.locator("section.task:visible").first
-    assert results.locator("output").inner_text() == "2 of 12 methods shown"
+    rows("#task-1-tuning", "ia3", "prompt_tuning")
+    expect(tasks.first.locator("output")).to_have_text("2 of 12 methods shown")
     form.get_by_role("button", name="Show all").press("Enter")
-    sync_api.expect(page.locator("section.task:visible")).to_have_count(6)
-    assert len(shown(opened, "table.overview tbody tr")) == 12 and form.locator("output").inner_text() == ""
+    expect(tasks).to_have_count(6)
+    becomes(opened, lambda: len(shown(opened, "table.overview tbody tr")), 12)
+    expect(form.locator("output")).to_have_text("")
 
 
 @pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
 def test_the_overview_sorts_with_gaps_last(opened: Watched) -> None:
     page = opened.page
-    assert shown(opened, "table.overview tbody tr")[0] == "full"
-    button = page.locator("table.overview").get_by_role("button", name="Memory")
-    button.press("Enter")
-    head = page.locator("table.overview thead th").nth(3)
-    assert head.get_attribute("aria-sort") == "ascending"
-    assert shown(opened, "table.overview tbody tr")[0] == "head_only"
-    column = page.locator("table.overview").get_by_role("button", name="Mean rank")
+    table = page.locator("table.overview")
+    becomes(opened, lambda: shown(opened, "table.overview tbody tr")[0], "full")
+    table.get_by_role("button", name="Memory").press("Enter")
+    expect(table.locator("thead th").nth(3)).to_have_attribute("aria-sort", "ascending")
+    becomes(opened, lambda: shown(opened, "table.overview tbody tr")[0], "head_only")
+    column = table.get_by_role("button", name="Mean rank")
     column.press("Space")
+    expect(table.locator("th[aria-sort]").get_by_role("button", name="Mean rank")).to_have_count(1)
     column.press("Space")
-    assert shown(opened, "table.overview tbody tr")[0] == "head_only"
-    assert shown(opened, "table.overview tbody tr")[-1] == "molora"  # not ranked
+    expect(table.locator("th[aria-sort=descending]")).to_have_count(1)
+    becomes(opened, lambda: shown(opened, "table.overview tbody tr")[0], "head_only")
+    becomes(opened, lambda: shown(opened, "table.overview tbody tr")[-1], "molora")  # not ranked
 
 
 @pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)
@@ -284,7 +309,9 @@ def test_negative_numbers_sort_as_numbers(opened: Watched) -> None:
     page = opened.page
     page.locator("#task-1-retention > summary").click()
     table = page.locator("#task-1-retention table")
+    expect(table).to_be_visible()
     table.get_by_role("button", name="Change").click()
+    expect(table.locator("th[aria-sort]")).to_have_count(1)
     changes = [
         float(text.split("\n")[0].replace("\u2212", "-"))
         for text in table.locator("tbody td:last-child").all_inner_texts()
@@ -296,11 +323,11 @@ def test_negative_numbers_sort_as_numbers(opened: Watched) -> None:
 def test_links_lead_to_a_methods_results_and_to_its_runs(opened: Watched) -> None:
     page = opened.page
     page.locator("table.overview tbody").get_by_role("link", name="dora").press("Enter")
-    assert page.locator("#method-dora").get_attribute("open") is not None
-    assert page.evaluate("document.activeElement.parentElement.id") == "method-dora"
-    assert page.locator("#method-dora tbody tr:visible").count() == 6
+    expect(page.locator("#method-dora")).to_have_attribute("open", "")
+    becomes(opened, lambda: page.evaluate("document.activeElement.parentElement.id"), "method-dora")
+    expect(page.locator("#method-dora tbody tr:visible")).to_have_count(6)
     page.locator("#task-1").get_by_role("link", name="36 runs and 96 trials").click()
-    assert page.locator("#records-task-1 tbody tr:visible").count() == 24
+    expect(page.locator("#records-task-1 tbody tr:visible")).to_have_count(24)
 
 
 @pytest.mark.parametrize("opened", [{"file": "study"}], indirect=True)

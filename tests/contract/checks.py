@@ -4,106 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from pydantic import BaseModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftree
 import zoo
+from contract import sequences, trained
+from contract.case import Case, assert_same, base_of, close, moved, shake, snapshot
 from peftree import registry
 from peftree.deltas import Reweight
 from peftree.errors import PeftreeError
-from peftree.methods.contract import Method, trainable
-
-
-@cache
-def _base(model: str) -> nn.Module:
-    return zoo.build(model).eval()
-
-
-@dataclass
-class Case:
-    """One method on one tiny model.
-
-    Attributes:
-        method: the method with its fields.
-        model: a key of `zoo.CORE`.
-    """
-
-    method: Method
-    model: str
-    batch: dict[str, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.key = zoo.CORE[self.model]
-        self.batch = zoo.batch(self.key)
-
-    @property
-    def tags(self) -> Any:
-        return type(self.method).tags
-
-    def base(self) -> nn.Module:
-        """A fresh copy of the frozen base model, eval mode."""
-        return copy.deepcopy(_base(self.key)).requires_grad_(False)
-
-    def adapted(self, shaken: bool = False, name: str = "a", seed: int = 0) -> tuple[nn.Module, Any]:
-        """A fresh adapted model in eval mode; `shaken`: moved away from the start."""
-        model = self.base()
-        adapter = peftree.adapt(model, self.method, name=name, seed=seed)
-        if self.tags.needs_data:
-            adapter.init([lambda: self.loss(model)])
-        if shaken:
-            shake(adapter)
-        return model.eval(), adapter
-
-    def run(self, model: nn.Module) -> Tensor:
-        """The model's main output, without a graph."""
-        with torch.no_grad():
-            return zoo.output(self.key, model(**self.batch))
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """A loss that depends on the whole output."""
-        out = model(**self.batch)
-        found = getattr(out, "loss", None)
-        return zoo.output(self.key, out).float().square().mean() if found is None else found
-
-
-def shake(adapter: Any, std: float = 0.05, seed: int = 7) -> None:
-    """Move every trainable tensor away from its start, the same way each time."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Every base tensor, copied; names of grafted ones are left out."""
-    return {k: v.clone() for k, v in model.state_dict().items() if ".deltas." not in f".{k}"}
-
-
-def assert_same(before: dict[str, Tensor], after: dict[str, Tensor], why: str) -> None:
-    changed = [k for k in before if k not in after or not torch.equal(before[k], after[k])]
-    assert list(before) == list(after) and not changed, f"{why}: {changed[:3]}"
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    scale = max(1.0, float(b.abs().max()))
-    return float((a - b).abs().max()) <= tolerance * scale
-
-
-def moved(a: Tensor, b: Tensor) -> bool:
-    return float((a - b).abs().max()) > 1e-7
+from peftree.methods.contract import own, trainable
 
 
 def frozen_base(case: Case) -> None:
@@ -131,15 +48,23 @@ def identity(case: Case) -> None:
 def counted(case: Case) -> None:
     model, adapter = case.adapted()
     with torch.device("meta"):
-        bare = copy.deepcopy(_base(case.key)).to("meta")
+        bare = copy.deepcopy(base_of(case.key)).to("meta")
     ghost = peftree.adapt(bare, case.method, name="a")
     count = lambda a: {k: [tuple(p.shape) for p in d.parameters()] for k, d in a.deltas.items()}  # noqa: E731
     assert count(adapter) == count(ghost), "shapes on the meta device differ; build must not depend on values"
     assert all(p.device.type == "meta" for p in ghost.parameters()), "a tensor is made off the place's device"
+    for index, part in enumerate(case.method.parts()):
+        there = sum(p.numel() for p in trainable(own(ghost.deltas, index).values()))
+        told = part.count([site for _, site, delta in ghost.entries if delta.part == index])
+        assert told == there, f"count() of {part.name} says {told}, and there are {there} trainable entries"
     listed = [p for g in adapter.param_groups(1e-3) for p in g["params"]]
     want = trainable([model])
     assert {id(p) for p in listed} == {id(p) for p in want} and len(listed) == len(want), (
         "param_groups must hold every trainable tensor exactly once"
+    )
+    rates = [[g["lr"] for g in adapter.param_groups(lr)] for lr in (1e-3, 2e-3)]
+    assert all(abs(b - 2 * a) < 1e-12 for a, b in zip(*rates, strict=True)), (
+        "twice the rate must be twice the rate of every group; scale the rate that param_groups is given"
     )
 
 
@@ -166,32 +91,18 @@ def learns(case: Case) -> None:
     model, adapter = case.adapted()
     model.train()
     for rate in (1e-2, 1e-3):
-        optimizer = torch.optim.AdamW(adapter.param_groups(rate), weight_decay=0)
+        optimizer = case.optimizer(adapter, rate)
         losses = []
         for step in range(12):
             optimizer.zero_grad()
             loss = case.loss(model)
             loss.backward()
             optimizer.step()
-            adapter.step(step, 12)
+            adapter.step(step, 12, optimizer, [lambda: case.loss(model)])
             losses.append(loss.item())
         if losses[-1] < losses[0]:
             return
     raise AssertionError(f"the loss on a fixed batch does not fall: {losses[0]:.4f} to {losses[-1]:.4f}")
-
-
-def round_trip(case: Case) -> None:
-    model, adapter = case.adapted(shaken=True)
-    want = case.run(model)
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder) / "x"
-        peftree.save(adapter, where, format="native")
-        with safe_open(where / "adapter.safetensors", "pt") as file:
-            held = set(file.keys())
-        assert held == set(adapter.state()), "the file must hold the adapter's tensors and nothing else"
-        fresh = case.base()
-        peftree.load(fresh, where)
-        assert torch.equal(case.run(fresh.eval()), want), "save and load change the output; a tensor is not in state()"
 
 
 def off(case: Case) -> None:
@@ -217,8 +128,8 @@ def merges(case: Case) -> None:
             assert_same(before, snapshot(model), "a refused merge changed the base")
             return
         raise AssertionError("merging a delta that cannot be folded must be refused")
-    peftree.merge(model)
-    got = case.run(model)
+    peftree.merge(model.train())  # what is folded is what the model computes when it is used
+    got = case.run(model.eval())
     assert close(got, want), f"merged differs from unmerged by {float((got - want).abs().max()):.1e}"
     peftree.unmerge(model)
     assert_same(before, snapshot(model), "unmerge must restore the base to the bit")
@@ -297,13 +208,21 @@ def quick_equals_dense(case: Case) -> None:
     quick = [d for d in adapter.deltas.values() if isinstance(d, Reweight) and d.quick]
     if not quick:
         return
-    want = case.run(model)
-    for delta in quick:
-        delta.quick = False
-    for _, _, hub in adapter.graft.hubs():
-        hub.programs.clear()
-    got = case.run(model)
-    assert close(got, want), f"the quick form differs from `weight` by {float((got - want).abs().max()):.1e}"
+    found: dict[tuple[bool, bool], list[Tensor]] = {}
+    for form in (True, False):
+        for _, _, hub in adapter.graft.hubs():
+            hub.programs.clear()
+        for delta in quick:
+            delta.quick = form
+        for mode in (False, True):
+            for delta in quick:
+                delta.train(mode)
+            found[form, mode] = [case.run(model) for _ in range(2)]
+    for mode, where in ((False, "in evaluation"), (True, "in training")):
+        (want, again), (got, _) = found[True, mode], found[False, mode]
+        drawn = mode and not torch.equal(want, again)  # dropout has no dense form
+        gap = float((got - want).abs().max())
+        assert drawn or close(got, want), f"{where} the quick form differs from `weight` by {gap:.1e}"
 
 
 def generates(case: Case) -> None:
@@ -333,6 +252,37 @@ def checkpointing(case: Case) -> None:
     for plain, again in zip(*grads, strict=True):
         assert (plain is None) == (again is None), "gradient checkpointing loses a gradient"
         assert plain is None or close(plain, again, 1e-5), "gradient checkpointing changes a gradient"
+
+
+def other_active(case: Case) -> None:
+    """Between forward and backward another pass is made with other adapters; layers run again must not notice."""
+    model, adapter = case.adapted(shaken=True)
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    peftree.adapt(model, case.method, name="b", seed=1)
+    mine = [p for p in adapter.parameters() if p.requires_grad]
+    other = {k: v.flip(0) if v.ndim else v for k, v in case.batch.items()}
+    grads = []
+    for on in (False, True):
+        peftree.switch(model, "a")
+        model.train()
+        if on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        loss = case.loss(model)
+        if on:
+            for names in ("a", "b", None):
+                peftree.switch(model, names)
+                with torch.no_grad():
+                    model.eval()(**other)
+            model.train()
+        grads.append(torch.autograd.grad(loss, mine, allow_unused=True))
+    for plain, again in zip(*grads, strict=True):
+        assert (plain is None) == (again is None), "a pass in between loses a gradient under gradient checkpointing"
+        assert plain is None or close(again, plain, 1e-5), (
+            "a pass with other adapters between forward and backward changes a gradient under gradient checkpointing; "
+            "keep nothing of a pass outside what the layer is given"
+        )
 
 
 def copies(case: Case) -> None:
@@ -428,8 +378,10 @@ def fields(case: Case) -> None:
 CHECKS: dict[str, Callable[[Case], None]] = {
     f.__name__: f
     for f in (
-        frozen_base, identity, counted, alive, learns, round_trip, off, merges, combines_to_itself, detaches,
-        side_by_side, seeded, half_precision, quick_equals_dense, generates, checkpointing, copies, compiles, fakes,
-        routes, fields,
+        frozen_base, identity, counted, alive, learns, off, merges, combines_to_itself, detaches,
+        side_by_side, seeded, half_precision, quick_equals_dense, generates, checkpointing, other_active, copies,
+        compiles, fakes, routes, fields, sequences.padding, sequences.causal, sequences.rows, sequences.turns,
+        sequences.last_position, sequences.heaps, trained.round_trip, trained.registered, trained.base_untouched,
+        trained.dense_weight,
     )
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -13,9 +13,11 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from contract.checks import CHECKS, Case
+from contract.readers import READERS, Reader
 from peftree import registry
 from peftree.deltas import Frozen, LowRank, lora_factors
-from peftree.methods.contract import Deltas, Field, Method, Place, Tags
+from peftree.errors import PeftreeError
+from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags, trainable
 
 TAGS = Tags("reparameterized", "none", identity_at_init=True, mergeable=True, lr=1e-3)
 COUNTER = itertools.count()
@@ -29,6 +31,9 @@ class Sound(Method):
     tags: ClassVar[Tags] = TAGS
     sites: str = Field("attn.q attn.v", description="where")
     r: int = Field(2, ge=1, description="rank")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(self.r * (s.in_features + s.out_features) for s in sites)
 
     def build(self, place: Place) -> LowRank:
         return SoundDelta(place, *lora_factors(place, self.r), 1.0)
@@ -170,12 +175,76 @@ def no_groups(self: Any, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
     return [{"params": [p for d in deltas.values() for p in d.parameters()][:1], "lr": lr}]
 
 
+def own_rate(self: Any, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
+    return [{"params": trainable(deltas.values()), "lr": 1e-3}]
+
+
+def holds_a_tensor(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.mean = torch.zeros(3)
+    return delta
+
+
+def writes_an_attribute(self: Any, place: Place) -> LowRank:
+    place.module.scale_was = 1.0
+    return SoundDelta(place, *lora_factors(place, 2), 1.0)
+
+
+def reads_the_weight(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return LowRank.fast(self, x, y, frozen) * (1 + 0 * frozen.weight.mean())
+
+
+def counts_steps(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.__class__ = _Counting
+    return delta
+
+
+class _Counting(SoundDelta):
+    steps: int = 0
+
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        return super().fast(x, y, frozen) * (1 + 0.1 * self.steps)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + (super().weight(W) - W) * (1 + 0.1 * self.steps)
+
+
+def counted_up(self: Any, deltas: Deltas, moment: Moment) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, _Counting):
+            delta.steps = moment.step
+
+
+def halved(self: Any, deltas: Deltas) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta):
+            delta.A.data *= 0.5
+
+
+def cut(self: Any, deltas: Deltas) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta):
+            delta.A, delta.B = (nn.Parameter(torch.cat([t, torch.zeros_like(t)])) for t in (delta.A, delta.B))
+
+
+def runs_away(self: Any, deltas: Deltas, moment: Moment) -> Tensor | None:
+    total = sum((p.sum() for d in deltas.values() for p in d.parameters()), torch.zeros(()))
+    return total * (float("inf") if moment.step else 1.0)
+
+
+def doubled_in_training(self: Any, W: Tensor) -> Tensor:
+    return W + (2 if self.training else 1) * (LowRank.weight(self, W) - W)
+
+
 GALLERY: list[tuple[str, type[Method]]] = [
     ("frozen_base", broken("frozen_base", fast=writes_base)),
     ("identity", _method("identity", starts_elsewhere)),
     ("identity", _method("identity_tag", Sound.build, Tags("reparameterized", "none", False, True, lr=1e-3))),
     ("counted", _method("counted", reads_values)),
     ("counted", _method("groups", Sound.build, param_groups=no_groups)),
+    ("counted", _method("own_rate", Sound.build, param_groups=own_rate)),
+    ("counted", _method("miscounted", Sound.build, count=lambda self, sites: 1000 * len(sites))),
     ("alive", _method("alive", both_zero)),
     ("learns", broken("learns", fast=wrong_way)),
     ("round_trip", _method("round_trip", hidden_state)),
@@ -194,6 +263,14 @@ GALLERY: list[tuple[str, type[Method]]] = [
     ("compiles", broken("compiles", fast=reads_number)),
     ("fakes", broken("fakes", fast=reads_number)),
     ("routes", broken("routes", fast=mixes_rows)),
+    ("registered", _method("registered", holds_a_tensor)),
+    ("base_untouched", _method("base_untouched", writes_an_attribute)),
+    ("dense_weight", broken("dense_weight", fast=reads_the_weight)),
+    ("round_trip", _method("round_trip_number", counts_steps, schedule=counted_up)),
+    ("round_trip", _method("round_trip_finish", Sound.build, post_hoc=halved)),
+    ("round_trip", _method("round_trip_shapes", Sound.build, post_hoc=cut)),
+    ("round_trip", _method("round_trip_aux", Sound.build, aux_loss=runs_away)),
+    ("quick_equals_dense", broken("quick_training", weight=doubled_in_training)),
     ("fields", _method("fields", Sound.build, model_config=ConfigDict(frozen=True, extra="ignore"))),
 ]
 
@@ -202,7 +279,7 @@ GALLERY: list[tuple[str, type[Method]]] = [
 def known() -> Iterator[None]:
     """Let the registry know the gallery, so that it can be saved and loaded."""
     table = registry.methods()
-    added = {cls.name: cls for cls in (Sound, *(c for _, c in GALLERY))}
+    added = {cls.name: cls for cls in (Sound, Reader, *(c for _, c in GALLERY), *(c for _, c, *_ in READERS))}
     table.update(added)
     yield
     for name in added:
@@ -223,5 +300,28 @@ def test_bites(check: str, cls: type[Method]) -> None:
     assert not isinstance(caught.value, NameError | ImportError | KeyError), repr(caught.value)
 
 
+# The whole registry pays for compiling; here nothing hangs on it.
+SEEN = {name: check for name, check in CHECKS.items() if name != "compiles"}
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder"])
+@pytest.mark.usefixtures("known")
+def test_the_sound_reader_passes(model: str) -> None:
+    for check in SEEN.values():
+        check(Case(Reader(), model))
+
+
+@pytest.mark.parametrize(("check", "cls", "model", "also"), READERS, ids=[c.name for _, c, *_ in READERS])
+@pytest.mark.usefixtures("known")
+def test_a_wrong_reader_is_seen_by_no_other_check(check: str, cls: type[Method], model: str, also: set[str]) -> None:
+    failed = set()
+    for name, function in SEEN.items():
+        try:
+            function(Case(cls(), model))
+        except (PeftreeError, AssertionError, RuntimeError, ValueError):
+            failed.add(name)
+    assert failed == {check} | also
+
+
 def test_every_check_has_an_exhibit() -> None:
-    assert {check for check, _ in GALLERY} == set(CHECKS)
+    assert {check for check, *_ in (*GALLERY, *READERS)} == set(CHECKS)

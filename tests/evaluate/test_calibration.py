@@ -14,9 +14,8 @@ from sklearn.metrics import brier_score_loss, log_loss
 from torch import Tensor, nn
 
 from evaluate import tiny
-from peftree.evaluate.calibration import calibration, reliability
-from peftree.evaluate.settings import Calibration
-from peftree.evaluate.subject import Result, Subject
+from peftree.evaluate.subject import Subject
+from peftree.probes.calibration import Calibration, reliability
 
 
 class Says(nn.Module):
@@ -26,7 +25,7 @@ class Says(nn.Module):
         return SimpleNamespace(logits=x)
 
 
-def measured(logits: Tensor, labels: Sequence[int], **settings: int) -> Result:
+def measured(logits: Tensor, labels: Sequence[int], **settings: int) -> dict[str, Any]:
     rows = [tiny.Line(str(i), str(label)) for i, label in enumerate(labels)]
 
     def batches(rows: Sequence[Any]) -> list[dict[str, Tensor]]:
@@ -35,7 +34,7 @@ def measured(logits: Tensor, labels: Sequence[int], **settings: int) -> Result:
 
     none: Any = None
     subject = Subject(Says(), none, "text-classification", rows, none, batches, (), 0, Path())
-    return calibration(subject, Calibration(**settings))
+    return Calibration(**settings).measure(subject).model_dump()
 
 
 def test_a_hand_worked_error() -> None:

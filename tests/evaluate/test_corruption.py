@@ -11,8 +11,8 @@ from PIL import Image
 
 from evaluate import tiny
 from peftree.evaluate.corruption import CORRUPTIONS, corrupt
-from peftree.evaluate.probe import run_probes
-from peftree.evaluate.robustness import copy
+from peftree.probes import run_probes
+from peftree.probes.corruptions import copy
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What use costs: latency, energy, the allocator's peak."""
+"""What use costs: latency, the allocator's peak."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import peftree
 from evaluate import tiny
 from peftree.evaluate import latency as module
 from peftree.evaluate.cost import allocator_peak
-from peftree.evaluate.energy import Meter
-from peftree.evaluate.probe import run_probes
+from peftree.probes import run_probes
 
 
 def timed(subject: Any) -> Any:
@@ -65,46 +64,6 @@ def test_states_are_run_in_rotated_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert peftree.active(subject.model) == ("default",)
 
 
-def counters(folder: Path, *joules: int, most: int = 1000) -> Path:
-    """Write a kernel's counters: packages with one part each."""
-    for i, value in enumerate(joules):
-        for name, amount in ((f"intel-rapl:{i}", value), (f"intel-rapl:{i}:0", value // 2)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / name / "energy_uj").write_text(f"{amount * 1_000_000}\n")
-            (folder / name / "max_energy_range_uj").write_text(f"{most * 1_000_000 - 1}\n")
-    return folder
-
-
-def test_energy_sums_the_packages_and_their_new_starts(tmp_path: Path) -> None:
-    with Meter(counters(tmp_path, 100, 990)) as meter:
-        assert meter.joules is None
-        counters(tmp_path, 150, 20)
-    assert meter.joules == pytest.approx(50 + 30) and meter.result() == {"joules": meter.joules}
-
-
-def test_energy_without_a_meter_says_so(tmp_path: Path) -> None:
-    with Meter(tmp_path / "none") as meter:
-        pass
-    assert meter.joules is None and "No energy counter" in meter.result()["not measured"]
-    (counters(tmp_path, 5, 5) / "intel-rapl:1" / "energy_uj").write_text("no number")
-    with Meter(tmp_path) as meter:
-        pass
-    assert meter.joules is None  # half a machine is no measurement
-    counters(tmp_path, 5)
-    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1")
-    (tmp_path / "intel-rapl:0" / "max_energy_range_uj").unlink()
-    with Meter(tmp_path) as meter:
-        pass
-    assert "range" in meter.result()["not measured"]
-
-
-def test_energy_is_there_after_an_error_too(tmp_path: Path) -> None:
-    meter = Meter(counters(tmp_path, 1))
-    with pytest.raises(FileNotFoundError), meter:
-        (counters(tmp_path, 4) / "none").read_text()
-    assert meter.joules == pytest.approx(3)
-
-
 def test_the_peak_of_known_allocations(capfd: pytest.CaptureFixture[str]) -> None:
     kept: list[torch.Tensor] = []
 
@@ -117,8 +76,15 @@ def test_the_peak_of_known_allocations(capfd: pytest.CaptureFixture[str]) -> Non
         kept.append(torch.empty(250_000))  # 9 MB
 
     assert allocator_peak(step) == 12_000_000
-    assert allocator_peak(lambda: kept.clear()) == 0  # releasing is no peak
+    assert allocator_peak(lambda: kept.clear()) == 0  # releasing is not a peak
     assert allocator_peak(lambda: None) == 0
+    allocator_peak(lambda: kept.append(torch.empty(1000)))
+
+    def swap() -> None:
+        kept.clear()  # its release is not taken off
+        kept.append(torch.empty(500))
+
+    assert allocator_peak(swap) == 2_000
     assert capfd.readouterr() == ("", "")
 
 

@@ -15,6 +15,7 @@ from evaluate import tiny
 from peftree.adapter import Adapter
 from peftree.deltas import Delta, TokenRouter
 from peftree.evaluate.observe import _by_layer, _load, _watched, gates, knockout, routing, without
+from peftree.evaluate.subject import Unmeasured
 
 METHODS = ["lora", "dora", "pfeiffer", "ia3", "prefix_tuning", "parallel_adapter", "molora", "unipelt"]
 
@@ -135,5 +136,5 @@ def test_gates_of_a_hybrid_and_of_memories(tmp_path: Path) -> None:
 
 def test_methods_without_routers_and_gates_say_so(tmp_path: Path) -> None:
     subject = tiny.subject("bert_cls", "lora", tmp_path)
-    assert routing(subject, subject.rows) == {"not measured": "lora routes no tokens."}
-    assert gates(subject, subject.rows) == {"not measured": "lora has no gates."}
+    assert routing(subject, subject.rows) == Unmeasured(why="lora routes no tokens.")
+    assert gates(subject, subject.rows) == Unmeasured(why="lora has no gates.")

@@ -15,7 +15,8 @@ import house
 import peftree
 from evaluate import tiny
 from peftree.errors import AdapterError, ConfigError
-from peftree.evaluate.probe import PROBES, SETTINGS, check, run_probes
+from peftree.probes import check, probes, run_probes
+from peftree.probes.calibration import Calibration, Found
 
 QUICK: dict[str, dict[str, Any]] = {
     "calibration": {},
@@ -49,16 +50,17 @@ def test_a_probe_leaves_the_run_as_it_was(base: str, method: str, tmp_path: Path
     json.dumps(found, allow_nan=False)
     task = subject.task
     done = {name for name, result in found.items() if "not measured" not in result}
-    assert done == {n for n in QUICK if not SETTINGS[n].tasks or task in SETTINGS[n].tasks}
+    assert done == {n for n in QUICK if not probes()[n].tasks or task in probes()[n].tasks}
 
 
-def test_every_probe_has_settings_and_every_setting_a_description() -> None:
-    assert PROBES.keys() == SETTINGS.keys()
-    assert all(f.description for s in SETTINGS.values() for f in s.model_fields.values())
+def test_every_setting_has_a_description() -> None:
+    assert probes().keys() == QUICK.keys()
+    assert all(f.description for probe in probes().values() for f in probe.model_fields.values())
 
 
-def test_settings_are_checked_without_torch() -> None:
-    loaded = house.loaded_by("import peftree.evaluate.settings", Path(sys.modules["peftree"].__file__ or "").parents[1])
+def test_probes_are_read_and_their_settings_checked_without_torch() -> None:
+    words = "import peftree.bench.suite, peftree.probes; peftree.probes.check({'noise': {}})"
+    loaded = house.loaded_by(words, Path(sys.modules["peftree"].__file__ or "").parents[1])
     assert "pydantic" in loaded and "torch" not in loaded
 
 
@@ -90,9 +92,11 @@ def test_no_rows_is_no_gap(tmp_path: Path) -> None:
     subject = replace(
         tiny.subject("vit", "lora", tmp_path), rows=[], general=tiny.lines("image-classification", tmp_path)
     )
-    found = run_probes(subject, {name: {} for name in PROBES if name != "noise"})
+    found = run_probes(subject, {name: {} for name in probes() if name != "noise"})
+    inside = found.pop("interpretability")
     assert all("not measured" in result for result in found.values())
-    assert "relative_update" in found["interpretability"]  # the weights need no rows
+    assert "relative_update" in inside  # the weights need no rows
+    assert all("no test rows" in str(inside[part]) for part in ("cka", "knockout"))
 
 
 def test_an_adapter_that_is_off_or_merged_is_refused(tmp_path: Path) -> None:
@@ -107,6 +111,7 @@ def test_an_adapter_that_is_off_or_merged_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_figure_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROBES, "calibration", lambda subject, settings: {"ece": float("nan")})
-    with pytest.raises(ValueError, match="Out of range float"):
+    figures = dict.fromkeys(("brier", "nll", "accuracy", "confidence", "items"), 0.0)
+    monkeypatch.setattr(Calibration, "measure", lambda *_: Found.model_validate({"ece": float("nan"), **figures}))
+    with pytest.raises(ValueError, match="finite number"):
         run_probes(tiny.subject("bert_cls", "lora", tmp_path), {"calibration": {}})

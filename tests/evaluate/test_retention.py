@@ -14,9 +14,9 @@ from sklearn.neighbors import KNeighborsClassifier
 import peftree
 from evaluate import tiny
 from peftree.evaluate.hidden import pooled
-from peftree.evaluate.probe import run_probes
-from peftree.evaluate.retention import nearest
 from peftree.evaluate.subject import Subject
+from peftree.probes import run_probes
+from peftree.probes.retention import nearest
 
 TEXTS = ["a film was great", "never the plot", "poor cast", "the awful fine film was bad"]
 

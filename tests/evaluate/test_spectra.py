@@ -14,8 +14,9 @@ import peftree
 import zoo
 from evaluate import tiny
 from peftree.evaluate.hidden import by_layer, cka
-from peftree.evaluate.probe import run_probes
 from peftree.evaluate.spectra import _spread, changed_places, figures, spectra, weights
+from peftree.evaluate.subject import Unmeasured
+from peftree.probes import run_probes
 
 
 def matrix(*sigma: float, n: int = 6) -> torch.Tensor:
@@ -93,7 +94,7 @@ def test_lora_has_its_rank_and_full_covers_the_same_places() -> None:
 @pytest.mark.parametrize("method", ["prefix_tuning", "pfeiffer", "bitfit", "head_only"])
 def test_methods_without_a_dense_update_say_so(method: str) -> None:
     adapter = peftree.adapt(zoo.build("bert_cls"), method)
-    assert spectra(adapter, 12, 5) == {"not measured": f"{method} changes no weight matrix inside the layers."}
+    assert spectra(adapter, 12, 5) == Unmeasured(why=f"{method} changes no weight matrix inside the layers.")
 
 
 def test_stacked_experts_are_seen() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluate import tiny
-from peftree.evaluate.probe import run_probes
-from peftree.evaluate.textnoise import KINDS, LETTERS, NEIGHBOURS, WORDS, damage, summary
+from peftree.probes import run_probes
+from peftree.probes.noise import KINDS, LETTERS, NEIGHBOURS, WORDS, damage, damaged
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 7 other foxes watch it do so."
 LETTER_KINDS = ("swap", "delete", "insert", "mistype")
@@ -89,9 +89,9 @@ def test_little_texts_stay() -> None:
 
 def test_the_sign_of_the_drop() -> None:
     kinds = {"a": [0.5] * 5, "b": [0.3] * 5}
-    found = summary("accuracy", 0.8, True, kinds)
-    assert found["severities"] == pytest.approx([0.4] * 5) and found["drop"] == pytest.approx(0.4)
-    assert summary("perplexity", 0.3, False, kinds)["drop"] == pytest.approx(0.1)
+    found = damaged("accuracy", 0.8, True, kinds, 1)
+    assert found.severities == pytest.approx([0.4] * 5) and found.drop == pytest.approx(0.4)
+    assert damaged("perplexity", 0.3, False, kinds, 1).drop == pytest.approx(0.1)
 
 
 def test_methods_see_the_same_texts(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import peftree
 import zoo
 from peftree.adapter import Adapter
-from peftree.evaluate.probe import Subject
 from peftree.evaluate.quality import Scores, classify, complete
+from peftree.evaluate.subject import Subject
 
 SIDE = zoo.PIXELS
 

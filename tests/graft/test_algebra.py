@@ -239,3 +239,27 @@ def test_merging_again_and_again_drifts_by_nothing(turns: list[str]) -> None:
         assert far(run("gpt2", model), want) < 1e-5
         peftree.unmerge(model)
         assert digest(model) == sha and {n: id(p) for n, p in model.named_parameters()} == ids
+
+
+def test_what_says_what_is_trained_has_no_mean() -> None:
+    """Of two adapters that gave up other ranks no sum of tensors is either; nothing stays of the attempt."""
+    model = zoo.build("llama")
+    one, two = (put(model, "adalora", name=name, seed=seed, std=0.1) for seed, name in enumerate("ab"))
+    peftree.combine(model, {"a": 0.5, "b": 0.5}, name="sum", how="weights")
+    peftree.detach(model, "sum")
+    peftree.switch(model, "b")
+    alive = next(t for name, t in two.state().items() if name.endswith("/alive"))
+    alive[..., 0] = False
+    assert any(not t.all() for name, t in two.state().items() if t.dtype == torch.bool) and one.state().keys()
+    with pytest.raises(PeftreeError, match="differ in 'alive'"):
+        peftree.combine(model, {"a": 0.5, "b": 0.5}, name="sum", how="weights")
+
+
+def test_a_merge_in_training_leaves_training_on() -> None:
+    """Else what is trained after `unmerge` would have no dropout."""
+    model = zoo.build("llama")
+    put(model, "lora", dropout=0.5)
+    model.train()
+    peftree.merge(model)
+    peftree.unmerge(model)
+    assert all(module.training for module in model.modules())

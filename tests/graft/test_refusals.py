@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 import peftree
 import zoo
 from graft.helpers import digest, put, run, traces
+from peftree import registry
 from peftree.errors import AdapterError, ConfigError, MergeError, MethodError, PeftreeError, SiteError
 
 
@@ -30,7 +32,7 @@ def adapted() -> nn.Module:
 Call = Callable[[nn.Module], Any]
 CASES: dict[str, tuple[Call, type[PeftreeError], str]] = {
     "unknown method": (lambda m: peftree.adapt(m, "lara", name="x"), MethodError, "lara.*Did you mean 'lora'"),
-    "unknown field": (lambda m: peftree.adapt(m, "lora", name="x", rank=4), ConfigError, "rank.*Fields: "),
+    "unknown field": (lambda m: peftree.adapt(m, "lora", name="x", rank=4), ConfigError, "'rank'.*mean 'r'.*Keys: "),
     "value out of range": (lambda m: peftree.adapt(m, "lora", name="x", r=0), ConfigError, "r=0.*rank.*default is 8"),
     "value of a wrong type": (lambda m: peftree.adapt(m, "lora", name="x", r="many"), ConfigError, "many.*rank"),
     "not a number": (lambda m: peftree.adapt(m, "lora", name="x", alpha=float("nan")), ConfigError, "alpha"),
@@ -42,9 +44,9 @@ CASES: dict[str, tuple[Call, type[PeftreeError], str]] = {
     "taken name": (lambda m: peftree.adapt(m, "lora", name="a"), AdapterError, "'a' already.*another name"),
     "no head": (lambda m: peftree.adapt(m, "lora", name="x", head=True), MethodError, "no task head"),
     "fields twice": (lambda m: peftree.adapt(m, peftree.get("lora")(), name="x", r=3), AdapterError, "ready method"),
-    "not a model": (lambda m: peftree.adapt("gpt2", "lora"), AdapterError, "'gpt2' is no model"),
+    "not a model": (lambda m: peftree.adapt("gpt2", "lora"), AdapterError, "'gpt2' is not a model"),
     "not a method": (lambda m: peftree.adapt(m, 5, name="x"), PeftreeError, "5"),
-    "seed": (lambda m: peftree.adapt(m, "lora", name="x", seed=-1), AdapterError, "-1 is no seed"),
+    "seed": (lambda m: peftree.adapt(m, "lora", name="x", seed=-1), AdapterError, "-1 is not a seed"),
     "switch to nobody": (lambda m: peftree.switch(m, "aa"), AdapterError, "'aa'.*Adapters: a, b, dora, narrow, p"),
     "switch twice": (lambda m: peftree.switch(m, ["a", "a"]), AdapterError, "twice"),
     "switch to a number": (lambda m: peftree.switch(m, 3), AdapterError, "3 names no"),
@@ -97,7 +99,7 @@ def test_refused_with_a_sentence_and_nothing_changed(case: str) -> None:
 )
 def test_names(name: Any) -> None:
     model = zoo.build("llama")
-    with pytest.raises(AdapterError, match="is no adapter name"):
+    with pytest.raises(AdapterError, match="is not an adapter name"):
         peftree.adapt(model, "lora", name=name)
     assert not peftree.adapters(model)
 
@@ -115,6 +117,16 @@ def test_good_names(name: str) -> None:
     assert torch.equal(run("llama", model), want)
 
 
+@pytest.mark.parametrize("method", ["loreft", "direft", "pasta", "simple_scalable", "houlsby"])
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_no_vectors_of_tokens_between_layers_of_convolutions(name: str, method: str) -> None:
+    """Between them go maps, channels first: where a map is as wide as it has channels, all would run, and wrongly."""
+    model = zoo.build(name)
+    with pytest.raises(MethodError, match=r"vision:layer@0 .* is a layer of convolutions, whose output is not one"):
+        peftree.adapt(model, method, sites="layer")
+    assert not peftree.adapters(model)
+
+
 NEEDS: list[Call] = [
     peftree.detach,
     peftree.merge,
@@ -124,14 +136,21 @@ NEEDS: list[Call] = [
     lambda m: peftree.disabled(m).__enter__(),
     lambda m: peftree.route(m, ["a"]).__enter__(),
 ]
+ASKS: list[Call] = [peftree.adapters, peftree.active]
 
 
 @pytest.mark.parametrize("call", NEEDS)
 def test_a_model_without_adapter(call: Call) -> None:
-    for model in (zoo.build("llama"), "llama"):
-        with pytest.raises(AdapterError, match=r"no adapter.*adapt\("):
+    for model, words in ((zoo.build("llama"), r"no adapter.*adapt\("), ("llama", "'llama' is not a model")):
+        with pytest.raises(AdapterError, match=words):
             call(model)
     assert peftree.adapters(zoo.build("llama")) == {} and peftree.active(zoo.build("llama")) == ()
+
+
+@pytest.mark.parametrize("call", ASKS)
+def test_what_is_asked_of_no_model(call: Call) -> None:
+    with pytest.raises(AdapterError, match="'llama' is not a model"):
+        call("llama")
 
 
 def test_heads_without_an_average() -> None:
@@ -148,4 +167,22 @@ def test_a_mask_that_leaves_no_room_for_tokens() -> None:
     put(model, "prompt_tuning", length=2)
     ids = zoo.batch("llama")["input_ids"]
     with pytest.raises(AdapterError, match="two-dimensional"):
-        model(ids, attention_mask=torch.ones(3, 1, 7, 7, dtype=torch.bool))
+        model(ids, attention_mask=torch.ones(3, 1, 7, 9, dtype=torch.bool))
+
+
+def test_a_parameter_without_widths_is_refused_or_trained() -> None:
+    """Every method, on every single parameter of a model: refused before anything is changed, or it runs."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Conv1d(3, 2, 1), nn.Linear(6, 2))
+    x, ran = torch.randn(2, 3, 4), set()
+    base = plain(x)
+    for name in registry.methods():
+        model = copy.deepcopy(plain)
+        try:
+            peftree.adapt(model, name, sites="all")
+        except (MethodError, SiteError, ConfigError):
+            assert traces(model) == traces(plain) and torch.equal(model(x), base)
+        else:
+            model(x).sum().backward()
+            ran.add(name)
+    assert {"full", "head_only"} <= ran and not ran & {"lora", "ia3", "ssf", "houlsby", "vera"}

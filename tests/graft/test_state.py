@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import peftree
 import zoo
@@ -122,7 +123,9 @@ def test_merging_while_disabled_does_not_apply_twice() -> None:
     want = run("llama", model)
     with peftree.disabled(model):
         peftree.switch(model, "default")
-        peftree.merge(model)
+        with pytest.raises(MergeError, match="disabled"):
+            peftree.merge(model)
+    peftree.merge(model)
     assert peftree.active(model) == () and far(run("llama", model), want) < 1e-5
     peftree.unmerge(model)
     assert far(run("llama", model), want) < 1e-6
@@ -230,16 +233,16 @@ def test_batch_norm_statistics_belong_to_the_base(method: str) -> None:
 
 
 class Fails(Method):
-    """A low-rank method that stops at its n-th place, or yields something that is no delta."""
+    """A low-rank method that stops at its n-th place, or yields something that is not a delta."""
 
     name: ClassVar[str] = "fails"
     tags: ClassVar[Tags] = Tags("reparameterized", "none", True, True, lr=1e-3)
     sites: str = Field("linear", description="where")
-    at: int = Field(3, description="place")
+    after: int = Field(3, description="place")
     how: str = Field("raise", description="what happens")
 
     def build(self, place: Place) -> Any:
-        if place.index == self.at:
+        if place.index == self.after:
             if self.how == "raise":
                 raise ZeroDivisionError("broken on purpose")
             return nn.Linear(2, 2)
@@ -261,7 +264,8 @@ def test_a_failing_adapt_leaves_everything_as_it_was(fault: str, second: bool) -
     model = zoo.build("llama")
     model.model.norm.requires_grad_(False)
     if fault == "attention":
-        model.model.layers[1].self_attn.__class__ = cut_attention(model.model.layers[1].self_attn)
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = cut_attention(layer.self_attn)
     if second:
         put(model, "lora", name="first")
         put(model, "prompt_tuning", name="other", length=2)
@@ -355,3 +359,21 @@ def test_part_and_whole_cannot_both_be_adapted() -> None:
     peftree.detach(model)
     assert torch.equal(run("llama", model), run("llama", zoo.build("llama")))
     assert list(base_state(model)) == list(model.state_dict())
+
+
+def test_a_spectral_norm_of_the_base_keeps_its_vectors_in_training() -> None:
+    model = nn.Sequential(spectral_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        want = model.eval()(torch.ones(3, 6))
+    peftree.adapt(model, "lora", sites="2", r=2)
+    out = model.train()(torch.ones(3, 6))
+    assert torch.equal(out, want)
+    out.square().sum().backward()
+    peftree.detach(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    model(torch.ones(3, 6))  # without an adapter they move again
+    assert not torch.equal(
+        before["0.parametrizations.weight.0._u"], model.state_dict()["0.parametrizations.weight.0._u"]
+    )

@@ -186,7 +186,7 @@ COUNTS: list[tuple[str, dict[str, Any], str, int]] = [
     ("prefix_tuning", {"length": 50}, "llama", 2_867_200),
     ("prefix_tuning", {"length": 200}, "llama", 11_468_800),
     ("prefix_tuning", {"length": 20}, "roberta", 368_640),
-    ("prefix_tuning", {"length": 20, "hidden": 512}, "roberta", 20 * 768 + 512 * 768 + 12 * 512 * 2 * 768),
+    ("prefix_tuning", {"length": 20, "hidden": 512}, "roberta", 20 * 768 + 512 * 769 + 12 * 513 * 2 * 768),
     ("prompt_tuning", {"length": 200}, "llama", 614_400),
     ("llama_adapter", {"length": 100}, "llama", 8_601_628),
     ("vpt", {"length": 10, "deep": False}, "vit", 7_680),
@@ -242,3 +242,17 @@ def test_start_and_gradients(method: str, key: str) -> None:
     assert not [k for k in dead if "attn_k" not in k or not k.endswith("shift")]
     torch.optim.SGD(adapter.parameters(), 0.1).step()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "deltas" not in k)
+
+
+def test_the_towers_of_uniadapter_start_apart() -> None:
+    """U and c at 0 for text, as `nn.Linear` draws them for images; D as `nn.Linear`, one for both."""
+    adapter = peftree.adapt(zoo.build("clip"), "uniadapter", size=25, head=False)
+    towers = {site.tower for _, site, _ in adapter.entries}
+    assert towers == {"text", "vision"}
+    for _, site, delta in adapter.entries:
+        if site.tower == "text":
+            assert not delta.U.any() and not delta.c.any()
+            continue
+        for p in (delta.U, delta.c):
+            assert 0.7 / 5 < float(p.detach().abs().max()) <= 1 / 5
+        assert float(delta.U.detach().std()) == pytest.approx(1 / 5 / 3**0.5, rel=0.1)

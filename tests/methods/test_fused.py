@@ -33,6 +33,23 @@ def test_fused_linear_is_the_plain_expression(bias: bool, shape: tuple[int, ...]
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_frozen_down_projection_keeps_no_input() -> None:
+    """LoRA-FA: what the backward pass needs is A x alone, so B's gradient is the plain one and x is not kept."""
+    x, W = torch.randn(5, 6), torch.randn(4, 6)
+    A, B = torch.randn(3, 6), torch.randn(3, 4, requires_grad=True)
+    kept: dict[bool, list[int]] = {}
+    for frozen in (True, False):
+        kept[frozen] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, f=frozen: kept[f].append(t.data_ptr()) or t, lambda t: t
+        ):
+            y = lowrank_linear(x, W, None, A.clone().requires_grad_(not frozen), B, 0.7)
+        (grad,) = torch.autograd.grad(y.square().sum(), [B])
+        want = 0.7 * (x @ A.t()).t() @ (2 * (x @ W.t() + 0.7 * x @ A.t() @ B))
+        assert torch.allclose(grad, want, rtol=1e-4)
+    assert x.data_ptr() in kept[False] and x.data_ptr() not in kept[True]
+
+
 def gradients(adapter: Any, model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Return loss and gradients of an adapter."""
     model.zero_grad(set_to_none=True)

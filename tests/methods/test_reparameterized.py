@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,6 +17,7 @@ import zoo
 from methods.moves import grads_of, moved
 from peftree.deltas import added_norm, cayley
 from peftree.errors import MethodError
+from store import tools
 
 TARGETS = ["q_proj", "v_proj"]
 # PEFT asks the model for an attribute that transformers has renamed.
@@ -222,12 +224,27 @@ def test_adalora_counts_factor_sensitivity_and_ends_on_budget() -> None:
     assert torch.equal(torch.cat([d.E.detach() for d in deltas]) != 0, E != 0)
 
 
-def test_oft_is_pefts() -> None:
-    config = peft.OFTConfig(oft_block_size=8, target_modules=TARGETS, use_cayley_neumann=False)
-    ours, adapter, theirs = pair("oft", config, block=8)
-    for delta, layer in layers(adapter, theirs):
+@pytest.mark.parametrize(
+    ("theirs", "fields"),
+    [
+        ({"use_cayley_neumann": False}, {}),
+        ({}, {"terms": 5}),
+        ({"num_cayley_neumann_terms": 2}, {"terms": 2}),
+        ({"num_cayley_neumann_terms": 6, "block_share": True}, {"terms": 6, "shared": True}),
+        ({"coft": True, "eps": 0.3, "use_cayley_neumann": False}, {"eps": 0.3}),
+    ],
+)
+def test_oft_is_pefts_and_so_are_its_gradients(theirs: dict[str, Any], fields: dict[str, Any]) -> None:
+    config = peft.OFTConfig(oft_block_size=8, target_modules=TARGETS, **theirs)
+    ours, adapter, peft_model = pair("oft", config, block=8, **fields)
+    for delta, layer in layers(adapter, peft_model):
         put(layer.oft_R["default"].weight, delta.q)
-    agree(ours, theirs)
+    mine, other = agree(ours, peft_model)
+    mine.loss.backward()
+    other.loss.backward()
+    for delta, layer in layers(adapter, peft_model):
+        wanted = layer.oft_R["default"].weight.grad
+        assert (delta.q.grad - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_oft_rotates() -> None:
@@ -285,3 +302,25 @@ def test_fast_is_weight_on_other_layouts(name: str, model: str) -> None:
         h.programs.clear()
     assert (zoo.output(model, base(**batch)) - fast).abs().max() < 2e-6
     assert isinstance(copy.deepcopy(adapter.entries[0][2]), type(adapter.entries[0][2]))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("sites", ["attn.v", "embed", "head"])
+def test_a_rank_above_that_of_the_weight(start: str, sites: str, tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    base = tools.output("llama", model)
+    adapter = peftree.adapt(model, "lora", start=start, sites=sites, r=40)
+    assert (tools.output("llama", model) - base).abs().max() < 1e-5  # the start leaves the function
+    found = [s for _, s, _ in adapter.entries]
+    shapes = [t.shape for n, t in adapter.state().items() if n.endswith("/A")]
+    assert shapes == [(40, s.in_features) for s in found]
+    assert sum(p.numel() for p in adapter.parameters()) == adapter.method.count(found)
+    moved(adapter)
+    want = tools.output("llama", model)
+    peftree.save(adapter, tmp_path / "a")
+    other = zoo.build("llama")
+    peftree.load(other, tmp_path / "a")
+    assert torch.equal(tools.output("llama", other), want)
+    if sites != "embed":  # an embedding with such a start is saved natively
+        theirs = peft.PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "a").eval()
+        assert (tools.output("llama", theirs) - want).abs().max() < 1e-5

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import peftree
 import zoo
 from methods.moves import moved
 from peftree.deltas import Sparse, pick
+from peftree.deltas.concrete import gate
 from peftree.errors import MethodError
 
 
@@ -220,3 +223,137 @@ def test_entries_at_the_edges_of_sites_find_their_place() -> None:
     entries.values.data.fill_(5.0)
     for delta, score in zip(deltas, scores, strict=True):
         assert torch.equal(delta.weight(torch.zeros_like(score)), 5.0 * score)
+
+
+def test_sam_squares_the_gradient_of_all_batches_together() -> None:
+    """Against the gradients of an unadapted model's own weights: the same share of each, by |sum|, not by squares."""
+    model, plain = zoo.build("llama"), zoo.build("llama")
+    adapter = peftree.adapt(model, "sam", share=0.01)
+    adapter.init(losses(model, 3))
+    weights = [plain.get_submodule(s.path).weight for _, s, _ in adapter.entries]
+    each = [torch.autograd.grad(loss(), weights) for loss in losses(plain, 3)]
+    differ = 0
+    for site, (grads, delta) in enumerate(zip(zip(*each, strict=True), adapter.deltas.values(), strict=True)):
+        start, stop = delta.entries.span(delta.site)
+        k, width = stop - start, grads[0].shape[1]
+        assert abs(k - 0.01 * grads[0].numel()) <= 1
+        best = [set(g.flatten().topk(k).indices.tolist()) for g in (sum(grads).abs(), sum(g**2 for g in grads))]
+        row, column = delta.entries.where[1:, start:stop]
+        assert set((row * width + column).tolist()) == best[0] and (delta.entries.where[0, start:stop] == site).all()
+        differ += best[0] != best[1]
+    assert differ, "the rank by the sum of squares would be the same here"
+
+
+def test_gates_are_open_as_often_as_the_penalty_says() -> None:
+    """The L0 norm is the expectation of the draws: P(z > 0) = sigmoid(a); P(z < 1) = sigmoid(log 5 - a), t = 1.5."""
+    torch.manual_seed(0)
+    for a in (-2.0, 0.0, 1.5):
+        z = gate(torch.full((200_000,), a), 1.5, drawn=True)
+        assert z.min() == 0 and z.max() == 1
+        assert abs(float((z > 0).float().mean()) - float(torch.tensor(a).sigmoid())) < 5e-3
+        assert abs(float((z < 1).float().mean()) - float((torch.tensor(5.0).log() - a).sigmoid())) < 5e-3
+
+
+def test_diff_pruning_keeps_the_largest_and_trains_them_alone(tmp_path: Any) -> None:
+    model, batch = zoo.build("llama").train(), zoo.batch("llama")
+    adapter = peftree.adapt(model, "diff_pruning", share=0.01, penalty=1e-3)
+    moved(adapter)
+    deltas, penalty = list(adapter.deltas.values()), adapter.aux_loss(0, 4)
+    assert torch.allclose(penalty, 1e-3 * sum((1 / (1 + (-g).exp())).sum() for d in deltas for g in (d.a, d.whole)))
+    optimizer = torch.optim.AdamW(adapter.param_groups(1e-3), weight_decay=0)
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        if step == 2:
+            sizes = torch.cat([d.gated(False).detach().abs().flatten() for d in deltas])
+        adapter.step(step, 4, optimizer)
+        if step == 2:
+            chosen = torch.cat([d.gated(True).detach().flatten() for d in deltas])
+    k = round(0.01 * sizes.numel())
+    want = torch.zeros_like(sizes).index_fill(0, sizes.topk(k).indices, 1.0)
+    assert torch.equal(chosen.abs(), sizes * want), "drawn or not, the kept entries are whole and the others zero"
+    now = torch.cat([d.gated(True).detach().flatten() for d in deltas])
+    assert torch.equal(now != 0, want.bool()) and not torch.equal(now, chosen) and adapter.aux_loss(4, 4) is None
+    out = model.eval()(**batch).logits
+    adapter.finish()
+    assert sum(d.values.numel() for d in deltas) == k and all(set(d.state_dict()) == {"values", "at"} for d in deltas)
+    peftree.save(adapter, tmp_path / "a", format="native")
+    fresh = zoo.build("llama").eval()
+    peftree.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    assert (model(**batch).logits - out).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_lisa_trains_some_layers_at_a_time(name: str) -> None:
+    """By its default sites: outside the layers everything trains, and inside those of one layer a stack."""
+    bare = zoo.build(name)
+    adapter = peftree.adapt(zoo.build(name), "lisa", active=1, period=2)
+    drawn = set()
+    for step in range(0, 20, 2):
+        adapter.step(step, 20) if step else adapter.start(0, 20)
+        on = {s.path for _, s, d in adapter.entries if d.value.requires_grad}
+        inside = {p for p in (s.path for _, s, _ in adapter.entries) if ".layers." in p or ".block." in p}
+        layers = {tuple(p.split(".")[:3]) for p in on & inside}
+        assert len(layers) == (1 if name == "llama" else 2)
+        assert on - inside == {n for n, m in bare.named_modules() if m._parameters and n not in inside}
+        drawn |= layers
+    assert drawn == {tuple(p.split(".")[:3]) for p in inside}, "every layer has its turn"
+
+
+def deep() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4, vocab_size=64
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.arange(24).view(2, 12)
+    return tf.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def test_ist_trains_a_quarter_of_the_layers_and_learns_which() -> None:
+    """Scores against the paper's update from losses that were noted; layers at rest do not move."""
+    model, batch = deep()
+    adapter = moved(peftree.adapt(model, "ist", r=2, alpha=4, period=2, mu=1000.0, dropout=0.0))
+    deltas = {s.layer: [d for _, t, d in adapter.entries if t.layer == s.layer] for _, s, _ in adapter.entries}
+    seen: list[tuple[frozenset[int], float]] = []
+
+    def loss() -> Tensor:
+        found = model(**batch).loss
+        seen.append((frozenset(n for n, ds in deltas.items() if ds[0].scale == 0.5), float(found)))
+        return found
+
+    optimizer = torch.optim.AdamW(adapter.param_groups(1e-2), weight_decay=0)
+    adapter.start(0, 9, optimizer)
+    importance, turns = deltas[0][0].importance, [0] * 8
+    for step in range(1, 9):
+        on = {n for n, ds in deltas.items() if all(p.requires_grad for d in ds for p in d.parameters())}
+        assert len(on) == 2 and sum(p.requires_grad for p in adapter.parameters()) == 2 * len(deltas[0]) * 2
+        turns = [t + (n in on) for n, t in enumerate(turns)]
+        before, score = {k: v.clone() for k, v in adapter.state().items()}, importance.score.clone()
+        model(**batch).loss.backward()
+        optimizer.step()
+        seen.clear()
+        adapter.step(step, 9, optimizer, iter([loss, loss]))
+        optimizer.zero_grad()
+        after = adapter.state()
+        changed = {int(k.split(".")[2]) for k in after if not torch.equal(before[k], after[k]) and "score" not in k}
+        assert changed == on
+        assert len(seen) == len({s for s, _ in seen}) == (3 if step % 2 == 0 else 0)
+        assert all(len(s) == 4 for s, _ in seen)
+        rewards = [math.exp(-x) for _, x in seen]
+        for n in range(8):
+            s = 1 / (1 + math.exp(-float(score[n])))
+            fall = sum(
+                1000 * (r - sum(rewards) / 3) * s * (1 - s) for (c, _), r in zip(seen, rewards, strict=True) if n in c
+            )
+            assert float(importance.score[n]) == pytest.approx(float(score[n]) - fall, abs=1e-5)
+    assert float(importance.score.abs().max()) > 0.01
+    importance.score.copy_(torch.tensor([9.0, 9.0, -9, -9, -9, -9, -9, -9]))
+    generator = torch.Generator().manual_seed(0)
+    assert [importance.draw(0.25, 1, generator) for _ in range(5)] == [[0, 1]] * 5
+    assert not any({0, 1} & set(importance.draw(0.5, -1, generator)) for _ in range(5))
+    with peftree.disabled(model), torch.no_grad():
+        base = model(**batch).logits
+    adapter.finish()
+    assert all(p.requires_grad for p in adapter.parameters()) and not torch.equal(model(**batch).logits, base)

@@ -93,6 +93,9 @@ def test_unipelt_counts_of_roberta_base() -> None:
     assert sum(gates) == 12 * 4 * 769  # adapter, prefix, and low-rank terms of q and v
     prefix, bottleneck, low_rank = 12 * 2 * 10 * 768, 894_528, 294_912
     assert sum(p.numel() for p in adapter.parameters()) == prefix + bottleneck + low_rank + sum(gates)
+    peftree.detach(model)
+    published = peftree.adapt(model, "unipelt", head=False, prefix_tuning={"hidden": 512})
+    assert sum(p.numel() for p in published.parameters()) == 11_083_376  # of the authors' code
 
 
 # --- AdaMix ---------------------------------------------------------------------------------------------------------

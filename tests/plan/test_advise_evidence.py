@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools.evidence import make, regret
+from tools.evidence.derive import study
+from tools.evidence.published import ours, published
 
 import invented
 from peftree import registry
-from peftree.advise import regret
-from peftree.advise.derive import study
 from peftree.advise.measures import forgetting, rate, step_time
-from peftree.advise.published import ours, published
 from peftree.advise.rank import (
     ASSUMED,
     OTHER_FIELDS,
@@ -33,10 +32,10 @@ from peftree.advise.rank import (
 )
 from peftree.advise.table import FOLDER, Context, Measured, Table, known, read_table
 from peftree.bench import statistics
-from peftree.bench.record import RunRecord
 from peftree.errors import DataError
+from peftree.runs.record import RunRecord
 
-TOOL = Path(__file__).parents[2] / "tools" / "evidence.py"
+ROOT = Path(__file__).parents[2]
 QUERY = Query("language", "understanding", 100_000_000, 1000)
 
 
@@ -164,7 +163,7 @@ def test_a_table_comes_back_from_its_file(records: list[RunRecord], tmp_path: Pa
     made = study(records)
     assert read_table(made.write(tmp_path / "a.json")) == made
     (tmp_path / "b.json").write_text('{"origin": 3}')
-    with pytest.raises(DataError, match=r"b\.json is no table"):
+    with pytest.raises(DataError, match=r"b\.json is not a table"):
         read_table(tmp_path / "b.json")
 
 
@@ -198,7 +197,7 @@ def test_published_results_become_a_table() -> None:
         theirs("LORA", 0.45, lr=1e-3, r=8, lora_alpha=16, target_modules=qv),
         theirs("LORA", 0.48, r=8, lora_alpha=16, target_modules=qv, use_bdlora={"a": 1}),
         theirs("LORA", 0.49, r=8, lora_alpha=16, target_modules=qv, init_lora_weights="mica"),
-        theirs("HIRA", 0.5, r=8),
+        theirs("WAVEFT", 0.5, n_frequency=8),
     ]  # fmt: skip
     fa = theirs("LORA", 0.9, r=8, lora_alpha=16, target_modules=qv)
     fa["run_info"]["train_config"]["optimizer_type"] = "lora-fa"
@@ -224,7 +223,7 @@ def test_their_configurations_find_ours() -> None:
     assert ours({"peft_type": "OFT", "r": 32, "target_modules": ["q_proj", "v_proj"]}) is None
     assert ours({"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "down_proj"]}) == ("ia3", {})
     assert ours({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["unknown"]}) is None
-    assert ours({"peft_type": "LOHA", "r": 8}) is None
+    assert ours({"peft_type": "WAVEFT"}) is None
 
 
 def test_without_evidence_the_estimate_is_the_prior_and_unknown() -> None:
@@ -375,34 +374,26 @@ def test_agreement_with_other_results_is_a_rank_correlation() -> None:
     assert regret.agreement(mine, table({"p": context()}, [])) is None
 
 
-def tool() -> Any:
-    """Return tools/evidence.py as a module."""
-    spec = importlib.util.spec_from_file_location("evidence_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+@pytest.mark.slow
 def test_tables_and_page_are_what_the_tool_makes() -> None:
-    done = subprocess.run([sys.executable, TOOL, "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"run python tools/evidence.py\n{done.stderr}"
+    words = [sys.executable, "-m", "tools.evidence.make", "--check"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run `make study`\n{done.stderr}"
 
 
 def test_the_tool_makes_table_and_figures_from_a_pack(
     records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tool()
     page = tmp_path / "advice.md"
-    page.write_text(f"before\n{made.START}\nold\n{made.END}\nafter\n")
+    page.write_text(f"before\n{make.START}\nold\n{make.END}\nafter\n")
     folder = tmp_path / "records"
     folder.mkdir()
     for record in records:
         record.write(folder)
-    monkeypatch.setattr(made, "PAGE", page)
-    monkeypatch.setattr(made, "STUDY", tmp_path / "study.json")
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--study", str(tmp_path)])
-    assert made.main() == 0
+    monkeypatch.setattr(make, "PAGE", page)
+    monkeypatch.setattr(make, "STUDY", tmp_path / "study.json")
+    monkeypatch.setattr(sys, "argv", ["make.py", "--study", str(tmp_path)])
+    assert make.main() == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| text-classification |" in text and "**mean of 6**" in text

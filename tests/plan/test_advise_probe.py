@@ -1,4 +1,4 @@
-"""Probing: what is run, what goes on, what stops it, and that what was done is not done again."""
+"""Probing: what is run, what continues, what stops it, and that what was done is not done again."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from peftree.advise.probe import Arm, Pace, probe, rounds
 from peftree.advise.show import render_probe
 from peftree.advise.subset import pick, write_subset
 from peftree.advise.table import Context, Measured, Table
-from peftree.bench.record import RunRecord, read_records
+from peftree.data.rows import Example, load_data
 from peftree.errors import ConfigError
-from peftree.train.data import Example, load_data
+from peftree.runs.read import read_records
+from peftree.runs.record import RunRecord
 from train import tiny
 
 METHODS = {"lora": 0.9, "bitfit": 0.85, "ia3": 0.8}
@@ -64,11 +65,12 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "MOST", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_few")
 def test_a_probe_measures_on_the_users_rows_and_goes_on_where_it_was(
     model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(model, data, 1 << 30, top=2)
+    asked = Asked(model=model, data=data, memory=1 << 30, top=2)
     advice = advise(asked)
     said: list[str] = []
     found = probe(asked, advice, 300.0, tmp_path / "probe", said.append)
@@ -143,7 +145,7 @@ class Script(probing._Runner):
     def __init__(self, folder: Path, hits: dict[str, float], failing: dict[tuple[str, int], str] | None = None) -> None:
         self.out, self.spent, self.runs, self.spend = folder, 0.0, 0, 120.0
         self.subset = probing.Subset("t", "v", 100_000, 100, "x")
-        self.asked = Asked("m", "d", 1)
+        self.asked = Asked(model="m", data="d", memory=1)
         self.hits, self.failing, self.done = hits, failing or {}, list[tuple[str, int]]()
 
     def run(self, arm: Arm, steps: int, *, base: bool = False, limit: float = 0.0) -> RunRecord | None:
@@ -214,14 +216,14 @@ def test_ctrl_c_keeps_what_is_done(
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    asked = Asked(model, data, 1 << 30)
+    asked = Asked(model=model, data=data, memory=1 << 30)
     advice = advise(asked)
     monkeypatch.setattr(probing, "run_cells", stop)
     with pytest.raises(SystemExit) as end:
         probe(asked, advice, 60.0, tmp_path / "probe", lambda _: None)
-    assert end.value.code == 130 and "the same command goes on" in " ".join(capsys.readouterr().err.split())
+    assert end.value.code == 130 and "the same command continues" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         probe(asked, advice, 60.0, tmp_path / "file", lambda _: None)
 
 

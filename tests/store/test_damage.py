@@ -174,10 +174,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "method is a number": (spec(3), "no method '3'"),
     "no method at all": ({"method": {}}, "malformed"),
     "fields are a list": ({"method": {"method": "lora", "fields": []}}, "malformed"),
-    "unknown field": (spec(rank=3), "no field 'rank'"),
+    "unknown field": (spec(rank=3), "no key 'rank'"),
     "r is 0": (spec(r=0), "r=0"),
     "r is negative": (spec(r=-4), "r=-4"),
-    "r is no whole number": (spec(r=4.5), "r=4.5"),
+    "r is not a whole number": (spec(r=4.5), "r=4.5"),
     "r is null": (spec(r=None), "r=None"),
     "r is beyond its range": (spec(r=10**9), "r=1000000000"),
     "r is large": (spec(r=65536), "has the shape"),
@@ -187,7 +187,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha is text": (spec(alpha="much"), "alpha='much'"),
     "dropout is 2": (spec(dropout=2.0), "dropout=2.0"),
     "sites match nothing": (spec(sites="attn.x"), "No site matches"),
-    "sites are no text": (spec(sites=["attn.q"]), "sites="),
+    "sites are not text": (spec(sites=["attn.q"]), "sites="),
     "sites of a tower it lacks": (spec(sites="vision:attn.q attn.v"), "vision"),
     "layers beyond the end": (spec(layers="7-9"), "layers"),
     "another method": (spec("houlsby"), "does not hold the tensors"),
@@ -196,18 +196,18 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a union of numbers": (spec("union", members=[3]), "malformed"),
     "a union with other fields": (spec("union", evil=1), "malformed"),
     "a sum with too few weights": (spec("fusion", members=[spec()["method"]], weights=[]), "malformed"),
-    "a path as name": ({"name": "../x"}, "no adapter name"),
-    "an absolute path as name": ({"name": "/etc/x"}, "no adapter name"),
-    "a dot": ({"name": "a.b"}, "no adapter name"),
-    "300 letters": ({"name": "a" * 300}, "no adapter name"),
-    "no name": ({"name": ""}, "no adapter name"),
-    "a number as name": ({"name": 7}, "'name'"),
+    "a path as name": ({"name": "../x"}, "not an adapter name"),
+    "an absolute path as name": ({"name": "/etc/x"}, "not an adapter name"),
+    "a dot": ({"name": "a.b"}, "not an adapter name"),
+    "300 letters": ({"name": "a" * 300}, "not an adapter name"),
+    "no name": ({"name": ""}, "not an adapter name"),
+    "a number as name": ({"name": 7}, ": name="),
     "unknown key": ({"evil": 1}, "'evil'"),
-    "seed is text": ({"seed": "x"}, "'seed'"),
-    "seed is huge": ({"seed": 10**30}, "'seed'"),
-    "hash is no hash": ({"weights": "x"}, "'weights'"),
+    "seed is text": ({"seed": "x"}, ": seed="),
+    "seed is huge": ({"seed": 10**30}, ": seed="),
+    "hash is not a hash": ({"weights": "x"}, ": weights="),
     "other tensors listed": ({"tensors": {}}, "lists other tensors"),
-    "layout of the other format": ({"layout": "sideways"}, "'layout'"),
+    "layout of the other format": ({"layout": "sideways"}, ": layout="),
     "a head that the model lacks": ({"head": True}, "no task head"),
 }
 
@@ -229,7 +229,7 @@ def test_bad_methods_fields_and_names_are_refused(case: str, folder: Path) -> No
 def test_bad_names_asked_for_are_refused(name: str, folder: Path) -> None:
     model = zoo.build("llama")
     before = tools.snapshot(model)
-    with pytest.raises(PeftreeError, match="no adapter name"):
+    with pytest.raises(PeftreeError, match="not an adapter name"):
         store.load(model, folder, name=name)
     assert tools.same(before, tools.snapshot(model))
 
@@ -352,8 +352,8 @@ def test_what_a_trainer_leaves_beside_an_adapter_is_not_opened(folder: Path) -> 
 def test_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "nowhere", "is no folder")
-    refused(tmp_path / "file", "is no folder")
+    refused(tmp_path / "nowhere", "is not a folder")
+    refused(tmp_path / "file", "is not a folder")
     refused(tmp_path / "empty", "holds no adapter")
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import peftree
 import zoo
 from peftree import adapter as adapters
 from peftree import compose
 from peftree.errors import StoreError
+from peftree.store.digest import AT_ONCE, BLOCK, digests
 from peftree.store.fingerprint import PER_TENSOR, TENSORS, Fingerprint, difference, fingerprint
 from store import tools
 
@@ -62,36 +67,166 @@ def test_the_sentence_says_what_differs() -> None:
     assert difference(saved, zoo.build("bert")) == "it was made for a LlamaForCausalLM, this is a BertModel"
 
 
-def test_every_tensor_is_looked_at_in_eight_places() -> None:
+def test_what_a_config_says_further_in_counts() -> None:
+    """Another angle of the positions or number of heads computes other things with the same weights."""
+    saved, other = fingerprint(zoo.build("llama")), zoo.build("llama")
+    other.config.rope_parameters["rope_theta"] = 5e5
+    assert difference(saved, other) == "its base has rope_parameters.rope_theta 10000.0, this model 500000.0"
+    saved, other = fingerprint(zoo.build("clip")), zoo.build("clip")
+    other.config.vision_config.num_attention_heads = 2
+    assert "vision_config.num_attention_heads" in difference(saved, other)
+
+
+def flip(tensor: torch.Tensor, place: int, bit: int = 0) -> None:
+    """Change one bit of one value, in place and unseen by version counters."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    words = tensor.data.view(-1).view(kinds[tensor.itemsize])
+    words[place] ^= torch.tensor(1, dtype=words.dtype) << bit
+
+
+def test_the_smallest_change_of_any_row_is_seen() -> None:
     model = zoo.build("llama")
     saved = fingerprint(model)
     for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        spot = (2 * 3 + 1) * flat.numel() // (2 * PER_TENSOR)
-        was = flat[spot].clone()
-        flat[spot] += 1
-        assert name in difference(saved, model)
-        flat[spot] = was
+        for place in (0, parameter.numel() // 3, parameter.numel() - 1):
+            flip(parameter, place)
+            assert name in difference(saved, model)
+            flip(parameter, place)
+    weight = model.model.embed_tokens.weight
+    for row in range(len(weight)):
+        flip(weight, row * weight.shape[1] + row % weight.shape[1])
+        assert "embed_tokens" in difference(saved, model)
+        flip(weight, row * weight.shape[1] + row % weight.shape[1])
     assert difference(saved, model) == ""
 
 
-def test_a_model_of_very_many_tensors_has_a_short_fingerprint() -> None:
+def test_rows_of_added_tokens_make_another_base(tmp_path: Path) -> None:
+    def grown(seed: int) -> nn.Module:
+        model = zoo.build("llama")
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(zoo.VOCAB + 3)
+        return model  # type: ignore[no-any-return]
+
+    def end(seed: int) -> torch.Tensor:
+        return grown(seed).get_input_embeddings().weight[-3:]  # type: ignore[operator]
+
+    assert not torch.equal(end(0), end(1))
+    peftree.save(peftree.adapt(grown(0), "lora"), tmp_path / "a")
+    peftree.load(grown(0), tmp_path / "a")
+    with pytest.raises(StoreError, match=r"values of model.embed_tokens.weight are not those"):
+        peftree.load(grown(1), tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_a_digest_sees_every_bit_and_moves_of_rows(dtype: torch.dtype) -> None:
+    x = (torch.randn(37, 11) * 40).to(dtype)
+    own = digests(x)
+    for place in range(0, x.numel(), 13):
+        for bit in range(8 * x.itemsize - (x.itemsize == 1)):
+            other = x.clone()
+            flip(other, place, bit)
+            assert digests(other) != own
+    swapped, negated, rolled = x.clone(), x.clone(), x.roll(1, 0)
+    swapped[[3, 4]] = x[[4, 3]]
+    negated[36] *= -1
+    assert len({bytes(digests(t)[0]) for t in (x, swapped, negated, rolled, x.flip(0))}) == 5
+    assert digests(x.clone()) == digests(x.t().contiguous().t()) == own
+
+
+def test_a_digest_is_its_definition() -> None:
+    """Sums of words times odd factors in Python's own integers, over more than one block and more than one step."""
+    x = torch.randn(AT_ONCE["cpu"] + 2 * BLOCK + 5)
+    odd = [int(v) | 1 for v in np.random.PCG64(2014).random_raw(BLOCK)]
+    words = x.view(torch.int32).tolist()
+    blocks = [words[at : at + BLOCK] for at in range(0, len(words), BLOCK)]
+    sums = [sum(a * b for a, b in zip(block, odd, strict=False)) % (1 << 64) for block in blocks]
+    want = hashlib.sha256(b"".join(v.to_bytes(8, "little") for v in sums)).digest()
+    assert digests(x) == [want[:8]]
+    half = x.to(torch.float16)
+    assert digests(x, [torch.float16]) == [want[:8], *digests(half)]
+    assert digests(x, [torch.float16]) == [want[:8], *digests(half)]  # remembered
+    other = half.view(torch.bfloat16)  # the same bits are other values
+    assert digests(half, [torch.float32])[1] == digests(half.float())[0]
+    assert digests(other, [torch.float32])[1] == digests(other.float())[0]
+
+
+def test_a_quantised_weight_is_its_inner_tensors() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x, y = torch.randn(8, 8), torch.randn(8, 8)
+    seen = {digests(TwoTensor(a, b))[0] for a, b in ((x, y), (x, y.clone()), (y, x), (x, y + 1))}
+    assert len(seen) == 3
+
+
+def test_a_model_of_very_many_tensors_has_a_short_fingerprint_that_sees_all() -> None:
     model = zoo.build("llama")
     layer = model.model.layers[0]
     model.model.layers.extend([copy.deepcopy(layer) for _ in range(150)])
     model.config.num_hidden_layers = 152
     assert sum(1 for _ in model.parameters()) > TENSORS
-    samples = base64.b64decode(fingerprint(model).samples)
-    assert len(samples) <= TENSORS * PER_TENSOR * 4
+    saved = fingerprint(model)
+    assert len(base64.b64decode(saved.digests)) <= TENSORS * 3 * 8
+    assert difference(saved, model) == "" and difference(saved, copy.deepcopy(model).to(torch.float16)) == ""
+    last = model.model.layers[-1]
+    for weight in (last.post_attention_layernorm.weight, last.input_layernorm.weight):  # two in a row
+        flip(weight, 5)
+        assert "layers.151." in difference(saved, model)
+        flip(weight, 5)
+
+
+def first_format(model: nn.Module) -> Fingerprint:
+    """Return the record that format 1 keeps of `model`: eight float32 values a tensor at fixed strides."""
+    parts = []
+    for parameter in model.parameters():
+        count = min(PER_TENSOR, parameter.numel())
+        at = [(2 * i + 1) * parameter.numel() // (2 * count) for i in range(count)]
+        parts.append(parameter.detach().float().view(-1)[at].numpy())
+    text = base64.b64encode(np.concatenate(parts).astype("<f4").tobytes()).decode()
+    return fingerprint(model).model_copy(update={"digests": "", "samples": text})
+
+
+def test_a_record_of_the_first_format_is_compared_by_its_samples() -> None:
+    model = zoo.build("llama")
+    saved = first_format(model)
+    assert difference(saved, model) == ""
+    assert difference(saved, zoo.build("llama").to(torch.bfloat16)) == ""
+    flip(model.model.norm.weight, 2)
+    assert "model.norm.weight" in difference(saved, model)
+    raw = bytes(base64.b64decode(saved.samples))
+    cut = saved.model_copy(update={"samples": base64.b64encode(raw[:-4]).decode()})
+    assert "another length" in difference(cut, model)
+
+
+def test_a_folder_of_the_first_format_loads(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    x = torch.arange(8, 14)[None]
+    adapter = peftree.adapt(model, "lora")
+    tools.shake(adapter.parameters())
+    peftree.save(adapter, tmp_path / "a", format="native")
+    path = tmp_path / "a" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["seal"]
+    base = first_format(zoo.build("llama")).model_dump()
+    del base["digests"]
+    content |= {"format": 1, "base": base}
+    seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content | {"seal": seal}))
+    again = zoo.build("llama")
+    peftree.load(again, tmp_path / "a")
+    assert torch.equal(again(x).logits, model(x).logits)
+    other = zoo.build("llama")
+    other.model.norm.weight.data += 1
+    with pytest.raises(StoreError, match=r"values of model.norm.weight"):
+        peftree.load(other, tmp_path / "a")
 
 
 def test_a_damaged_record_is_refused() -> None:
     saved = fingerprint(zoo.build("llama"))
     model = zoo.build("llama")
     with pytest.raises(StoreError, match="record of the base is damaged"):
-        difference(saved.model_copy(update={"samples": "AAA"}), model)
+        difference(saved.model_copy(update={"digests": "AAA"}), model)
     short = base64.b64encode(b"\0" * 8).decode()
-    assert "another length" in difference(saved.model_copy(update={"samples": short}), model)
+    assert "another length" in difference(saved.model_copy(update={"digests": short}), model)
 
 
 def test_a_model_without_values_has_none(tmp_path: Path) -> None:

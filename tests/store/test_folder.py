@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 import zoo
 from peftree import store
 from peftree.adapter import Adapter
-from peftree.errors import StoreError
+from peftree.errors import BusyError, StoreError
 from peftree.store import folder as folders
+from peftree.store import native
 from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT
+from sampled import quick
 from store import tools
 
 
@@ -124,9 +128,88 @@ def test_a_full_disk_leaves_the_old_adapter(two: tuple[Adapter, Adapter], tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folders, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BusyError, match=r"/a could not be written: No space left.*free space.*as it was"):
         store.save(two[1], tmp_path / "a")
     assert contents(tmp_path) == before
+
+
+def in_a_fork(work: Callable[[], object]) -> int:
+    """Do `work` in a process of its own and return its exit code: negative for a signal, 3 for another error."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        except BusyError:
+            os._exit(BusyError.exit_code)
+        except BaseException:
+            os._exit(3)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and forks as on Linux")
+def test_a_file_that_the_system_cuts_off_is_our_error(two: tuple[Adapter, Adapter], tmp_path: Path) -> None:
+    store.save(two[0], tmp_path / "a")
+    before = contents(tmp_path)
+
+    def limited() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        store.save(two[1], tmp_path / "a")
+
+    assert in_a_fork(limited) == 75
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("form", quick(["native", "peft"]))
+@pytest.mark.parametrize("others", quick([True, False]))
+def test_a_save_killed_anywhere_leaves_the_old_or_the_new_adapter(
+    form: Any, others: bool, two: tuple[Adapter, Adapter], tmp_path: Path
+) -> None:
+    real = {name: getattr(os, name) for name in ("replace", "link", "unlink", "rename", "rmdir", "mkdir", "fsync")}
+    seen, number, code = [], 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        place = tmp_path / str(number)
+        store.save(two[0], place, format="native")
+        if others:
+            (place / "notes.txt").write_text("mine")
+
+        def work(last: int = number, place: Path = place) -> None:
+            left = [last]
+
+            def counted(name: str) -> Any:
+                def call(*args: Any, **more: Any) -> Any:
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left[0] -= 1
+                    return real[name](*args, **more)
+
+                return call
+
+            for name in real:
+                setattr(os, name, counted(name))
+            store.save(two[1], place, format=form)
+
+        code = in_a_fork(work)
+        seen.append(which(two, place))
+        store.save(two[1], place, format=form)  # the next save works and clears what was left
+        assert which(two, place) == 1
+        assert others == (place / "notes.txt").exists()
+        assert {p.name for p in place.iterdir()} <= {NATIVE, PEFT, CONFIG, MANIFEST, "notes.txt"}
+        number += 1
+    assert code == 0 and number > 6
+    assert seen == sorted(seen) and set(seen) == {0, 1}
+
+
+def which(two: tuple[Adapter, Adapter], place: Path) -> int:
+    """Return which of the two adapters a folder holds, whole."""
+    state = store.load(zoo.build("llama"), place).state()
+    same = [all(torch.equal(state[k], t) for k, t in adapter.state().items()) for adapter in two]
+    assert sorted(same) == [False, True]
+    return same.index(True)
 
 
 def test_links_are_not_followed(two: tuple[Adapter, Adapter], tmp_path: Path) -> None:
@@ -165,3 +248,26 @@ def test_folders_can_be_read_by_others(two: tuple[Adapter, Adapter], tmp_path: P
     folder.chmod(0o700)
     store.save(two[1], folder)
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_load_that_races_a_save_gives_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process saves between the reading of the manifest and that of the weights: the folder is read again."""
+    _, adapter = tools.adapted("llama", "lora")
+    folder = store.save(adapter, tmp_path / "a", format="native")
+    real, times = native.read_weights, []
+
+    def racing(*args: Any) -> Any:
+        times.append(1)
+        if len(times) == 1:
+            tools.shake(adapter.parameters(), seed=9)
+            store.save(adapter, folder, format="native")
+        return real(*args)
+
+    monkeypatch.setattr(native, "read_weights", racing)
+    back = store.load(zoo.build("llama"), folder)
+    assert len(times) == 2
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), back.parameters(), strict=True))
+    (folder / NATIVE).write_bytes(b"x")
+    with pytest.raises(StoreError, match="SHA-256 differs"):
+        store.load(zoo.build("llama"), folder)
+    assert len(times) == 3, "a damaged folder that nobody writes is read once"

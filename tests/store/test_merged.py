@@ -11,7 +11,8 @@ import pytest
 import zoo
 from peftree import adapter as adapters
 from peftree import store
-from peftree.errors import MergeError, StoreError
+from peftree.compose import merge
+from peftree.errors import AdapterError, MergeError, StoreError
 from peftree.store import merged
 from peftree.store.folder import CONFIG, PEFT
 from store import tools
@@ -95,6 +96,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     _, lora = tools.adapted("llama", "lora")
     with pytest.raises(StoreError, match="not empty"):
         store.export(lora, tmp_path / "used", to="merged")
+
+
+def test_a_model_in_the_place_of_its_adapter_and_an_adapter_in_that_of_its_model(tmp_path: Path) -> None:
+    model, adapter = tools.adapted("llama", "lora")
+    wrong: Any = model
+    calls = (store.save, store.export, lambda m, folder: store.export(m, folder, to="merged"))
+    for call in calls:
+        with pytest.raises(AdapterError, match=r"is not an adapter.*peftree\.adapters\(model\)"):
+            call(wrong, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    wrong = adapter
+    for act in (merge, adapters.detach, lambda m: adapters.switch(m, None)):
+        with pytest.raises(AdapterError, match="is not a model: its type is Adapter"):
+            act(wrong)
 
 
 def test_export_to_peft_writes_pefts_files(tmp_path: Path) -> None:

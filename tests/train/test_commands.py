@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peftree.cli import app, main
+from peftree.train.output import held
 
 Say = Any
 
@@ -27,12 +33,12 @@ def shown(*words: str) -> str:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
     """Run a command that fails; return its one line."""
 
-    def call(*words: str) -> str:
+    def call(*words: str, code: int = 2) -> str:
         monkeypatch.setattr(sys, "argv", ["peftree", *words])
         with pytest.raises(SystemExit) as left:
             main()
         said = capsys.readouterr().err.strip()
-        assert left.value.code == 2 and said.startswith("peftree: ") and "\n" not in said, said
+        assert left.value.code == code and said.startswith("peftree: ") and "\n" not in said, said
         return said
 
     return call
@@ -51,6 +57,13 @@ def test_inspect_shows_shapes(encoder: str) -> None:
     assert ["text", "ffn.up", "linear", "2", "0-1", "32", "x", "48", "3,168"] in rows
     sites = json.loads(shown("inspect", encoder, "--json"))["sites"]
     assert [s["shapes"] for s in sites if s["role"] == "ffn.up"] == [[[32, 48]]]
+
+
+@pytest.mark.parametrize("typed", ["none", "none/", "./none/", "some/none/"])
+def test_a_folder_that_is_missing_is_no_hub_name(typed: str, refused: Say) -> None:
+    for words in (["inspect", typed], ["plan", typed, "method=lora"]):
+        said = refused(*words)
+        assert f"{typed} has no config.json. Name a model folder" in said and "Repo id" not in said
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "bert", "hidden_size": -3}', '{"model_type": "bert"', "{}"])
@@ -92,5 +105,87 @@ def test_a_report_of_ones_own_runs(trained: Path, encoder: str, review_data: Pat
     assert "1 run of 1 method " in shown("report", str(trained))
     metrics = trained / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": -1'))
-    assert "metrics.json is damaged: " in refused("report", str(trained.parent))
-    assert "no run records" in refused("report", str(review_data))
+    assert "metrics.json: seed=-1: " in refused("report", str(trained.parent), code=65)
+    assert "no run records" in refused("report", str(review_data), code=65)
+
+
+def test_the_example_of_eval_and_the_advice_for_folders_work(
+    trained: Path, encoder: str, review_data: Path, refused: Say
+) -> None:
+    other = review_data / "other.csv"
+    other.write_text("text,label\ngood film,pos\nbad plot,neg\nsad cast,neg\n")
+    found = json.loads(shown("eval", str(trained), f"data.test={other}", "--json"))
+    assert found["better"] + found["worse"] + found["equal"] == 3
+    assert f"peftree train {trained}/resolved.yaml output=NEW" in refused("train", str(trained))
+    shown("eval", str(trained), "batch_size=16", "r=2", "max_length=8", "eval_batch_size=2", "--json")  # nothing new
+    for words, what in ((["r=4"], "method"), (["lr=1", "epochs=9"], "epochs, lr"), (["method=dora"], "method")):
+        said = refused("eval", str(trained), *words)
+        assert (
+            f"{what} of {trained} cannot be changed" in said and f"resolved.yaml {' '.join(words)} output=NEW" in said
+        )
+    assert "'batch=8': lora has no field 'batch'. Write batch_size." in refused("eval", str(trained), "batch=8")
+    shown("train", f"{trained}/resolved.yaml", f"output={trained.parent / 'new'}", "-q")
+    cut = trained.parent / "cut"
+    settings = [f"model={encoder}", f"data={review_data}", f"output={cut}", "steps=4", "save_every=2", "r=2", "-q"]
+    shown("train", *settings)
+    for name in ("adapter", "checkpoint-4"):
+        shutil.rmtree(cut / name)
+    (cut / "metrics.json").unlink()
+    advice = refused("train", str(cut))
+    assert f"peftree train {cut}/resolved.yaml resume=true" in advice
+    shown("train", f"{cut}/resolved.yaml", "resume=true", "-q")
+    assert (cut / "adapter").is_dir()
+
+
+def test_exit_codes_tell_try_again_from_give_up(
+    encoder: str, review_data: Path, tmp_path: Path, refused: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"model={encoder}", f"data={review_data}", f"output={tmp_path / 'out'}", "steps=2", "r=2", "-q"]
+    assert "no field 'ephocs'" in refused("train", *given, "ephocs=1")
+    assert "does not exist" in refused("train", *given, "data.train=nothing.csv", code=65)
+    rate = ["lr=1000", "steps=40", "max_grad_norm=0", "weight_decay=10", "warmup=0", "schedule=constant"]
+    assert "finite" in refused("train", *given, *rate, code=65)
+    with held_elsewhere(tmp_path / "held"):
+        assert "another run trains there" in refused("train", *given, f"output={tmp_path / 'held'}", code=75)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left" in refused("train", *given, f"output={tmp_path / 'full'}", code=75)
+    said = shown("--help")
+    assert all(f" {code} " in said for code in (2, 65, 75, 130, 143))
+
+
+@contextlib.contextmanager
+def held_elsewhere(folder: Path) -> Iterator[None]:
+    """Hold a folder in another thread."""
+    inside, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with held(folder):
+            inside.set()
+            end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    yield
+    end.set()
+    thread.join()
+
+
+def test_paths_and_values_cannot_steer_the_terminal_or_flood_it(
+    encoder: str, review_data: Path, tmp_path: Path, refused: Say
+) -> None:
+    given = [f"model={encoder}", f"data={review_data}", f"output={tmp_path / 'out'}"]
+    for words in (
+        ["train", "model=/no/\x1b[31mred\x07\nline", *given[1:]],
+        ["eval", str(tmp_path / "a\x1b]0;title\x07b")],
+        ["train", *given, "dtype=" + "x" * 5000],
+        ["train", *given, "task=" + "many words " * 500],
+        ["train", *given, "r=" + "9" * 4000],
+    ):
+        said = refused(*words)
+        assert said.isprintable() and len(said) < 1200, said
+        assert "x" * 201 not in said and "many words " * 20 not in said and "9" * 201 not in said

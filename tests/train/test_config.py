@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import peftree
 from peftree import registry
 from peftree.errors import ELSEWHERE, ConfigError, PeftreeError
-from peftree.train.config import RunConfig, load_config, write_resolved
-from peftree.train.run import make_method
+from peftree.named_method import make_method
+from peftree.plan.question import Request
+from peftree.settings import RENAMED, RunConfig, load_config, renamed, write_resolved
 
 GOOD = """\
 model: ./minilm
@@ -64,30 +66,30 @@ def test_another_method_drops_the_first_ones_fields(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("model: m\ndata: d\nepoch: 3\n", [], r"run\.yaml:3: epoch: is no key here.*Did you mean 'epochs'"),
-    ("model: m\ndata:\n  trian: a\n", [], r"run\.yaml:3: data\.trian: is no key here.*Did you mean 'train'"),
-    ("modle: m\ndata: d\n", [], r"run\.yaml:1: modle: is no key here.*Did you mean 'model'"),
-    ("model: m\ndata: d\nepochs: -1\n", [], r"run\.yaml:3: epochs: -1: .*greater than 0"),
-    ("model: m\ndata: d\nbatch_size: 2.5\n", [], r"run\.yaml:3: batch_size: 2\.5"),
-    ("model: m\ndata: d\nschedule: linaer\n", [], r"run\.yaml:3: schedule: 'linaer'"),
+    ("model: m\ndata: d\nepoch: 3\n", [], r"run\.yaml:3: there is no key 'epoch'.*Did you mean 'epochs'"),
+    ("model: m\ndata:\n  trian: a\n", [], r"run\.yaml:3: there is no key 'data\.trian'.*Did you mean 'train'"),
+    ("modle: m\ndata: d\n", [], r"run\.yaml:1: there is no key 'modle'.*Did you mean 'model'"),
+    ("model: m\ndata: d\nepochs: -1\n", [], r"run\.yaml:3: epochs=-1: .*greater than 0"),
+    ("model: m\ndata: d\nbatch_size: 2.5\n", [], r"run\.yaml:3: batch_size=2\.5"),
+    ("model: m\ndata: d\nschedule: linaer\n", [], r"run\.yaml:3: schedule='linaer'"),
     ("model: m\ndata: d\nmodel: n\n", [], r"run\.yaml:3: model: is set twice.*run\.yaml:1"),
-    ("data: d\n", [], r"model: is missing \(folder of a transformers model"),
+    ("data: d\n", [], r"model is missing. Add model: folder of a transformers model"),
     ("model: &a m\ndata: *a\n", [], "anchors or aliases"),
     ("model: [m\n", [], r"run\.yaml:\d: "),
     ("- model\n", [], "holds no keys"),
     ("", [], "holds no keys"),
-    ("? [a]\n: b\n", [], "a key is no plain word"),
+    ("? [a]\n: b\n", [], "a key is not a plain word"),
     ("model: m\ndata: d\nlr: !!python/object:os.system x\n", [], r"run\.yaml:3: could not determine a constructor"),
-    ("model: m\ndata: d\nadapter: ../x\n", [], r"run\.yaml:3: adapter: '\.\./x'"),
+    ("model: m\ndata: d\nadapter: ../x\n", [], r"run\.yaml:3: adapter='\.\./x'"),
     ("model: m\ndata: d\nseed: " + "1" * 40 + "\n", [], r"run\.yaml:3: seed"),
-    ("model: m\ndata: d\nlr: .nan\n", [], r"run\.yaml:3: lr: nan: Input should be a finite number"),
+    ("model: m\ndata: d\nlr: .nan\n", [], r"run\.yaml:3: lr=nan: Input should be a finite number"),
     ("a: {" * 40 + "}" * 40 + "\n", [], "nested too deeply"),
     ("a: " + "[" * 20000 + "]" * 20000 + "\n", [], "nested too deeply"),
     ("model: m\ndata: d\nearly_stopping: 2\neval_every: 0\n", [], "early_stopping needs evaluations"),
-    (GOOD, ["epochs"], "'epochs' is no override"),
-    (GOOD, ["epochs=x"], r"'epochs=x': epochs: 'x'"),
+    (GOOD, ["epochs"], "'epochs' is not an override"),
+    (GOOD, ["epochs=x"], r"'epochs=x': epochs='x'"),
     (GOOD, ["batch_sise=4"], "a run has no key 'batch_sise'.*Did you mean 'batch_size'"),
-    (GOOD, ["data.trian=x"], r"'data\.trian=x': data\.trian: is no key here.*Did you mean 'train'"),
+    (GOOD, ["data.trian=x"], r"'data\.trian=x': there is no key 'data\.trian'.*Did you mean 'train'"),
 ]
 
 
@@ -107,17 +109,37 @@ def test_file_limits(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
+@pytest.mark.parametrize(("theirs", "ours"), [pair for pair in ELSEWHERE.items() if pair[1] not in peftree.__all__])
 def test_names_of_other_libraries_are_answered_with_ours(theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{theirs}=1': lora has no field '{theirs}'.*Did you mean '{ours}'\?"):
         make_method(load_config(None, ["model=m", "data=d", f"{theirs}=1"]))
+
+
+@pytest.mark.parametrize(("word", "value"), [("length=5", 5), ("columns=ff.out", "ff.out")])
+def test_a_field_with_the_name_of_an_old_setting_is_the_methods(word: str, value: object) -> None:
+    method = "prefix_tuning" if "length" in word else "ia3"
+    name = word.partition("=")[0]
+    config = load_config(None, ["model=m", "data=d", f"method={method}", word])
+    assert getattr(make_method(config), name) == value and config.max_length is None
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
+    if old == "base":  # that was a plan's
+        assert not renamed(old, RunConfig) and renamed(old, Request) == new
+        return
+    with pytest.raises(ConfigError, match=rf"run\.yaml:3: {old}: was renamed\. Write {new}\."):
+        load_config(write(tmp_path, f"model: m\ndata: d\n{old}: 8\n"))
+    if old != "fields":
+        with pytest.raises(ConfigError, match=rf"'{old}=8': lora has no field '{old}'\. Write {new}\."):
+            make_method(load_config(None, ["model=m", "data=d", f"{old}=8"]))
 
 
 def test_method_fields_are_checked_with_file_and_line(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("r: 16", "rank: 16"))
     with pytest.raises(ConfigError, match=r"run\.yaml:7: lora has no field 'rank'"):
         make_method(load_config(path))
-    with pytest.raises(ConfigError, match=r"run\.yaml:7: lora: r=0: .*Field 'r' \(rank\)"):
+    with pytest.raises(ConfigError, match=r"run\.yaml:7: lora: r=0: .*r: rank\. The default is 8"):
         make_method(load_config(write(tmp_path, GOOD.replace("r: 16", "r: 0"))))
     with pytest.raises(ConfigError, match=r"'alhpa=3': lora has no field 'alhpa'.*Did you mean 'alpha'"):
         make_method(load_config(None, ["model=m", "data=d", "alhpa=3"]))
@@ -147,9 +169,9 @@ def test_resolved_file_is_the_same_run(tmp_path: Path) -> None:
     again = load_config(path)
     assert again.resolved(registry.spec(make_method(again))["fields"], 1e-4) == resolved
     assert set(yaml.safe_load(path.read_text())) == set(RunConfig.model_fields)
-    assert set(resolved["method"]["fields"]) == set(registry.get("lora").model_fields)
+    assert set(resolved["method"]["fields"]) == set(registry.get("lora").model_fields) - {"by_site"}
 
 
 def test_is_read_without_torch() -> None:
-    code = "import sys, peftree.train.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, peftree.settings; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from peftree.data.rows import load_data
 from peftree.errors import DataError
-from peftree.train.data import load_data
 from train.tiny import reviews, write_csv, write_jsonl
 
 
@@ -58,12 +58,21 @@ def test_image_folder(image_data: Path) -> None:
 def test_columns_of_other_names(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", reviews(20), ("review", "mood"))
     assert load_data(path, columns={"text": "review", "label": "mood"}).task == "text-classification"
-    with pytest.raises(DataError, match="do not tell the task"):
+    with pytest.raises(DataError, match=r"do not tell the task.*: data\.columns\.text=your_column data\.col"):
         load_data(path)
+    with pytest.raises(DataError, match=r"no column 'text'\. Columns: mood, review\. Name yours: data\.columns\.text="):
+        load_data(path, task="text-classification")
     with pytest.raises(DataError, match=r"no column 'revew'.*Did you mean 'review'"):
         load_data(path, task="text-classification", columns={"text": "revew", "label": "mood"})
     with pytest.raises(DataError, match=r"has no column 'txt'.*Did you mean 'text'"):
         load_data(path, task="text-classification", columns={"txt": "review"})
+
+
+def test_rows_of_one_class_each_cannot_be_held_out(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", [(f"text {i}", f"label{i}") for i in range(30)])
+    with pytest.raises(DataError, match=r"every label stands in one training row alone.*data\.valid="):
+        load_data(path)
+    assert len(load_data(path, valid=path).train) == 30
 
 
 def test_holding_out_keeps_every_class_and_is_repeatable(tmp_path: Path) -> None:
@@ -108,12 +117,13 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.csv", b"text,label\ngood,pos\nbad,pos\n", "All training rows have the label"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"}\n', r"a\.jsonl:2: no column 'label'"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": \n', r"a\.jsonl:2: "),
-    ("a.jsonl", b'{"text": "a", "label": "x"}\n[1]\n', r"a\.jsonl:2 is no JSON object"),
+    ("a.jsonl", b'{"text": "a", "label": "x"}\n[1]\n', r"a\.jsonl:2 is not a JSON object"),
     ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl:1: "),
-    ("a.jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n', "label is 0.5, not text"),
+    ("a.jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n', "label holds numbers such as 0.5"),
+    ("a.jsonl", b'{"text": "a", "label": ["x"]}\n', r"label is \['x'\], not text. Labels are classes"),
     ("a.jsonl", b'{"text": ["a"], "label": 1}\n', r"text is \['a'\], not text"),
     ("a.jsonl", b'{"text": null, "label": 1}\n', "1 of 1 rows lack"),
-    ("a.parquet", b"no parquet at all", "no readable Parquet"),
+    ("a.parquet", b"no parquet at all", "not a readable Parquet"),
     ("a.xlsx", b"PK", "'.xlsx' files are not read"),
 ]
 
@@ -140,7 +150,7 @@ def test_label_that_training_lacks(review_data: Path) -> None:
 def test_unreadable_image_is_named(image_data: Path, damage: str) -> None:
     path = image_data / "train" / "light" / "3.png"
     path.write_bytes(b"no image" if damage == "text" else path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"light/3\.png is no readable image"):
+    with pytest.raises(DataError, match=r"light/3\.png is not a readable image"):
         load_data(image_data)
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import peftree
+from peftree.catalogue import task_facts, tasks
+from peftree.data.rows import load_data
 from peftree.errors import TrainError
 from peftree.evaluate.text_metrics import chrf, compare, rouge_l
-from peftree.train.data import load_data
-from peftree.train.facts import FACTS, TASKS
-from peftree.train.tasks import Generation, Options, build_task
-from peftree.train.tasks.decoding import greedy
+from peftree.tasks import Options, build_task, kind
+from peftree.tasks.decoding import greedy
+from peftree.tasks.generation import Generation
 from train.tiny import write_jsonl
 
 EOS = 2
@@ -124,22 +125,34 @@ def test_chrf_by_hand() -> None:
 
 
 def test_facts_are_those_of_the_scores(decoder: str, prompt_data: Path) -> None:
-    assert set(FACTS) == set(TASKS)
     data = load_data(prompt_data)
     task = trained(decoder, data, None, 0)
     scores = task.score(task.items(data.test))
-    facts = FACTS["generation"]
+    facts = task_facts("generation")
     assert (scores.metric, scores.higher_is_better, scores.aggregate) == (
         facts.metric, facts.higher_is_better, facts.aggregate,
     )  # fmt: skip
 
 
 def test_every_task_class_has_its_facts() -> None:
-    import peftree.train.tasks as tasks
-    from peftree.train.tasks.diffusion import ImageGeneration
+    assert len(tasks()) == 7
+    for name, facts in tasks().items():
+        of = kind(name)
+        assert (of.name, of.metric, of.higher_is_better) == (name, facts.metric, facts.higher_is_better)
 
-    classes = [getattr(tasks, name) for name in tasks.__all__] + [ImageGeneration]
-    found = {c.name: c for c in classes if isinstance(c, type) and issubclass(c, tasks.Task) and c is not tasks.Task}
-    assert set(found) == set(FACTS) == set(tasks._LOADERS)
-    for name, kind in found.items():
-        assert (kind.metric, kind.higher_is_better) == (FACTS[name].metric, FACTS[name].higher_is_better)
+
+def test_a_text_that_a_task_writes_ends_with_the_token_that_ends_completions(decoder: str, prompt_data: Path) -> None:
+    data = load_data(prompt_data)
+    task: Any = build_task(decoder, data, Options())
+    end = task.tokenizer.eos_token_id
+    steps: list[int] = []
+
+    def ends(module: Any, args: Any, out: Any) -> None:
+        steps.append(1)
+        out.logits[..., end] = 1e4
+
+    task.model.register_forward_hook(ends)
+    features = task.features(data.test[:2])
+    assert min(len(f["input_ids"]) for f in features) > 3
+    written = task.write(features, 2)
+    assert all(set(row) <= {end} and len(row) <= 1 for row in written) and len(steps) == 1

@@ -9,16 +9,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 import peftree
 from peftree import registry
-from peftree.deltas import LowRank
+from peftree.data.rows import load_data
+from peftree.deltas import LowRank, turn
 from peftree.errors import TrainError
-from peftree.methods.contract import Method, Place, Tags
-from peftree.train.data import load_data
-from peftree.train.tasks import Task, build_task
-from train.tiny import trainer
+from peftree.methods.contract import Deltas, Method, Moment, Place, Tags
+from peftree.tasks import Task, build_task
+from peftree.train.trainer import AdapterTrainer
+from train.tiny import SHAPE, trainer
 
 
 @pytest.fixture
@@ -235,3 +238,105 @@ def test_no_false_alarm(name: str, encoder: str, review_data: Path, tmp_path: Pa
     made = trainer(adapter, task, review_data, tmp_path, steps=4)
     made.train()
     assert made.health.done
+
+
+def t5() -> nn.Module:
+    """Return a tiny T5, which cannot run without decoder inputs or labels."""
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=64, dropout_rate=0.0, **shape, **ends))
+
+
+def fit(
+    model: nn.Module, rows: list[dict[str, Any]], collate: Any, folder: Path, method: str = "lora", **args: Any
+) -> AdapterTrainer:
+    """Train three steps on `rows` as they are."""
+    settings: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    settings |= {"remove_unused_columns": False, "dataloader_pin_memory": False}
+    made = TrainingArguments(str(folder), max_steps=3, per_device_train_batch_size=2, **settings | args)
+    adapter = peftree.adapt(model, method)
+    done = AdapterTrainer(adapter, made, train_dataset=rows, data_collator=collate)
+    done.train()
+    assert done.health.done
+    return done
+
+
+@pytest.mark.parametrize("method", ["full", "child_tuning", "galore", "lisa"])
+def test_a_part_for_another_task_is_no_alarm_where_every_parameter_trains(method: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = tf.Dinov2ForImageClassification(tf.Dinov2Config(**shape, num_labels=3))
+    rows = [{"pixel_values": torch.randn(3, 28, 28), "labels": i % 3} for i in range(6)]
+    done = fit(model, rows, None, tmp_path, method, learning_rate=1e-2)
+    unused = [n for n in done.health.names if "mask_token" in n]
+    assert unused and not set(unused) & done.health.alive
+
+
+class ThreeSided(nn.Module):
+    """A model whose positions are `[3, rows, tokens]` and which answers with a tuple: loss, then what matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, num_key_value_heads=2, **SHAPE))
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, places: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Return loss and logits; all three sets of positions must be there."""
+        assert places.shape == (3, *input_ids.shape)
+        out = self.inner(input_ids=input_ids, position_ids=places.amax(0), labels=labels)
+        return out.loss, out.logits
+
+
+def test_the_check_gives_the_model_what_training_gave_it(tmp_path: Path, capsys: Any) -> None:
+    ids = [[5, 6, 7, 2], [8, 9, 2, 2], [3, 4, 5, 6]]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def labelled(features: Any) -> dict[str, Tensor]:
+        return {k: torch.tensor([f[k] for f in features]) for k in ("input_ids", "labels")}
+
+    def sided(features: Any) -> dict[str, Tensor]:
+        batch = labelled(features)
+        return batch | {"places": torch.arange(4).expand(3, len(features), 4)}
+
+    fit(t5(), rows, labelled, tmp_path)
+    fit(ThreeSided(), rows, sided, tmp_path)
+    assert capsys.readouterr().err.count("output changed by up to") == 2
+
+
+def test_a_pass_without_a_label_or_stop_token_is_no_dead_step(tmp_path: Path) -> None:
+    """Of a step's four passes one has both."""
+    rows = [{"input_ids": [5, 6, 7, 2], "labels": labels} for labels in ([-100] * 4, [-100, 6, 7, 2])] * 4
+
+    def collate(features: Any) -> dict[str, Tensor]:
+        return {k: torch.tensor([f[k] for f in features]) for k in ("input_ids", "labels")}
+
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, num_key_value_heads=2, **SHAPE))
+    made = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=8, report_to="none",
+        disable_tqdm=True, save_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = AdapterTrainer(peftree.adapt(model, "lora"), made, stop=2, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert trainer.health.stops == [12, 24] and trainer.health.labels == [36, 96]
+
+
+class Turns(Method):
+    """One site trains at a time, so that no A has had a gradient by step 3: each B was zero in its one step."""
+
+    name: ClassVar[str] = "turns"
+    tags: ClassVar[Tags] = Tags("reparameterized", "none", True, True, lr=1e-3)
+    sites: str = "attn.q attn.v"
+
+    def build(self, place: Place) -> LowRank:
+        return LowRank(place, place.kaiming(2, place.site.in_features), place.zeros(2, place.site.out_features), 1.0)
+
+    def schedule(self, deltas: Deltas, moment: Moment) -> None:
+        for number, delta in enumerate(deltas.values()):
+            turn(delta, number == moment.step % 4)
+
+
+def test_tensors_that_take_turns_are_not_dead(generator: Task, prompt_data: Path, tmp_path: Path) -> None:
+    adapter = peftree.adapt(generator.model, Turns())
+    made = trainer(adapter, generator, prompt_data, tmp_path, steps=4, quiet=True)
+    made.train()
+    assert made.state.global_step == 4
+    assert all(bool(d.B.any()) for d in adapter.deltas.values())

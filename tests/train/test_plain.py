@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import peftree
-from peftree.train.data import load_data
-from peftree.train.tasks import Task, build_task
+from peftree.data.rows import load_data
+from peftree.tasks import Task, build_task
 
 
 @pytest.fixture

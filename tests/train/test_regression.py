@@ -12,12 +12,13 @@ from scipy import stats
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from peftree.data.rows import load_data
 from peftree.errors import DataError, DivergedError, TrainError
 from peftree.evaluate.quality import regress
-from peftree.train.config import RunConfig
-from peftree.train.data import load_data
+from peftree.settings import RunConfig
+from peftree.tasks import Options, build_task
+from peftree.tasks.text_regression import TextRegression
 from peftree.train.run import open_run, run
-from peftree.train.tasks import Options, TextRegression, build_task
 from train.tiny import reviews, write_csv
 
 
@@ -105,7 +106,9 @@ def test_what_cannot_be_scored() -> None:
 
 @pytest.mark.parametrize(
     ("score", "message"),
-    [("much", r"a\.csv:2: score is 'much', not a finite number"), ("nan", "not a finite number"),
+    [("much", r"a\.csv:2: score is 'much', not a finite number"),
+     ("nan", r"1 of 8 rows lack text or score.*data\.skip_empty=true"),
+     ("inf", "not a finite number"),
      ("1e999", "not a finite number"), ("", r"1 of 8 rows lack text or score")],
 )  # fmt: skip
 def test_scores_that_are_no_numbers(tmp_path: Path, score: str, message: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,24 @@ import torch
 import yaml
 
 import peftree
+from peftree.data.rows import load_data
 from peftree.errors import ConfigError, DataError, PeftreeError, TrainError
 from peftree.evaluate.against import against_base, compare
-from peftree.evaluate.cost import current_rss, peak_rss, saved_bytes, tensor_bytes, training_bytes
+from peftree.evaluate.cost import (
+    current_rss,
+    device_peak,
+    peak_rss,
+    reset_peaks,
+    saved_bytes,
+    tensor_bytes,
+    training_bytes,
+)
 from peftree.evaluate.quality import Scores
-from peftree.train.config import RunConfig, load_config
-from peftree.train.data import load_data
-from peftree.train.run import RunResult, open_run, run
-from peftree.train.tasks import base, build_task
+from peftree.runs.record import Run
+from peftree.settings import RunConfig, load_config
+from peftree.tasks import base, build_task
+from peftree.train.run import open_run, run
+from peftree.train.trainer import AdapterTrainer
 
 
 def configured(model: str, data: Path, output: Path, *more: str) -> RunConfig:
@@ -29,11 +39,11 @@ def configured(model: str, data: Path, output: Path, *more: str) -> RunConfig:
 
 
 @pytest.fixture
-def reviewed(encoder: str, review_data: Path, tmp_path: Path) -> RunResult:
+def reviewed(encoder: str, review_data: Path, tmp_path: Path) -> Run:
     return run(configured(encoder, review_data, tmp_path / "out", "epochs=5", "lr=0.01", "r=4"))
 
 
-def test_text_classification(reviewed: RunResult, tmp_path: Path) -> None:
+def test_text_classification(reviewed: Run, tmp_path: Path) -> None:
     assert reviewed.task == "text-classification"
     assert reviewed.split == "test"
     assert reviewed.score >= 0.8
@@ -45,29 +55,43 @@ def test_text_classification(reviewed: RunResult, tmp_path: Path) -> None:
     assert reviewed.sites == 5
     assert reviewed.trainable_parameters == 4 * 2 * (4 * 32) + 2 * 32 + 2
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "resolved.yaml", "metrics.json", "adapter", "checkpoint-24", "checkpoint-30",
+        ".lock", "inputs.json", "resolved.yaml", "metrics.json", "adapter", "checkpoint-24", "checkpoint-30",
     }  # fmt: skip
 
 
-def test_measurements(reviewed: RunResult) -> None:
+def test_measurements(reviewed: Run) -> None:
     for name in ("setup_seconds", "train_seconds", "eval_seconds", "cpu_seconds", "step_seconds"):
         assert getattr(reviewed, name) > 0
     assert reviewed.peak_rss_bytes >= 50 << 20
     assert reviewed.saved_for_backward_bytes > 10_000
     assert reviewed.adapter_bytes >= 4 * reviewed.trainable_parameters
-    steps = [point["step"] for point in reviewed.curve]
+    steps = [point.step for point in reviewed.curve]
     assert steps == sorted(set(steps))
-    losses = [point["loss"] for point in reviewed.curve if point["loss"] is not None]
-    assert losses[-1] < losses[0]  # type: ignore[operator]
-    assert [p["step"] for p in reviewed.curve if p["score"] is not None] == [6, 12, 18, 24, 30]
+    losses = [point.loss for point in reviewed.curve if point.loss is not None]
+    assert losses[-1] < losses[0]
+    assert [p.step for p in reviewed.curve if p.score is not None] == [6, 12, 18, 24, 30]
 
 
-def test_metrics_file_is_the_result(reviewed: RunResult, tmp_path: Path) -> None:
+def test_metrics_file_is_the_result(reviewed: Run, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert stored == json.loads(json.dumps(dataclasses.asdict(reviewed)))
+    assert stored == reviewed.metrics() and stored["lr"] == reviewed.lr == 0.01
+    rest = {"device_peak_bytes", "allocator_peak_bytes", "peak_bytes", "planned_bytes"}  # of a GPU, or not when quiet
+    assert {name for name, value in stored.items() if value is None} == rest and stored["throughput"] > 0
 
 
-def test_a_run_opens_again_with_the_same_scores(reviewed: RunResult, tmp_path: Path) -> None:
+def test_device_memory_is_counted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append(f"reset {device}"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: seen.append(f"read {device}") or 7)
+    cuda = torch.device("cuda", 0)
+    reset_peaks(cuda)
+    assert (device_peak(cuda), device_peak(torch.device("cpu"))) == (7, None) and seen == [
+        "reset cuda:0",
+        "read cuda:0",
+    ]
+
+
+def test_a_run_opens_again_with_the_same_scores(reviewed: Run, tmp_path: Path) -> None:
     opened = open_run(tmp_path / "out")
     assert opened.score().items == reviewed.items
     found = against_base(opened.task.model, opened.score)
@@ -76,11 +100,28 @@ def test_a_run_opens_again_with_the_same_scores(reviewed: RunResult, tmp_path: P
     assert peftree.active(opened.task.model) == ("default",)
 
 
-def test_resolved_file_gives_the_same_run(reviewed: RunResult, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_time_before_a_resume_counts(
+    encoder: str, review_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: Any) -> None:
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    settings = ("save_every=20", "eval_every=0", "base_score=false")
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterTrainer, "before_step", slow)
+        run(configured(encoder, review_data, tmp_path / "out", "steps=20", *settings))
+    more = run(configured(encoder, review_data, tmp_path / "out", "steps=21", *settings, "resume=true"))
+    assert more.steps == 21 and more.train_seconds > 2 and more.cpu_seconds > 2  # 20 steps of 0.1 s and more
+
+
+def test_resolved_file_gives_the_same_run(reviewed: Run, tmp_path: Path) -> None:
     again = run(load_config(tmp_path / "out" / "resolved.yaml", [f"output={tmp_path / 'again'}"]))
     assert again.items == reviewed.items
     assert again.fields == reviewed.fields
-    assert [p["loss"] for p in again.curve] == [p["loss"] for p in reviewed.curve]
+    assert [p.loss for p in again.curve] == [p.loss for p in reviewed.curve]
     one, two = (tmp_path / n / "adapter" / "adapter.safetensors" for n in ("out", "again"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -118,7 +159,7 @@ def test_options_of_training(decoder: str, prompt_data: Path, tmp_path: Path) ->
 def test_early_stopping_keeps_the_best(encoder: str, review_data: Path, tmp_path: Path) -> None:
     more = ["epochs=40", "lr=0.05", "early_stopping=2", "schedule=constant"]
     result = run(configured(encoder, review_data, tmp_path / "out", *more))
-    scores = [p["score"] for p in result.curve if p["score"] is not None]
+    scores = [p.score for p in result.curve if p.score is not None]
     assert result.steps < 40 * 6
     opened = open_run(tmp_path / "out")
     assert opened.score("valid").score == max(scores)
@@ -174,8 +215,8 @@ BAD: list[tuple[list[str], type[PeftreeError], str]] = [
     (["sites=attn.qq"], PeftreeError, "attn.qq"),
     (["max_length=4000"], ConfigError, "the model takes 40 tokens"),
     (["data.train=nothing.csv"], DataError, "nothing.csv does not exist"),
-    (["config.layers=3"], ConfigError, "BertConfig has no layers"),
-    ([f"output={__file__}/x"], ConfigError, "test_run.py is no folder that can be written to"),
+    (["config.layers=3"], ConfigError, "config.layers: BertConfig has none"),
+    ([f"output={__file__}/x"], ConfigError, "test_run.py is not a folder that can be written to"),
 ]
 
 
@@ -189,7 +230,7 @@ def test_bad_settings_leave_nothing_behind(
 
 
 def test_unfinished_run_does_not_open(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no finished run"):
+    with pytest.raises(ConfigError, match="is not a finished run"):
         open_run(tmp_path)
 
 
@@ -203,7 +244,7 @@ def test_what_is_said(encoder: str, review_data: Path, tmp_path: Path, capsys: A
     assert "on 16 valid rows; 6 steps in " in said
 
 
-def test_resolved_holds_every_default(reviewed: RunResult, tmp_path: Path) -> None:
+def test_resolved_holds_every_default(reviewed: Run, tmp_path: Path) -> None:
     resolved = yaml.safe_load((tmp_path / "out" / "resolved.yaml").read_text())
     assert set(resolved) == set(RunConfig.model_fields)
     assert resolved["method"]["fields"] == reviewed.fields

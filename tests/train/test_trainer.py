@@ -17,13 +17,14 @@ from transformers import TrainerCallback
 
 import peftree
 from peftree.adapter import Adapter
+from peftree.data.rows import load_data
 from peftree.deltas import LowRank
 from peftree.errors import PeftreeError, TrainError
 from peftree.methods.contract import Deltas, Method, Moment, Place, Tags
+from peftree.tasks import Task, build_task
 from peftree.train.checkpoint import damage, newest_checkpoint
-from peftree.train.data import load_data
-from peftree.train.tasks import Task, build_task
-from train.tiny import trainer, write_jsonl
+from sampled import quick
+from train.tiny import Break, trainer, write_jsonl
 
 
 class Probe(Method):
@@ -44,7 +45,14 @@ class Probe(Method):
 
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
         alive = any(p.grad is not None and bool(p.grad.any()) for d in deltas.values() for p in d.parameters())
-        self.calls.append(("schedule", moment.step, moment.total, alive))
+        name = "start" if moment.start else "schedule"
+        self.calls.append((name, moment.step, moment.total, alive, type(moment.optimizer).__name__))
+
+    def before_step(self, deltas: Deltas, moment: Moment) -> None:
+        grads = {n: p.grad for d in deltas.values() for n, p in d.named_parameters() if p.grad is not None}
+        self.calls.append(("before", moment.step, bool(grads), type(moment.optimizer).__name__))
+        for d in deltas.values():
+            d.get_parameter("A").grad.zero_()  # type: ignore[union-attr] # so that the step leaves A as it is
 
     def aux_loss(self, deltas: Deltas, moment: Moment) -> Tensor | None:
         assert moment.again is not None
@@ -68,15 +76,21 @@ def task(decoder: str, prompt_data: Path) -> Task:
     return build_task(decoder, load_data(prompt_data))
 
 
-def test_every_hook_has_its_turn(task: Task, prompt_data: Path, tmp_path: Path) -> None:
+def test_every_hook_has_its_turn(task: Task, decoder: str, prompt_data: Path, tmp_path: Path) -> None:
     Probe.calls.clear()
     adapter = peftree.adapt(task.model, Probe())
     made = trainer(adapter, task, prompt_data, tmp_path, steps=3, batch=8)
     made.train()
     names = [call[0] for call in Probe.calls]
-    assert names == ["init", *["aux", "schedule"] * 3, "post_hoc"]
+    assert names == ["init", "start", *["aux", "before", "schedule"] * 3, "post_hoc"]
     assert Probe.calls[0][1] == 5
-    assert [c[1:] for c in Probe.calls if c[0] == "schedule"] == [(1, 3, True), (2, 3, True), (3, 3, True)]
+    assert Probe.calls[1][1:3] == (0, 3)
+    assert [c[1:] for c in Probe.calls if c[0] == "before"] == [(n, True, "AdamW") for n in (1, 2, 3)]
+    assert [c[1:] for c in Probe.calls if c[0] == "schedule"] == [(n, 3, True, "AdamW") for n in (1, 2, 3)]
+    fresh = peftree.adapt(build_task(decoder, load_data(prompt_data)).model, Probe())
+    pairs = zip(adapter.deltas.values(), fresh.deltas.values(), strict=True)
+    same = [[torch.equal(a.get_parameter(n), b.get_parameter(n)) for n in "AB"] for a, b in pairs]
+    assert same == [[True, False]] * 4, "the step used the gradients that the hook left"
     assert all(c[2] for c in Probe.calls if c[0] == "aux")
     assert [g["initial_lr"] for g in made.optimizer.param_groups] == [3e-3, 3e-2]
 
@@ -91,7 +105,7 @@ def test_learning_rate(task: Task, prompt_data: Path, tmp_path: Path) -> None:
     assert [(g["lr"], g["weight_decay"]) for g in args.create_optimizer().param_groups] == [(0.03, 0.1)]
 
 
-@pytest.mark.parametrize("kind", ["generation", "classification"])
+@pytest.mark.parametrize("kind", quick(["generation", "classification"]))
 def test_accumulation_is_one_large_batch(
     kind: str, encoder: str, decoder: str, review_data: Path, prompt_data: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +155,7 @@ def fresh(decoder: str, folder: Path, method: str = "lora", **fields: Any) -> tu
     return task, peftree.adapt(task.model, method, **fields)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", quick([3, 1]))
 def test_resuming_is_exact(decoder: str, prompt_data: Path, tmp_path: Path, accumulation: int) -> None:
     """Weights, optimizer, rate and losses of a run broken off and resumed are those of one that was not, to the bit."""
     settings: dict[str, Any] = {
@@ -169,11 +183,19 @@ def test_resuming_is_exact(decoder: str, prompt_data: Path, tmp_path: Path, accu
     assert one.lr_scheduler.state_dict() == two.lr_scheduler.state_dict()
 
 
-@pytest.mark.parametrize("method", ["adalora", "pissa", "molora", "adamix", "fishmask", "lora_plus"])
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [("adalora", 3)]
+    + [
+        pytest.param(m, 3, marks=pytest.mark.slow)
+        for m in ("adamix", "fishmask", "spiel", "pissa", "molora", "lora_plus", "galore", "id3", "ivon_lora")
+    ]
+    + [pytest.param(m, n, marks=pytest.mark.slow) for m, n in (("ist", 3), ("diff_pruning", 3), ("diff_pruning", 4))],
+)
 def test_resuming_is_exact_for_methods_with_a_state_of_their_own(
-    method: str, encoder: str, review_data: Path, tmp_path: Path
+    method: str, every: int, encoder: str, review_data: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"steps": 7, "batch": 4, "save_strategy": "steps", "save_steps": 3, "quiet": True}
+    settings: dict[str, Any] = {"steps": 7, "batch": 4, "save_strategy": "steps", "save_steps": every, "quiet": True}
     task, whole = fresh(encoder, review_data, method)
     trainer(whole, task, review_data, tmp_path / "whole", **settings).train()
     task, broken = fresh(encoder, review_data, method)
@@ -183,17 +205,6 @@ def test_resuming_is_exact_for_methods_with_a_state_of_their_own(
     task, again = fresh(encoder, review_data, method)
     trainer(again, task, review_data, tmp_path / "broken", **settings).train(resume_from_checkpoint=True)
     assert all(torch.equal(whole.state()[k], again.state()[k]) for k in whole.state())
-
-
-class Break(TrainerCallback):
-    """Ends the run in the middle."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -336,39 +347,45 @@ def test_disk_full_keeps_the_previous_checkpoint(
     task, adapter = fresh(decoder, prompt_data)
     with pytest.raises(PeftreeError, match=r"No space left.*Earlier checkpoints are whole"):
         trainer(adapter, task, prompt_data, tmp_path / "out", steps=6, save_strategy="steps", save_steps=2).train()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-2"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "checkpoint-2"]
     assert damage(tmp_path / "out" / "checkpoint-2") == ""
 
 
 class Terminate(TrainerCallback):
-    """Sends SIGTERM to this process in the middle of a step."""
+    """Sends a signal to this process in the middle of a step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
-def test_sigterm_saves_and_exits_143(decoder: str, prompt_data: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_exits(
+    name: str, code: int, decoder: str, prompt_data: Path, tmp_path: Path, capsys: Any
+) -> None:
     task, adapter = fresh(decoder, prompt_data)
     with pytest.raises(SystemExit) as caught:
-        trainer(adapter, task, prompt_data, tmp_path, steps=50, callbacks=[Terminate()]).train()
-    assert caught.value.code == 143
-    assert "stopped by SIGTERM at step 4" in capsys.readouterr().err
+        trainer(adapter, task, prompt_data, tmp_path, steps=50, callbacks=[Terminate(signal.Signals[name])]).train()
+    assert caught.value.code == code
+    assert f"stopped by {name} at step 4" in capsys.readouterr().err
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert damage(tmp_path / "checkpoint-4") == ""
 
 
-def test_sigterm_handler_is_put_back(task: Task, prompt_data: Path, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_handlers_of_signals_are_put_back(task: Task, prompt_data: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     trainer(peftree.adapt(task.model, "lora"), task, prompt_data, tmp_path, steps=3).train()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_old_checkpoints_are_removed(decoder: str, prompt_data: Path, tmp_path: Path) -> None:
     task, adapter = fresh(decoder, prompt_data)
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     trainer(adapter, task, prompt_data, tmp_path / "out", steps=5, **settings).train()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"checkpoint-4", "checkpoint-5"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {".lock", "checkpoint-4", "checkpoint-5"}
 
 
 def test_state_file_is_plain(saved: Path) -> None:

@@ -13,11 +13,11 @@ import torch
 import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from peftree.adapter import Adapter
-from peftree.train.data import load_data
-from peftree.train.tasks import Task
+from peftree.data.rows import load_data
+from peftree.tasks import Task
 from peftree.train.trainer import AdapterTrainer
 
 WORDS = ["good", "fine", "great", "nice", "bad", "poor", "awful", "sad", "film", "plot", "cast", "the", "a", "was"]
@@ -97,3 +97,14 @@ def trainer(
         adapter, made, lr=lr, stop=task.stop, quiet=quiet, train_dataset=task.items(load_data(folder).train),
         data_collator=collate or task.collate, callbacks=callbacks, optimizers=optimizers,
     )  # fmt: skip
+
+
+class Break(TrainerCallback):
+    """Ends a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

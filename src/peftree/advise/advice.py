@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+from pydantic import Field
 
 from peftree.advise import cost as costs
 from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
-from peftree.advise.profile import DataProfile, ModelProfile, data_profile, folder_of, model_profile, read_data
+from peftree.advise.profile import DataProfile, ModelProfile, data_profile, model_profile
 from peftree.advise.rank import Estimate, Evidence, Query, against, shown
 from peftree.advise.rules import Case, Rule, apply
 from peftree.advise.serve import Serving, serving
 from peftree.advise.settings import run_settings
 from peftree.advise.table import known
+from peftree.data.rows import Data
+from peftree.data.thinning import rows_of
 from peftree.errors import ConfigError, MethodError, PeftreeError, SiteError, did_you_mean
-from peftree.train.data import Data
+from peftree.named_method import make_method
+from peftree.plan import Request
+from peftree.settings import DataConfig, RunConfig
 
 Goal = Literal["quality", "memory", "speed", "retention", "serving"]
 GOALS: tuple[str, ...] = get_args(Goal)
 TOP = 3
+KEPT = {"memory", "device"}  # of a plan's settings that no run has, those that advice follows
 # How much less than the best expected quality a candidate may have for each goal.
 GIVE = {"quality": math.inf, "memory": 0.1, "speed": 0.1, "retention": 0.2, "serving": 0.1}
 Told = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What advice is asked for; `memory` in bytes, 0 and empty: chosen by model and data."""
+class Asked(Request):
+    """What advice is asked for: a run, whose method is left open; what else it leaves open model and data decide."""
 
-    model: str
-    data: str
-    memory: int
-    goal: str = "quality"
-    task: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    length: int = 0
-    batch: int = 0
-    image: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
-    top: int = TOP
+    data: DataConfig = Field(description="where the rows are")
+    goal: str = Field("quality", description="quality, memory, speed, retention or serving")
+    top: int = Field(TOP, ge=1, description="how many methods to recommend")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ class Advice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data."""
-        plain = asdict(self) | {"rules": [r.model_dump(mode="json") for r in self.rules]}
+        plain = asdict(self) | {"asked": self.asked.model_dump(mode="json")}
+        plain |= {"rules": [r.model_dump(mode="json") for r in self.rules]}
         for one, row in zip(self.recommended, plain["recommended"], strict=True):
             found = one.judged.cost
             row["judged"]["cost"]["plan"] = found.plan.to_dict() if found else None
@@ -124,15 +123,27 @@ def look(asked: Asked) -> tuple[ModelProfile, DataProfile, Setting, Data]:
     """Return what is known of model and data, everything checked before any work.
 
     Raises:
-        ConfigError: an unknown goal or task, no config, a budget below the weights, a length that the model lacks.
+        ConfigError: an unknown goal or task, a setting that advice cannot keep, a wrong field, no config, a budget
+            below the weights, a length that the model lacks.
         DataError: the data do not parse.
     """
     check_goal(asked.goal)
-    data = read_data(asked.data, asked.task, asked.columns)
-    model = model_profile(asked.model, data.task, len(data.labels), asked.image)
-    profile = data_profile(asked.data, data, asked.model)
-    how = costs.setting(model, profile, asked.memory, length=asked.length, batch=asked.batch, device=asked.device)
+    _check_kept(asked)
+    make_method(asked)
+    data = rows_of(asked)
+    model = model_profile(asked.model, data.task, len(data.labels), asked.image_size or 0, asked.config)
+    profile = data_profile(asked.data.train, data, asked.model)
+    how = costs.setting(model, profile, asked)
     return model, profile, how, data
+
+
+def _check_kept(asked: Asked) -> None:
+    """Raise ConfigError for a setting of a plan that no run file says: advice would have to drop it."""
+    for name in sorted(asked.model_fields_set & (set(Request.model_fields) - set(RunConfig.model_fields) - KEPT)):
+        raise ConfigError(
+            f"{asked.where(name)}{name}: a run has no such setting, so advice cannot keep it.",
+            "Leave it out; `peftree plan` takes it.",
+        )
 
 
 def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
@@ -151,14 +162,14 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
     told("reading the evidence")
     judged = [judge(evidence, query, c, data.task) for c in candidates(evidence.tables)]
     kept, below = _worth(judged, asked.goal)
-    chosen, misfits, asked_of = _fitting(ordered(kept, asked.goal), asked, model, data, how, told)
+    chosen, misfits, asked_of = _fitting(ordered(kept, asked.goal), asked, data, how, told)
     if not chosen:
         raise _nothing_fits(asked, misfits, asked_of)
     first = chosen[0]
     recommended = tuple(
         Recommendation(
             j, reasons(j, asked.goal, evidence), None if j is first else shown(first.estimate, j.estimate),
-            run_settings(folder_of(asked.model), data, asked.columns, j.candidate, how, _costed(j), j.rate),
+            run_settings(asked, data, j.candidate, how, _costed(j), j.rate),
         )
         for j in chosen
     )  # fmt: skip
@@ -167,7 +178,7 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
     case = Case(tuple(j.candidate.method for j in chosen), data.modality, data.kind, data.rows)
     return Advice(
         asked, model, data, how, recommended, misfits, others, tuple(apply(case)),
-        notes(recommended, evidence, query), tuple(t.origin for t in evidence.tables),
+        (*left_open(asked), *notes(recommended, evidence, query)), tuple(t.origin for t in evidence.tables),
     )  # fmt: skip
 
 
@@ -217,7 +228,7 @@ def _full_behind(order: Sequence[Judged]) -> list[Judged]:
 
 
 def _fitting(
-    order: Sequence[Judged], asked: Asked, model: ModelProfile, data: DataProfile, how: Setting, told: Told
+    order: Sequence[Judged], asked: Asked, data: DataProfile, how: Setting, told: Told
 ) -> tuple[list[Judged], dict[str, str], list[Cost]]:
     """Return the first of each method that fit, why others do not, and all that was planned.
 
@@ -233,7 +244,7 @@ def _fitting(
             continue
         told(f"planning {one.candidate.label}")
         try:
-            request = costs.request(model, data, how, one.candidate.method, one.candidate.fields)
+            request = costs.request(asked, data, how, one.candidate.method, one.candidate.fields)
             cost = costs.cost(request, asked.memory)
         except (SiteError, MethodError) as error:
             misfits[one.candidate.label] = f"does not apply: {error.what}"
@@ -273,7 +284,7 @@ def _nothing_fits(asked: Asked, misfits: Mapping[str, str], planned: Sequence[Co
     return ConfigError(
         f"Nothing fits {costs.size(asked.memory)}: the leanest candidate takes {costs.size(least)} "
         "with one row at a time and gradient checkpointing.",
-        f"Give {costs.size(least * 1.05)}, shorter rows (--length), or a smaller model.",
+        f"Give {costs.size(least * 1.05)}, shorter rows (max_length), or a smaller model.",
     )
 
 
@@ -306,6 +317,14 @@ def _nearest(estimate: Estimate, evidence: Evidence) -> str:
     task = estimate.measured[0]
     c = contexts[task]
     return f"{task} ({c.model}, {c.modality} {c.kind}, tier {c.tier})"
+
+
+def left_open(asked: Asked) -> list[str]:
+    """Return what the run says that advice does not follow, in a sentence or none."""
+    named = [asked.method.name] if "method" in asked.model_fields_set else []
+    named += [f"lr={asked.lr:g}"] if asked.lr is not None else []
+    said = "advice leaves the method open, and the learning rate with it: what the run says of them counts for nothing"
+    return [f"{said} ({', '.join(named)})"] if named else []
 
 
 def notes(recommended: Sequence[Recommendation], evidence: Evidence, query: Query) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,56 +26,43 @@ def seconds(text: str) -> float:
     (300.0, 5400.0)
 
     Raises:
-        ConfigError: it is no duration.
+        ConfigError: it is not a duration.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if found is None or not float(found[1]):
-        raise ConfigError(f"'{text}' is no duration.", "Write it as 90s, 5min or 1.5h.")
+        raise ConfigError(f"'{text}' is not a duration.", "Write it as 90s, 5min or 1.5h.")
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def columns(pairs: list[str]) -> dict[str, str]:
-    """Return `text=review` pairs as a mapping.
-
-    Raises:
-        ConfigError: a pair has no equals sign, or nothing on one side.
-    """
-    found = {}
-    for pair in pairs:
-        name, equals, theirs = pair.partition("=")
-        if not (equals and name and theirs):
-            raise ConfigError(f"--column {pair}: is no pair.", "Write --column text=your_column.")
-        found[name] = theirs
-    return found
-
-
 def advise(
-    model: Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a hub name.")],
-    data: Annotated[str, typer.Option(help="Training data: a file, a folder of images, or a folder of splits.")],
-    memory: Annotated[str, typer.Option(help="Of one device: 24GB, 24GiB, 800MB.")],
-    goal: Annotated[str, typer.Option(help="quality, memory, speed, retention or serving.")] = "quality",
-    task: Annotated[str, typer.Option(help="The task; none: told from the data's columns.")] = "",
-    column: Annotated[list[str] | None, typer.Option(help="The data's name of a column, as text=review.")] = None,
-    length: Annotated[int, typer.Option(min=0, help="Tokens of a row; 0: from the data.")] = 0,
-    batch: Annotated[int, typer.Option(min=0, help="Rows of an optimizer step; 0: 16.")] = 0,
-    image: Annotated[int, typer.Option(min=0, help="Pixels of an image's side; 0: as a run would.")] = 0,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Whose memory it is.")] = "cuda",
+    first: Annotated[str, typer.Argument(help="run.yaml, a model (folder with config.json, or a name), or key=value.")],
+    words: Annotated[list[str] | None, typer.Argument(help="key=value: data=FILE max_length=512 device=cpu.")] = None,
+    memory: Annotated[str, typer.Option(help="Of one device: 24GB, 24GiB, 800MB.")] = "",
+    goal: Annotated[str, typer.Option(help="quality (the default), memory, speed, retention or serving.")] = "",
     write: Annotated[Path | None, typer.Option(help="Write a run.yaml for each recommendation here.")] = None,
     probe: Annotated[str, typer.Option(help="Spend so long on trying candidates on the data: 5min.")] = "",
-    out: Annotated[Path, typer.Option(help="Where --probe keeps its runs; the same command goes on.")] = Path("probe"),
+    out: Annotated[Path, typer.Option(help="Where --probe keeps its runs; the same command continues.")] = Path(
+        "probe"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")] = False,
 ) -> None:
     """Say which methods fit a model, data and a memory budget, with evidence and doubts; write a run.yaml for each."""
     from peftree.plan import parse_bytes
+    from peftree.settings import read_settings, spoken
 
-    budget, spend = parse_bytes(memory), seconds(probe) if probe else 0.0
+    spend = seconds(probe) if probe else 0.0
+    more: dict[str, Any] = {"memory": parse_bytes(memory)} if memory else {}
+    more |= {"goal": goal} if goal else {}
     if write is not None and write.exists() and not write.is_dir():
-        raise ConfigError(f"--write {write} is no folder.", "Name a folder, or one to make.")
+        raise ConfigError(f"--write {write} is not a folder.", "Name a folder, or one to make.")
     from peftree.advise.advice import Asked
     from peftree.advise.advice import advise as give
 
-    asked = Asked(model, data, budget, goal, task, columns(column or []), length, batch, image, device)
+    path, rest, named = spoken(first, words or [], Asked)
+    asked = read_settings(Asked, path, rest, **named, **more)
+    if not asked.memory:
+        raise ConfigError("Advice needs a budget.", "Add --memory 24GB.")
     silent = quiet or as_json
     with _status(silent) as told:
         advice = give(asked, told)

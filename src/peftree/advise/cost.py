@@ -8,12 +8,13 @@ from typing import Any, Literal
 from peftree.advise.profile import DataProfile, ModelProfile
 from peftree.errors import ConfigError
 from peftree.plan import Plan, Request, largest, plan
+from peftree.settings import MethodConfig
 
 ROWS = 16  # of an optimizer step, as a run has by default; a smaller batch is made up for by accumulation
-DEFAULT_LENGTH = 256
-# What is given up first: nothing, rows at a time, then activations.
-LADDER = ((4, False), (ROWS, True), (4, True))
-Dtype = Literal["float32", "bfloat16", "float16"]
+LEAST_LENGTH = 4  # tokens of a row that a run may have
+# What is given up first: rows that are scored at a time, rows at a time, then activations.
+LADDER = ((ROWS, False), (4, False), (ROWS, True), (4, True))
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Setting:
     dtype: Dtype
     batch: int = ROWS
     labels: int = 0
-    device: Literal["cpu", "cuda"] = "cuda"
     image: int = 0
 
 
@@ -54,15 +54,13 @@ class Cost:
     largest: int | None = None
 
 
-def setting(
-    model: ModelProfile, data: DataProfile, budget: int, *, length: int = 0, batch: int = 0,
-    device: Literal["cpu", "cuda"] = "cuda",
-) -> Setting:  # fmt: skip
-    """Choose length and precision for a model, data and a budget.
+def setting(model: ModelProfile, data: DataProfile, run: Request) -> Setting:
+    """Choose length and precision for a model, data and a budget; what the run names is kept.
 
     Raises:
         ConfigError: the budget is below the weights themselves, or the model takes no rows of that length.
     """
+    budget, length = run.memory, run.max_length
     if budget <= model.weights:
         raise ConfigError(
             f"The budget of {size(budget)} is below the weights of {model.source} themselves: "
@@ -70,11 +68,13 @@ def setting(
             f"Give more than {size(model.weights)}, or choose a smaller model.",
         )
     if length and model.positions and length > model.positions:
-        raise ConfigError(f"--length {length}: the model takes {model.positions} tokens.", "Lower it.")
+        raise ConfigError(f"max_length={length}: the model takes {model.positions} tokens.", "Lower it.")
     dtype: Dtype = "bfloat16" if model.dtype == "bfloat16" or 8 * model.parameters > budget else "float32"
+    if "dtype" in run.model_fields_set:
+        dtype = run.dtype
     labels = max(data.classes, 1) if data.task.startswith("text-") else data.classes
-    rows = min(batch or ROWS, max(data.rows, 1))
-    return Setting(length or _length(model, data), dtype, rows, labels, device, model.side)
+    rows = min(run.batch_size, max(data.rows, 1))
+    return Setting(length or _length(model, data), dtype, rows, labels, model.side)
 
 
 def _length(model: ModelProfile, data: DataProfile) -> int:
@@ -85,12 +85,14 @@ def _length(model: ModelProfile, data: DataProfile) -> int:
     return min(found, model.positions or found)
 
 
-def request(model: ModelProfile, data: DataProfile, how: Setting, method: str, fields: dict[str, Any]) -> Request:
-    """Return what the planner is asked for a candidate."""
-    return Request(
-        model=model.source, method=method, fields=fields, task=data.task, labels=how.labels or 2, batch=how.batch,
-        length=how.length, image=how.image, dtype=how.dtype, device=how.device,
-    )  # fmt: skip
+def request(run: Request, data: DataProfile, how: Setting, method: str, fields: dict[str, Any]) -> Request:
+    """Return what the planner is asked for a candidate: the run, with what advice decides."""
+    decided = {
+        "method": MethodConfig(name=method, fields=fields), "task": data.task, "labels": how.labels or 2,
+        "batch_size": how.batch, "max_length": max(how.length, LEAST_LENGTH), "image_size": how.image or None,
+        "dtype": how.dtype,
+    }  # fmt: skip
+    return Request(**{name: getattr(run, name) for name in Request.model_fields} | decided)
 
 
 def cost(asked: Request, budget: int) -> Cost:
@@ -101,20 +103,31 @@ def cost(asked: Request, budget: int) -> Cost:
     """
     whole = plan(asked)
     if whole.fits(budget):
-        return Cost(whole, True, asked.batch, 1, False)
+        return _cost(whole, True)
     least = plan(_with(asked, 1, True))
     if not least.fits(budget):
-        return Cost(least, False, 1, asked.batch, True)
+        return _cost(least, False)
+    kept = asked.gradient_checkpointing
     for rows, checkpointing in LADDER:
-        if rows < asked.batch or (checkpointing and rows == asked.batch):
+        less = rows < asked.batch_size or checkpointing > kept or whole.phase == "scoring"
+        if checkpointing >= kept and rows <= asked.batch_size and less:
             found = plan(_with(asked, rows, checkpointing))
             if found.fits(budget):
-                return Cost(found, True, rows, -(-asked.batch // rows), checkpointing)
-    return Cost(least, True, 1, asked.batch, True)
+                return _cost(found, True)
+    return _cost(least, True)
 
 
-def _with(asked: Request, batch: int, checkpointing: bool) -> Request:
-    return asked.model_copy(update={"batch": batch, "checkpointing": checkpointing})
+def _with(asked: Request, rows: int, checkpointing: bool) -> Request:
+    """Return the request with so many rows at a time, and no fewer of them a step; all where they are compared."""
+    rows = asked.batch_size if asked.contrastive else rows
+    passes, scored = -(-asked.batch_size * asked.accumulation // rows), min(rows, asked.eval_batch_size)
+    changes = {"batch_size": rows, "accumulation": passes, "gradient_checkpointing": checkpointing}
+    return asked.model_copy(update=changes | {"eval_batch_size": scored})
+
+
+def _cost(found: Plan, fits: bool) -> Cost:
+    asked = found.request
+    return Cost(found, fits, asked.batch_size, asked.accumulation, asked.gradient_checkpointing)
 
 
 def with_largest(found: Cost, budget: int) -> Cost:

@@ -1,7 +1,7 @@
 """Probing: successive halving over the candidates on the user's own data, within a stated time.
 
-Every run is a process of its own and a record on disk, so a probe that was stopped goes on. The first run tells what a
-run costs; then all candidates train for few steps, the best third for more. Scores are on validation rows.
+Every run is a process of its own and a record on disk, so a probe that was stopped continues. The first run tells what
+a run costs; then all candidates train for few steps, the best third for more. Scores are on validation rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from peftree import registry
 from peftree.advise import cost as costs
 from peftree.advise.advice import Advice, Asked, Judged
 from peftree.advise.candidates import Candidate
-from peftree.advise.profile import folder_of, read_data
 from peftree.advise.settings import run_settings
 from peftree.advise.subset import Subset, write_subset
 from peftree.bench import statistics
+from peftree.bench.grouping import sample
 from peftree.bench.pool import Cell, finished, run_cells
-from peftree.bench.record import RunRecord
-from peftree.bench.samples import sample
+from peftree.catalogue import task_facts
+from peftree.data.thinning import rows_of
 from peftree.errors import ConfigError, PeftreeError
 from peftree.files import atomic_write, read_json
-from peftree.train.facts import FACTS
+from peftree.runs.record import RunRecord
 
 FIRST, LEAST = 4, 8  # steps of the run that measures, and of the shortest that compares
 MOST = 9  # candidates
@@ -39,6 +39,11 @@ PASSES = 3  # over the rows, at most
 SAFE = 0.9  # of the time that is left is given out
 START = 1.0  # seconds of a process beside what its record counts
 PRELOAD = ("peftree.bench.cell",)
+# Settings of a run that its record says by itself, or that its score does not depend on.
+_APART = (
+    *("model", "data", "task", "method", "lr", "output", "quiet", "eval_every", "save_every", "log_every", "threads"),
+    "base_score",
+)
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)  # of a run
 
 
@@ -130,7 +135,7 @@ def rounds(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, 
     need = pace.beside + LEAST * pace.step
     raise ConfigError(
         f"The time is too short: a run of {LEAST} steps takes {need:.0f} s here.",
-        f"Give --probe {math.ceil(need * 3 / 60)}min at least, or shorter rows (--length).",
+        f"Give --probe {math.ceil(need * 3 / 60)}min at least, or shorter rows (max_length).",
     )
 
 
@@ -138,7 +143,7 @@ def probe(asked: Asked, advice: Advice, spend: float, out: Path, told: Callable[
     """Spend `spend` seconds on the candidates of `advice` and say what was measured.
 
     Args:
-        asked: the question; its data are read once more.
+        asked: the question; its data are read again.
         advice: whose candidates, best first, are tried.
         spend: seconds; runs that `out` holds already count with the time that they took.
         out: a folder for data and records; is made.
@@ -149,15 +154,15 @@ def probe(asked: Asked, advice: Advice, spend: float, out: Path, told: Callable[
         SystemExit: with code 130 after Ctrl-C; what is done stays.
     """
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is no folder.", "Name a folder, or one to make.")
-    data = read_data(asked.data, asked.task, asked.columns)
+        raise ConfigError(f"--out {out} is not a folder.", "Name a folder, or one to make.")
+    data = rows_of(asked)
     arms = _arms(asked, advice, told)
     subset = write_subset(data, out / "data")
     runner = _Runner(asked, advice, subset, out, spend, told)
     try:
         return _halve(runner, arms, spend)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"\nStopped; what is done is kept in {out}, and the same command goes on.")
+        Console(stderr=True).print(f"\nStopped; what is done is kept in {out}, and the same command continues.")
         raise SystemExit(130) from None
 
 
@@ -178,16 +183,14 @@ def _arms(asked: Asked, advice: Advice, told: Callable[[str], None]) -> list[Arm
 
 
 def _fitting(asked: Asked, advice: Advice, one: Judged) -> dict[str, Any] | None:
-    words = (advice.model, advice.data, advice.setting, one.candidate.method, one.candidate.fields)
+    words = (asked, advice.data, advice.setting, one.candidate.method, one.candidate.fields)
     try:
         found = costs.cost(costs.request(*words), asked.memory)
     except PeftreeError:  # it does not apply to this model
         return None
     if not found.fits:
         return None
-    return run_settings(
-        folder_of(asked.model), advice.data, asked.columns, one.candidate, advice.setting, found, one.rate
-    )
+    return run_settings(asked, advice.data, one.candidate, advice.setting, found, one.rate)
 
 
 class _Runner:
@@ -199,11 +202,9 @@ class _Runner:
         self.asked, self.advice, self.subset, self.out = asked, advice, subset, out.absolute()
         self.spend, self.told = spend, told
         self.spent, self.runs = 0.0, 0
-        facts = FACTS[advice.data.task]
         self.shared = {
-            "suite": "probe", "task": advice.data.task, "dataset": asked.data, "data": subset.sha256,
-            "model": asked.model, "modality": facts.modality, "kind": facts.kind, "metric": facts.metric,
-            "higher_is_better": facts.higher_is_better, "aggregate": facts.aggregate, "phase": "trial", "seed": 0,
+            "suite": "probe", "task": advice.data.task, "dataset": asked.data.train, "data": subset.sha256,
+            "model": asked.model, "phase": "trial", "seed": 0, **task_facts(advice.data.task).recorded,
         }  # fmt: skip
 
     def cell(self, arm: Arm, steps: int, base: bool) -> Cell:
@@ -215,7 +216,7 @@ class _Runner:
             "output": str(self.out / "runs" / f"{arm.candidate.slug}-{steps}"), "quiet": True, "eval_every": 0,
             "save_every": 0, "log_every": max(steps // 10, 1), "threads": THREADS, "base_score": base,
         }  # fmt: skip
-        budget = {k: config[k] for k in ("steps", "batch_size", "dtype", "max_length", "accumulation") if k in config}
+        budget = {name: value for name, value in config.items() if name not in _APART}
         facts = self.shared | {
             "method": method.name, "branch": method.tags.branch, "fields": registry.spec(method)["fields"],
             "learning_rate": rate, "budget": budget,
@@ -239,14 +240,9 @@ class _Runner:
             )  # fmt: skip
             self.spent += time.monotonic() - began
         else:
-            self.spent += took(done)
+            self.spent += done.seconds
         self.runs += 1
         return done
-
-
-def took(record: RunRecord) -> float:
-    """Return the seconds that a run took."""
-    return sum(s or 0.0 for s in (record.setup_seconds, record.train_seconds, record.eval_seconds))
 
 
 def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
@@ -274,7 +270,7 @@ def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
 
 def pace(records: Sequence[RunRecord], scored: int = 1) -> Pace:
     """Return what a run costs, from runs of one length that scored the rows so many times: the dearest decides."""
-    slowest = max(records, key=took)
+    slowest = max(records, key=lambda record: record.seconds)
     beside = (slowest.setup_seconds or 0.0) + (slowest.eval_seconds or 0.0) / scored
     return Pace(beside + START, max((slowest.train_seconds or 0.0) / max(slowest.steps or 1, 1), 1e-3))
 
@@ -303,7 +299,7 @@ def _rank(record: RunRecord) -> float:
 
 @dataclass
 class _Rounds:
-    """The rounds as they were decided, on disk: a probe that goes on does the same runs."""
+    """The rounds as they were decided, on disk: a probe that continues does the same runs."""
 
     path: Path
     given: dict[str, Any]
@@ -357,7 +353,7 @@ def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
     steps = record.steps or int(str(record.budget.get("steps", 0)))
     if one is None or record.score is None or best is None:
         why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
-        return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=took(record))
+        return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=record.seconds)
     interval = statistics.mean_interval(one.matrix, exponential=one.exponential)
     verdict = "best" if record is best else "fewer steps"
     top = sample([best])
@@ -367,5 +363,5 @@ def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
     text = f"measured on your data: {record.metric} {record.score:.4g} after {steps} steps; {verdict}"
     return Tried(
         arm.candidate, run, text, steps, lr, record.score, interval.low, interval.high, verdict,
-        record.peak_rss_bytes, took(record),
+        record.peak_rss_bytes, record.seconds,
     )  # fmt: skip

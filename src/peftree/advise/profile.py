@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from peftree import sites
-from peftree.advise.table import Kind, Modality
 from peftree.assets.models import located
-from peftree.errors import ConfigError
+from peftree.catalogue import Kind, Modality, task_facts
+from peftree.data.rows import Data
 from peftree.plan import skeleton
-from peftree.train.data import Data, load_data
-from peftree.train.facts import FACTS, TASKS, TaskName
+from peftree.tasks.loading import changed, tokenizer
 
 SAMPLE = 2000  # rows whose tokens are counted
 CHARACTERS = 4  # a token, where there is no tokenizer to count with; said with every figure made from it
@@ -56,13 +55,13 @@ class DataProfile:
 
     Attributes:
         rows, valid, test: of each split; classes: none where there are none; smallest: rows of the rarest class.
-        tokens: of a row: middle, 95 %, 99 %, most; None where rows are no text.
+        tokens: of a row: middle, 95 %, 99 %, most; None where rows are not text.
         counted: whether a tokenizer counted them; else they are estimated from characters.
         side: pixels of the first image.
     """
 
     path: str
-    task: TaskName
+    task: str
     modality: Modality
     kind: Kind
     rows: int
@@ -76,18 +75,22 @@ class DataProfile:
     notes: tuple[str, ...] = field(default=())
 
 
-def model_profile(source: str, task: TaskName, labels: int, image: int = 0) -> ModelProfile:
+def model_profile(
+    source: str, task: str, labels: int, image: int = 0, changes: Mapping[str, Any] | None = None
+) -> ModelProfile:
     """Return the profile of a model for a task; no weights are read.
 
     Args:
         source: a folder or hub name.
         task: what it is to be trained for; labels: how many classes.
         image: pixels that images are to be brought to; 0: what a run takes by itself.
+        changes: fields of the model's config to change.
 
     Raises:
-        ConfigError: there is no config, it has no model for the task, or takes no images of that size.
+        ConfigError: there is no config, it refuses a change, has no model for the task, or takes no images of that
+            size.
     """
-    config = skeleton.read_config(source)
+    config = changed(skeleton.read_config(source), changes or {})
     if labels:
         config.num_labels = labels
     kind = skeleton.model_class(config, task)
@@ -98,7 +101,7 @@ def model_profile(source: str, task: TaskName, labels: int, image: int = 0) -> M
         towers[row["tower"] or "model"] += row["count"]
     count = sum(p.numel() for p in model.parameters())
     text: Any = config.get_text_config()
-    side = _side_of(source, config, FACTS[task].modality, image)
+    side = _side_of(source, config, task_facts(task).modality, image)
     own = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "").removeprefix("torch.")
     return ModelProfile(
         source, kind.__name__, count, 2 * count, own, task in ("generation", "captioning"),
@@ -111,7 +114,7 @@ def _side_of(source: str, config: Any, modality: Modality, image: int) -> int:
     """Return the size to which a run brings images."""
     if modality == "language":
         return 0
-    from peftree.train.images import read_look
+    from peftree.data.images import read_look
 
     eye = config if modality == "vision" else config.vision_config
     return read_look(folder_of(source), Path(folder_of(source)).is_dir(), eye, image or None).size
@@ -132,41 +135,27 @@ def _patches(config: Any, side: int) -> int:
     return (side // patch) ** 2 + whole
 
 
-def read_data(path: str, task: str, columns: Mapping[str, str]) -> Data:
-    """Read and check all rows.
-
-    Raises:
-        ConfigError: an unknown task.
-        DataError: the data are missing, malformed, or do not tell their task.
-    """
-    if task and task not in FACTS:
-        raise ConfigError(f"There is no task '{task}'.", f"Tasks: {', '.join(TASKS)}.")
-    named: Any = task or None
-    return load_data(path, task=named, columns=columns)
-
-
 def data_profile(path: str, data: Data, source: str) -> DataProfile:
     """Return the profile of data that the model `source` is to learn."""
-    facts = FACTS[data.task]
+    about = task_facts(data.task)
     counts = Counter(row.target for row in data.train) if data.labels else Counter()
     tokens, counted, notes = None, False, list(data.warnings)
-    if facts.modality != "vision":
+    if about.modality != "vision":
         tokens, counted = _tokens(data, source)
         if not counted:
             notes.append(f"{source} has no tokenizer: tokens are estimated, {CHARACTERS} characters each")
     return DataProfile(
-        path, data.task, facts.modality, facts.kind, len(data.train), len(data.valid), len(data.test),
+        path, data.task, about.modality, about.kind, len(data.train), len(data.valid), len(data.test),
         len(data.labels), min(counts.values(), default=0), tokens, counted,
-        _side(data) if facts.modality != "language" else 0, tuple(notes),
+        _side(data) if about.modality != "language" else 0, tuple(notes),
     )  # fmt: skip
 
 
 def _tokens(data: Data, source: str) -> tuple[tuple[int, int, int, int], bool]:
     rows = list(data.train)
     rows = random.Random(0).sample(rows, SAMPLE) if len(rows) > SAMPLE else rows  # noqa: S311  no secret
-    images = FACTS[data.task].modality != "language"
-    pairs = data.task == "generation"
-    texts = [r.target if images else f"{r.source}\n{r.target}" if pairs else r.source for r in rows]
+    about = task_facts(data.task)
+    texts = [about.text(row.source, row.target) for row in rows]
     counts, counted = _counts(texts, source)
     counts.sort()
     at = [counts[min(math.ceil(share * len(counts)), len(counts)) - 1] for share in (0.5, 0.95, 0.99, 1.0)]
@@ -177,8 +166,6 @@ def _counts(texts: Sequence[str], source: str) -> tuple[list[int], bool]:
     folder = Path(folder_of(source))
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
         return [math.ceil(len(text) / CHARACTERS) + 1 for text in texts], False
-    from peftree.train.tasks.loading import tokenizer
-
     made = tokenizer(folder_of(source))
     return [len(ids) for ids in made(list(texts), truncation=False, verbose=False)["input_ids"]], True
 

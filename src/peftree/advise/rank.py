@@ -21,9 +21,10 @@ from statistics import fmean
 from typing import Any
 
 from peftree import registry
-from peftree.advise.table import Context, Kind, Measured, Modality, Table
+from peftree.advise.table import Context, Measured, Table
+from peftree.catalogue import Kind, Modality
 
-LOWEST, HIGHEST = -1.0, 1.5  # relative scores beyond are cut: how far a run went astray is no matter of degree
+LOWEST, HIGHEST = -1.0, 1.5  # relative scores beyond are cut: how far a run went astray is not a matter of degree
 LEAST = 0.05  # sigma and tau are not believed to be smaller
 ASSUMED = 0.3  # sigma and tau where the evidence cannot tell
 Z = 1.96
@@ -91,7 +92,11 @@ def likeness(method: str, fields: dict[str, Any], row: Measured) -> float:
         same = set(str(row.fields.get("sites")).split()) == set(str(fields.get("sites")).split())
         return OTHER_FIELDS if same else OTHER_SITES
     known = registry.methods()
-    if method not in known or row.method not in known or known[method].tags.branch == "reference":
+    if (
+        method not in known
+        or row.method not in known
+        or "reference" in (known[method].tags.branch, known[row.method].tags.branch)
+    ):
         return 0.0
     return RELATIVE if issubclass(known[method], known[row.method]) else 0.0
 
@@ -147,7 +152,7 @@ class Evidence:
 
     @cached_property
     def spread(self) -> tuple[float, float, float]:
-        """Return mu, sigma and tau by the method of moments; the references are no sample of methods.
+        """Return mu, sigma and tau by the method of moments; the references are not a sample of methods.
 
         sigma is `ASSUMED` where too few methods were measured on several tasks.
         """

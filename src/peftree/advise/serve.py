@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from peftree import registry
 from peftree.advise.candidates import Candidate
-from peftree.store.hfpeft import DIALECTS
+from peftree.store.hfpeft import dialects
 
 VLLM_RANK = 16
 
@@ -56,7 +56,7 @@ def serving(candidate: Candidate, task: str) -> Serving:
         MethodError, ConfigError: an unknown method, or a field out of range.
     """
     method = registry.make(candidate.method, candidate.fields)
-    types = [d.peft_type for d in DIALECTS if d.writes(method)]
+    types = [d.peft_type for d in dialects() if d.writes(method)]
     plain = types == ["LORA"] and method.name != "dora" and task == "generation"
     notes = []
     rank = int(candidate.fields.get("r", type(method).model_fields["r"].default)) if plain else 0

@@ -10,27 +10,27 @@ import yaml
 
 from peftree import registry
 from peftree.advise.candidates import Candidate
-from peftree.advise.cost import Cost, Setting
+from peftree.advise.cost import LEAST_LENGTH, Cost, Setting
 from peftree.advise.measures import Rate
-from peftree.advise.profile import DataProfile
+from peftree.advise.profile import DataProfile, folder_of
 from peftree.errors import ConfigError
 from peftree.files import atomic_write
-from peftree.train.config import RunConfig
-
-LEAST_LENGTH = 4
+from peftree.plan import Request
+from peftree.settings import RunConfig
 
 
 def run_settings(
-    model: str, data: DataProfile, columns: Mapping[str, str], candidate: Candidate, how: Setting, found: Cost,
-    rate: Rate | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the settings of a run; what is left out is the run's or the method's own default."""
-    source: dict[str, Any] = {"train": data.path} | ({"columns": dict(columns)} if columns else {})
-    settings: dict[str, Any] = {
-        "model": model, "data": source, "task": data.task,
+    asked: Request, data: DataProfile, candidate: Candidate, how: Setting, found: Cost, rate: Rate | None
+) -> dict[str, Any]:
+    """Return the settings of a run as it was asked for; what is left out is the run's or the method's own default."""
+    settings = asked.model_dump(mode="json", include=set(RunConfig.model_fields) - {"lr"}, exclude_unset=True)
+    settings |= {
+        "model": folder_of(asked.model), "task": data.task,
         "method": {"name": candidate.method} | ({"fields": candidate.fields} if candidate.fields else {}),
         "output": f"runs/{candidate.slug}", "batch_size": found.batch, "dtype": how.dtype,
     }  # fmt: skip
+    if found.plan.request.eval_batch_size != asked.eval_batch_size:
+        settings["eval_batch_size"] = found.plan.request.eval_batch_size
     if found.accumulation > 1:
         settings["accumulation"] = found.accumulation
     if found.checkpointing:
@@ -52,7 +52,7 @@ def write_run(folder: Path, settings: Mapping[str, Any], candidate: Candidate, w
         ConfigError: the folder is a file, or the file is there with other content.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--write {folder} is no folder.", "Name a folder, or one to make.")
+        raise ConfigError(f"--write {folder} is not a folder.", "Name a folder, or one to make.")
     comments = "".join(f"# {line}\n" for line in [candidate.label, *why])
     text = comments + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     path = folder / f"{candidate.slug}.yaml"

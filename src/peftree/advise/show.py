@@ -43,8 +43,9 @@ def _heads(advice: Advice) -> list[str]:
         )
     lines.append(rows)
     lines += [f"   note: {line}" for line in d.notes]
+    precision = f"{m.dtype or 'float32'}, its own" if how.dtype == "auto" else how.dtype
     lines.append(
-        f"Budget: {size(advice.asked.memory)}; goal: {advice.asked.goal}; base in {how.dtype}"
+        f"Budget: {size(advice.asked.memory)}; goal: {advice.asked.goal}; base in {precision}"
         + (f", rows of {how.length} tokens" if d.tokens else "")
         + (f", images of {how.image} pixels" if how.image else "")
     )

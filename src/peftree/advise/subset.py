@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftree.catalogue import task_facts
+from peftree.data.readers import METADATA
+from peftree.data.rows import Data, Example
 from peftree.files import atomic_write
-from peftree.train.data import Data, Example
-from peftree.train.facts import FACTS
-from peftree.train.readers import METADATA
 
 TRAIN, VALID = 4000, 200  # rows at most
 
@@ -60,7 +60,7 @@ def pick(rows: Sequence[Example], count: int, classes: bool) -> list[Example]:
 
 
 def _write(place: Path, rows: Iterable[Example], data: Data) -> Path:
-    facts = FACTS[data.task]
+    facts = task_facts(data.task)
     if facts.modality == "language":
         first, second = facts.columns
         lines = (json.dumps({first: r.source, second: _value(r.target, second)}) + "\n" for r in rows)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
+from peftree.catalogue import Kind, Modality
 from peftree.errors import DataError
 from peftree.files import atomic_write, read_json
+from peftree.strict import explain
 
 FOLDER = Path(__file__).with_name("evidence")
-Modality = Literal["language", "vision", "vision-language"]
-Kind = Literal["understanding", "generation"]
 Number = FiniteFloat | None
 
 
@@ -26,7 +26,7 @@ class Context(_Strict):
     """A task on which methods were compared.
 
     Attributes:
-        group: tasks of one group share data and tuning: they are no independent evidence.
+        group: tasks of one group share data and tuning: they are not independent evidence.
         tier: `small`, `full` ..., or `published` for figures of others.
         parameters: of the base model; rows and steps: of a run's training.
         baseline: from where the gain counts: `head_only`, `untrained` (the model before training), or `zero`.
@@ -121,9 +121,9 @@ def read_table(path: Path) -> Table:
     """
     try:
         return Table.model_validate(read_json(path, limit=16 << 20))
-    except (ValidationError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path} is no table of evidence: {first}", "Make it with tools/evidence.py.") from None
+    except ValidationError as error:
+        what = explain(error, Table, f"{path} is not a table of evidence")[0]
+        raise DataError(what, "Make it with `make study`.") from None
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftree.shown import Json, emit, tabled
+from peftree.printing import Json, emit, tabled
 
 
 def models(

@@ -42,13 +42,12 @@ from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
 # Loaders that are asked for here too; the others are in `sources`.
-__all__ = ["SOURCES", "fashion_mnist", "grouped", "stratified", "write_data", "write_demo_data"]
+__all__ = ["SOURCES", "fashion_mnist", "grouped", "stratified", "write_data"]
 
 Row = TypeVar("Row")
 Sizes = Mapping[str, int]
 FORMAT = 3  # raised when the written rows change: folders are then written again
 SPLITS = ("train", "valid", "test")
-DEMO = {"text-classification": "movies", "generation": "definitions", "image-classification": "fashion-mnist"}
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,6 @@ def write_data(
     return make_folder(Path(folder).absolute(), key, build, f"writing the data {source}", quiet)
 
 
-def write_demo_data(folder: str | Path, task: str, sizes: Sizes, seed: int = 0, quiet: bool = False) -> Path:
-    """Write the demo's data for a task (movie reviews, WordNet definitions, Fashion-MNIST); see `write_data`.
-
-    Raises:
-        DataError: unknown task or split, or more rows asked for than there are.
-        AssetError: the data could not be fetched, or `folder` holds files of someone else.
-    """
-    if task not in DEMO:
-        raise DataError(f"There is no demo data for '{task}'.", did_you_mean(task, DEMO))
-    return write_data(folder, DEMO[task], {}, sizes, seed, quiet)
-
-
 def _settings(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a source with its defaults; each must be of its default's type."""
     defaults = SOURCES[source].options
@@ -128,7 +115,7 @@ def _settings(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise DataError(f"The data source '{source}' has no option '{name}'.", did_you_mean(name, defaults))
         kind = type(defaults[name])
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise DataError(f"{source}: {name}: {value!r} is no {kind.__name__}.", f"Default: {defaults[name]!r}.")
+            raise DataError(f"{source}: {name}: {value!r} is not a {kind.__name__}.", f"Default: {defaults[name]!r}.")
     return {**defaults, **options}
 
 
@@ -258,7 +245,7 @@ def _classes(folder: Path, rows: list[tuple[str, str]], sizes: Sizes, rng: rando
 def _definitions(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
     rows = plain_definitions(wordnet_definitions(quiet=True))
     for split, chosen in stratified(rows, lambda row: row.lexname, sizes, rng).items():
-        pairs = ((f"Define the word: {row.word}.", row.definition) for row in chosen)
+        pairs = ((f"Define the word: {row.word}.", f" {row.definition}") for row in chosen)
         _lines(folder / f"{split}.jsonl", ("prompt", "completion"), pairs)
 
 
@@ -283,7 +270,8 @@ def _chat(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, 
         return f"question {plain(turn.question)}", f"answer {plain(turn.answer)}"
 
     for split, chosen in grouped(rows, keys, lambda _: 0, sizes, rng).items():
-        _lines(folder / f"{split}.jsonl", ("prompt", "completion"), chosen)
+        pairs = ((f"{row.question}\n", row.answer) for row in chosen)
+        _lines(folder / f"{split}.jsonl", ("prompt", "completion"), pairs)
 
 
 def _interface(language: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:

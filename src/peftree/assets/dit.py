@@ -6,7 +6,7 @@ and class (adaLN-Zero). It predicts the velocity of a rectified flow (Liu et al.
     x_t = (1 - t) x_0 + t e,  e ~ N(0, I),  t in [0, 1];   v = e - x_0;   loss = mean (v' - v)^2.
 
 Here the norms keep weights of their own, so that methods which train norms have a place, positions are learned, and
-"no class" is the zero vector. It is no pretrained model of anybody: a stand-in for one where no model hub is at hand.
+"no class" is the zero vector. It is a stand-in for a pretrained model where no model hub is at hand.
 """
 
 from __future__ import annotations
@@ -136,11 +136,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return what the sub-layer adds, `[batch, patches, d]`, before its gate."""
-        out: Tensor = self.fc2(functional.gelu(self.fc1(hidden_states), approximate="tanh"))
+        out: Tensor = self.fc2(self.act(self.fc1(hidden_states)))
         return out
 
 

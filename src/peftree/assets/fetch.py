@@ -93,8 +93,11 @@ def make_folder(target: Path, key: str, build: Callable[[Path], None], label: st
 
 
 def _rebuild(target: Path, key: str, build: Callable[[Path], None]) -> None:
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise AssetError(f"{target} holds files that peftree did not write.", "Choose another.")
+    if others := _others(target):
+        raise AssetError(
+            f"{target} holds files that peftree did not write: {', '.join(others[:3])}.",
+            "Choose another folder, or move them.",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(stale)
@@ -114,6 +117,22 @@ def _rebuild(target: Path, key: str, build: Callable[[Path], None]) -> None:
         sync_folder(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _others(target: Path) -> list[str]:
+    """Return the files below `target` that are not ours to replace: those that no manifest lists.
+
+    Outside the cache a folder is the user's, where a file that has another size than we wrote was edited.
+    """
+    found = sorted(path for path in target.rglob("*") if path.is_file() and path != target / MANIFEST)
+    try:
+        sizes = json.loads((target / MANIFEST).read_text())["sizes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sizes = {}
+    if (target / MANIFEST).is_file() and target.is_relative_to(cache_root().absolute()):
+        return []
+    names = {path.relative_to(target).as_posix(): path.stat().st_size for path in found}
+    return [name for name, size in names.items() if sizes.get(name) != size]
 
 
 def intact(target: Path, key: str) -> bool:

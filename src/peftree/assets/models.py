@@ -18,7 +18,6 @@ from pathlib import Path
 
 from peftree.assets.composed import EIGHT, dual, llava
 from peftree.assets.fetch import cache_root, ensure, intact, make_folder
-from peftree.assets.marian import bergamot
 from peftree.assets.table import ASSETS
 from peftree.errors import AssetError, did_you_mean
 
@@ -289,16 +288,6 @@ MODELS: dict[str, DemoModel] = {
         ("onnx", "gguf"),
         partial(llava, kept=EIGHT),
         ("dinov2-small-9", "smollm2-135m"),
-    ),
-    "bergamot-en-pt": DemoModel(
-        "bergamot-en-pt",
-        "translator, English to Portuguese",
-        "SsruTranslator",
-        16_907_008,
-        "Dequantised from 8 bits. The package is MIT, the licence of the weights in it is not stated: they are fetched "
-        "only where this model is named, and are not to be passed on. Its vocabulary lacks letters of other languages.",
-        (),
-        bergamot,
     ),
     "dit-fashion": DemoModel(
         "",

@@ -168,7 +168,7 @@ def interface(language: str, quiet: bool = False) -> list[Translation]:
 
 
 def clean(english: str, other: str) -> Translation | None:
-    """Return an entry as plain text, or None where it is no sentence or phrase: 4 to 40 words without markup.
+    """Return an entry as plain text, or None where it is not a sentence or phrase: 4 to 40 words without markup.
 
     The signs `~` and `_`, which mark a shortcut's letter, are taken out. Entries with places for values (`%1`,
     `$(ARG)`, `{0}`), tags, or a translation that is the English text itself, are left out.
@@ -184,12 +184,12 @@ def parse_mo(data: bytes) -> list[tuple[str, str]]:
     The context before a text is left out, and so are entries with plural forms and the header, whose text is empty.
 
     Raises:
-        DataError: it is no little-endian catalogue, or is cut.
+        DataError: it is not a little-endian catalogue, or is cut.
     """
     try:
         magic, _, count, texts, translations = struct.unpack_from("<5I", data)
         if magic != 0x950412DE:
-            raise DataError("This is no catalogue of gettext.", "Fetch the data again.")
+            raise DataError("This is not a catalogue of gettext.", "Fetch the data again.")
         places = [
             struct.unpack_from("<2I", data, table + 8 * i) for i in range(count) for table in (texts, translations)
         ]

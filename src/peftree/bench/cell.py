@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import warnings
@@ -11,26 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from peftree.adapter import disabled
-from peftree.bench.record import CurvePoint, RunRecord
-from peftree.errors import DivergedError, MethodError, SiteError, TrainError
-from peftree.evaluate.cost import allocator_peak
-from peftree.evaluate.energy import Meter
-from peftree.evaluate.probe import Row, Subject, run_probes
+from peftree.data.rows import Example, load_data
+from peftree.errors import DivergedError, MethodError, SiteError
 from peftree.evaluate.quality import Scores
-from peftree.machine import machine
-from peftree.train.config import RunConfig
-from peftree.train.data import Example, load_data
-from peftree.train.run import OpenRun, RunResult, complete
+from peftree.evaluate.subject import Row, Subject
+from peftree.probes import register_folder, run_probes
+from peftree.runs.record import Run, RunRecord
+from peftree.settings import RunConfig
+from peftree.train.peak import step_peak
+from peftree.train.run import OpenRun, complete
 
-COPIED = (
-    *("base_score", "n_train", "steps", "batch_size", "trainable_parameters"),
-    *("total_parameters", "sites", "adapter_bytes", "peak_rss_bytes", "rss_after_load_bytes"),
-    *("saved_for_backward_bytes", "gradient_bytes", "optimizer_bytes"),
-    *("setup_seconds", "train_seconds", "eval_seconds", "cpu_seconds", "step_seconds"),
-)
 SETTLED = {DivergedError: "diverged", SiteError: "inapplicable", MethodError: "inapplicable"}
 
 
@@ -39,10 +32,11 @@ def work(job: dict[str, Any]) -> Path:
 
     Args:
         job: `facts` and `config` of the run, `records` (folder), and for final runs `probes`,
-            `shifted` and `stages` (name -> data of `RunConfig`) and `general` (a file or folder).
+            `shifted` and `stages` (name -> data of `RunConfig`) and `general` (a file or folder). Where the
+            adapter has at most `keep` bytes, the output folder stays.
 
     Raises:
-        PeftreeError: the run cannot be done for a reason that is no result.
+        PeftreeError: the run cannot be done for a reason that is not a result.
     """
     warnings.filterwarnings("ignore")  # the output is read by people when a run fails
     started = datetime.now(UTC)
@@ -50,67 +44,27 @@ def work(job: dict[str, Any]) -> Path:
     output = Path(config.output)
     shutil.rmtree(output, ignore_errors=True)  # left by a run that was cut off
     facts = job["facts"]
+    for folder in job.get("probe_folders", ()):
+        register_folder(folder)
     try:
-        with Meter() as meter:
-            result, opened = complete(config)
-        _check(result, facts)
-        measured = _measured(result, opened, final=facts["phase"] == "final") | {
-            "environment": {**result.environment, **machine()}
-        }
-        found = _found(job, result, opened)
-        found["probes"]["energy"] = meter.result()
-        record = RunRecord(**facts, **measured, **found, status="ok", started=started)
+        run, opened = complete(config)
+        record = RunRecord.of(run, facts, started, **_found(job, run, opened))
     except tuple(SETTLED) as error:
         status = next(name for kind, name in SETTLED.items() if isinstance(error, kind))
         record = RunRecord(**facts, status=status, error=str(error), started=started)
     path = record.write(job["records"])
-    if not job.get("keep"):
+    if (record.adapter_bytes or math.inf) > job.get("keep", 0):
         shutil.rmtree(output, ignore_errors=True)
     return path
 
 
-def _check(result: RunResult, facts: dict[str, Any]) -> None:
-    told: dict[str, Any] = {"method": result.method, "branch": result.branch, "fields": result.fields}
-    told |= {"learning_rate": result.lr, "seed": result.seed, "metric": result.metric, "aggregate": result.aggregate}
-    wrong = [key for key, value in told.items() if facts[key] != value]
-    if wrong:
-        raise TrainError(f"The run differs from its plan in {', '.join(wrong)}.", "Correct the suite.")
-
-
-def _measured(result: RunResult, opened: OpenRun, *, final: bool) -> dict[str, Any]:
-    found = {key: getattr(result, key) for key in COPIED}
-    found["curve"] = tuple(CurvePoint.model_validate(point) for point in result.curve)
-    if final:
-        found["allocator_peak_bytes"] = _allocator_peak(opened)
-    if result.step_seconds:
-        rows = opened.data.train[:64]
-        features = [opened.task.items(rows)[i] for i in range(len(rows))]
-        tokens = [len(f["input_ids"]) for f in features if "input_ids" in f and "pixel_values" not in f]
-        each = float(np.mean(tokens)) if tokens else 1.0
-        found["throughput"] = each * result.batch_size / result.step_seconds
-        found["throughput_unit"] = "tokens/s" if tokens else "images/s"
-    return found
-
-
-def _allocator_peak(opened: OpenRun) -> int:
-    """Return the allocator's peak in the forward and backward pass of one training batch, without the optimizer."""
-    task, size = opened.task, opened.config.batch_size
-    batch = next(task.batches(task.items(opened.data.train[:size]), size))
-    model: Any = task.model.train()
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    with torch.random.fork_rng():
-        step()
-        return allocator_peak(step)
-
-
-def _found(job: dict[str, Any], result: RunResult, opened: OpenRun) -> dict[str, Any]:
-    """Return score, items, values and probes."""
+def _found(job: dict[str, Any], run: Run, opened: OpenRun) -> dict[str, Any]:
+    """Return what the record holds beside, or instead of, what the run found."""
     probes: dict[str, Any] = {}
-    score, items, values = result.score, result.items, result.values
+    score, items, values = run.score, run.items, run.values
+    task, size, peak = opened.task, opened.config.batch_size, None
+    if job["facts"]["phase"] == "final":
+        peak = step_peak(task, task.items(opened.data.train[:size]), size)
     if job.get("shifted"):
         sets = {name: opened.score_rows(_rows(opened, data)) for name, data in job["shifted"].items()}
         probes["shift"] = {name: _part(scores) for name, scores in sets.items()}
@@ -120,8 +74,11 @@ def _found(job: dict[str, Any], result: RunResult, opened: OpenRun) -> dict[str,
     if job.get("stages"):
         probes["sequence"], items = _sequence(job, opened)
         mean = float(np.mean(items))
-        score, values = (float(np.exp(mean)) if result.aggregate == "exp_mean" else mean), {}
-    return {"score": score, "items": _rounded(items), "values": values, "probes": probes}
+        score, values = (float(np.exp(mean)) if run.aggregate == "exp_mean" else mean), {}
+    return {
+        "score": score, "items": _rounded(items), "base_items": _rounded(run.base_items), "values": values,
+        "probes": probes, "allocator_peak_bytes": peak,
+    }  # fmt: skip
 
 
 def _subject(job: dict[str, Any], opened: OpenRun, scratch: Path) -> Subject:

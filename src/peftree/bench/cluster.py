@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from peftree.bench.pool import Cell, finished, run_cells
-from peftree.bench.record import RunRecord, file_name, read_record
 from peftree.errors import ConfigError, DataError
+from peftree.runs.read import read_record
+from peftree.runs.record import RunRecord, file_name
 
 POLL = 0.5  # seconds between two looks at the jobs
 

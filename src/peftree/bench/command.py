@@ -13,12 +13,11 @@ import yaml
 from rich.console import Console
 
 from peftree.bench import cluster
-from peftree.bench.own import own_runs
-from peftree.bench.record import PATTERN, RunRecord, file_name, in_order, parse_record, read_records
 from peftree.bench.run import Choice, State, check_methods, run_suite, seconds_left, states
 from peftree.bench.suite import Suite
-from peftree.errors import DataError
 from peftree.files import atomic_write
+from peftree.runs.read import PATTERN, read_packed, read_records, read_results
+from peftree.runs.record import RunRecord, file_name
 
 PLAN = ("task", "model", "methods", "runs", "hours", "GiB")  # what 80 columns have room for; JSON holds all
 
@@ -33,9 +32,8 @@ def plan(suite: Suite, tasks: tuple[str, ...] = (), methods: tuple[str, ...] = (
     choice.check(suite)
     check_methods(suite)
     rows = []
-    for name, task in suite.tasks.items():
-        if choice.tasks and name not in choice.tasks:
-            continue
+    for name in choice.chosen(suite):
+        task = suite.tasks[name]
         entries = [(e, m) for e, m in suite.entries(name) if not choice.methods or e in choice.methods]
         each = suite.trials(name) + suite.protocol.seeds
         seconds = sum(task.seconds * m.cost * each * (1 + len(task.stages)) for _, m in entries)
@@ -74,11 +72,11 @@ def run(
     elif ray:
         submit = cluster.ray(ray)
     runner = cluster.runner(submit, jobs=workers or 64, console=console) if submit else None
-    console.print(f"{suite.title}: results go to {out}. Ctrl-C keeps what is done; the same command then goes on.")
+    console.print(f"{suite.title}: results go to {out}. Ctrl-C keeps what is done; the same command then continues.")
     try:
         found = run_suite(suite, out, choice=Choice(tasks, methods), runner=runner, workers=workers, console=console)
     except KeyboardInterrupt:
-        console.print("\nStopped; the same command goes on.")
+        console.print("\nStopped; the same command continues.")
         raise SystemExit(130) from None
     failed = sum(r.status == "failed" for r in found)
     console.print(f"{len(found)} runs, {failed} failed. Next: peftree report {out} --html report.html")
@@ -125,25 +123,12 @@ def _progress(task: str, found: Sequence[State]) -> dict[str, Any]:
 
 def _pace(suite: Suite, records: Sequence[RunRecord]) -> dict[str, float]:
     """Return the median seconds of a run of cost 1, by task."""
-    costs = {entry.method or name: entry.cost for name, entry in suite.methods.items()}
+    costs = {(task, e.method or name): e.cost for task in suite.tasks for name, e in suite.entries(task)}
     took: dict[str, list[float]] = {}
     for r in records:
-        parts = (r.setup_seconds, r.train_seconds, r.eval_seconds)
         if r.status == "ok":
-            took.setdefault(r.task, []).append(sum(p or 0.0 for p in parts) / costs.get(r.method, 1.0))
+            took.setdefault(r.task, []).append(r.seconds / costs.get((r.task, r.method), 1.0))
     return {task: statistics.median(values) for task, values in took.items()}
-
-
-def read_results(place: Path) -> list[RunRecord]:
-    """Return the records of a folder of records, of a suite's results, or of a packed file.
-
-    Raises:
-        DataError: there are none, or one is damaged.
-    """
-    if place.is_file():
-        return read_packed(place)
-    folder = place / "records" if (place / "records").is_dir() else place
-    return (own_runs(folder) if not any(folder.glob(PATTERN)) else []) or read_records(folder)
 
 
 def pack(results: Path, target: Path) -> int:
@@ -162,7 +147,7 @@ def unpack(packed: Path, out: Path) -> int:
     """Write the records of a packed file that the folder lacks; return how many it wrote.
 
     Raises:
-        DataError: the file is no pack of records.
+        DataError: the file is not a pack of records.
     """
     written, records = 0, out / "records"
     for record in read_packed(packed):
@@ -171,19 +156,3 @@ def unpack(packed: Path, out: Path) -> int:
             record.write(records)
             written += 1
     return written
-
-
-def read_packed(packed: Path) -> list[RunRecord]:
-    """Return the records of a packed file.
-
-    Raises:
-        DataError: the file is missing, damaged, or a record in it is.
-    """
-    try:
-        text = gzip.decompress(packed.read_bytes()).decode()
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{packed} is no pack of run records: {error}.", "Make one with `peftree bench pack`."
-        ) from None
-    lines = enumerate(text.splitlines(), 1)
-    return in_order(parse_record(json.loads(line), f"{packed}:{number}") for number, line in lines)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -33,16 +33,12 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from peftree.bench.record import RunRecord, file_name, read_record, run_key
-from peftree.errors import ConfigError, DataError, PeftreeError
+from peftree.errors import ConfigError, DataError, PeftreeError, plain
+from peftree.runs.read import read_record
+from peftree.runs.record import RunRecord, file_name, run_key
 
 POLL = 0.1  # seconds between two looks at the processes
 TAIL = 4000  # characters of a failed run's output that its record keeps
-IDENTITY = (
-    *("suite", "task", "dataset", "data", "model", "method"),
-    *("fields", "budget", "learning_rate", "seed", "phase"),
-)
-_FACTS = {"data": "", "phase": "final"}  # where a cell does not say
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Cell:
     @property
     def key(self) -> str:
         """The content address of its record."""
-        return run_key(**(_FACTS | {name: self.facts[name] for name in IDENTITY if name in self.facts}))
+        return run_key(self.facts)
 
 
 @dataclass
@@ -144,7 +140,6 @@ def run_cells(
     preload: Sequence[str] = (),
     later: float = 0.0,
     console: Console | None = None,
-    describe: Callable[[RunRecord], str] | None = None,
 ) -> list[RunRecord]:
     """Do every cell that has no finished record in `folder`; return all records, in the order of cells.
 
@@ -161,7 +156,6 @@ def run_cells(
         preload: modules that every cell needs, imported once where processes are forked.
         later: expected seconds of cells that come after these, for the time left.
         console: where lines and the bar go; none: standard error.
-        describe: one line about a record; none: its task, method, seed and score.
 
     Raises:
         ConfigError: two cells have one key, or a number is below 1.
@@ -174,7 +168,7 @@ def run_cells(
     folder.mkdir(parents=True, exist_ok=True)
     _context().set_forkserver_preload(list(preload))
     limits = _Limits(workers, threads, memory, timeout, later)
-    pool = _Pool(folder, limits, console or Console(stderr=True), describe or _line)
+    pool = _Pool(folder, limits, console or Console(stderr=True))
     try:
         with _exported(_settings(threads)):
             return pool.work(cells)
@@ -222,10 +216,12 @@ def time_left(
 
 
 def _line(record: RunRecord) -> str:
-    result = record.error.strip().splitlines()[-1:] if record.status == "failed" else []
-    score = f"{record.metric} {record.score:.4g}" if record.score is not None else ""
-    what = f"failed: {result[0]}" if result else score
-    return f"{record.task}, {record.method}, seed {record.seed}: {what}"
+    start = f"{record.task}, {record.method}, seed {record.seed}:"
+    if record.status == "failed" or record.score is None:
+        said = record.error.strip().splitlines() or [""]
+        return f"{start} {record.status}: {plain(said[-1 if said[0].startswith('Traceback') else 0])[:200]}"
+    memory = f", {record.peak_rss_bytes / 2**30:.2f} GiB" if record.peak_rss_bytes else ""
+    return f"{start} {record.metric} {record.score:.4g}, {record.seconds:.0f} s{memory}"
 
 
 @dataclass(frozen=True)
@@ -240,11 +236,10 @@ class _Limits:
 class _Pool:
     """The state of one call of `run_cells`."""
 
-    def __init__(self, folder: Path, limits: _Limits, console: Console, describe: Callable[[RunRecord], str]) -> None:
+    def __init__(self, folder: Path, limits: _Limits, console: Console) -> None:
         self.folder = folder
         self.limits = limits
         self.console = console
-        self.describe = describe
         self.outputs = tempfile.TemporaryDirectory()
         self.waiting: list[Cell] = []
         self.running: list[_Child] = []
@@ -367,7 +362,7 @@ class _Pool:
         number = f"{len(self.records):>{len(str(self.total))}}/{self.total}"
         style = "red" if record.status == "failed" else ""
         self.console.print(
-            f"{number}  {self.describe(record)}", style=style, markup=False, highlight=False,
+            f"{number}  {_line(record)}", style=style, markup=False, highlight=False,
             soft_wrap=True,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +11,18 @@ from typing import Any, Literal
 from rich.console import Console
 
 from peftree import registry
-from peftree.bench.material import Material, gather
-from peftree.bench.pool import Cell, finished, run_cells
-from peftree.bench.record import RunRecord
+from peftree.bench.pool import Cell, run_cells
+from peftree.bench.sources import Material, gather
 from peftree.bench.suite import Entry, Suite, SuiteTask
-from peftree.errors import AssetError, ConfigError, did_you_mean
+from peftree.errors import AssetError, ConfigError, PeftreeError, did_you_mean
 from peftree.files import atomic_write
 from peftree.machine import free_memory
+from peftree.probes import folders
+from peftree.runs.record import RunRecord
 
 TRIAL_SEED = 10_000  # far from the seeds of final runs
 GIB = 2**30
-# What no result depends on is no part of a run's address.
+# What no result depends on is not part of a run's address.
 _FREE = ("eval_batch_size", "log_every", "threads", "save_every", "keep")
 # What every run imports; done once, before runs are forked.
 PRELOAD = ("peftree.bench.cell",)
@@ -42,6 +43,20 @@ class Choice:
                 if name not in known:
                     raise ConfigError(f"The suite {suite.suite} has no '{name}'.", did_you_mean(name, known))
 
+    def entries(self, suite: Suite) -> dict[str, list[str]]:
+        """Return the chosen entries of each chosen task that has any; ConfigError if there is none."""
+        found = {t: [n for n, _ in suite.entries(t) if n in (self.methods or (n,))] for t in self.chosen(suite)}
+        if not any(found.values()):
+            raise ConfigError(f"No chosen task of {suite.suite} has a chosen method.", "Choose others.")
+        return {task: names for task, names in found.items() if names}
+
+    def chosen(self, suite: Suite) -> list[str]:
+        """Return the tasks that are to run; raise ConfigError for a chosen one that is closed."""
+        for name in self.tasks:
+            if suite.tasks[name].closed:
+                raise ConfigError(f"{name} no longer runs: {suite.tasks[name].closed}.", "Choose another task.")
+        return [name for name, task in suite.tasks.items() if not task.closed and name in (self.tasks or suite.tasks)]
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -52,6 +67,7 @@ class Planned:
     task: SuiteTask
     material: Material
     out: Path
+    keep: int = 0
 
     def trials(self, entries: Sequence[str]) -> list[Cell]:
         """Return the trials of the methods, trial by trial.
@@ -73,8 +89,7 @@ class Planned:
         return [self._cell(entry, "final", rates[entry], seed) for seed in seeds for entry in entries]
 
     def _rate(self, entry: str, times: float) -> float:
-        method = registry.make(self._entry(entry).method or entry, self._entry(entry).fields)
-        return float(f"{method.tags.lr * times:.4g}")
+        return rate(entry, self._entry(entry), times)
 
     def _entry(self, entry: str) -> Entry:
         return self.suite.methods[entry]
@@ -84,7 +99,7 @@ class Planned:
         if not self.suite.protocol.trials:
             return self._rate(entry, self._entry(entry).times)
         method, fields = _identity(entry, self._entry(entry))
-        mine = [r for r in tried if (r.method, r.fields) == (method, fields) and r.learning_rate]
+        mine = [r for r in tried if r.method == method and completed(r) == fields and r.learning_rate]
         sign = -1.0 if self.task.facts.higher_is_better else 1.0
         done = [(sign * r.score, r.learning_rate) for r in mine if r.score is not None and r.learning_rate]
         if done:
@@ -111,6 +126,7 @@ class Planned:
             "base_score": phase == "final" and seed == 0,
         }  # fmt: skip
         job: dict[str, Any] = {"facts": facts, "config": config, "records": str(self.out / "records")}
+        job |= {"keep": self.keep if phase == "final" else 0, "probe_folders": folders()}
         if phase == "final":
             job |= self._extras(seed)
         seconds = task.seconds * chosen.cost * (1 + len(task.stages)) * (1.3 if phase == "final" else 1)
@@ -118,7 +134,7 @@ class Planned:
 
     def _facts(self) -> dict[str, Any]:
         """Return what all records of the task say."""
-        task, facts = self.task, self.task.facts
+        task = self.task
         settings = {k: v for k, v in task.settings.items() if k not in _FREE}
         budget: dict[str, Any] = {
             **{str(split): size for split, size in task.data.sizes.items()},
@@ -128,12 +144,10 @@ class Planned:
         budget |= {"share": task.share} if task.share < 1 else {}
         budget |= {"label_noise": task.label_noise} if task.label_noise else {}
         budget |= {"stages": list(task.stages)} if task.stages else {}
-        return {
+        return task.facts.recorded | {
             "suite": self.suite.suite, "suite_hash": self.suite.hash, "task": self.name, "dataset": task.dataset,
             "data": self.material.sha256, "own_data": self.material.data.sha256,
-            "model": task.model, "modality": facts.modality, "kind": facts.kind,
-            "metric": facts.metric, "higher_is_better": facts.higher_is_better,
-            "aggregate": facts.aggregate, "budget": budget,
+            "model": task.model, "budget": budget,
         }  # fmt: skip
 
     def _extras(self, seed: int) -> dict[str, Any]:
@@ -152,6 +166,11 @@ class Planned:
         }  # fmt: skip
 
 
+def rate(name: str, entry: Entry, times: float) -> float:
+    """Return a multiple of the default rate of an entry's method, to four digits."""
+    return float(f"{registry.make(entry.method or name, entry.fields).tags.lr * times:.4g}")
+
+
 def check_methods(suite: Suite) -> None:
     """Raise ConfigError or MethodError for an entry with an unknown method, field or value."""
     for name, entry in suite.methods.items():
@@ -166,6 +185,7 @@ def run_suite(
     runner: Runner | None = None,
     workers: int = 0,
     console: Console | None = None,
+    keep: int = 0,
 ) -> list[RunRecord]:
     """Run what is missing of a suite; return all records of what was chosen, trials first, task by task.
 
@@ -175,10 +195,10 @@ def run_suite(
         suite: what to run.
         out: is made.
         choice: a part of it.
-        runner: does cells, given the folder of records and the seconds expected after them; none: processes
-            of this machine.
+        runner: does cells, given the folder of records and the seconds expected after them; none: processes here.
         workers: processes at a time; 0: two, or as many as there are cores.
         console: where lines and the bar go.
+        keep: bytes of an adapter up to which a final run's folder stays.
 
     Raises:
         ConfigError, MethodError: the suite or the choice names something unknown, before any run.
@@ -188,23 +208,21 @@ def run_suite(
     choice, out = choice or Choice(), out.absolute()
     choice.check(suite)
     check_methods(suite)
-    names = [name for name in suite.tasks if not choice.tasks or name in choice.tasks]
+    entries = choice.entries(suite)
     (records := out / "records").mkdir(parents=True, exist_ok=True)
     atomic_write(out / "suite.json", suite.model_dump_json(indent=1) + "\n")
     do = runner or _here(workers or min(2, os.cpu_count() or 1), console)
-    material, lost = _gathered(suite, names, console or Console(quiet=True))
+    material, lost = _gathered(suite, list(entries), console or Console(quiet=True))
     if lost and (choice.tasks or not material):
         raise lost[0]
     found: list[RunRecord] = []
-    expected = {name: _expected(suite, name) for name in material}
     for number, (name, made) in enumerate(material.items()):
-        planned = Planned(suite, name, suite.tasks[name], made, out)
-        entries = [e for e, _ in suite.entries(name) if not choice.methods or e in choice.methods]
-        later = sum(list(expected.values())[number + 1 :])
-        trials = planned.trials(entries)
-        tried = do(trials, records, later + expected[name] * suite.protocol.seeds / max(suite.runs(name), 1))
+        planned = Planned(suite, name, suite.tasks[name], made, out, keep)
+        later = sum(_expected(suite, other) for other in list(material)[number + 1 :])
+        trials = planned.trials(entries[name])
+        tried = do(trials, records, later + _expected(suite, name) * suite.protocol.seeds / max(suite.runs(name), 1))
         found += tried
-        found += do(planned.finals(entries, tried or _tuned(suite, name, found)), records, later)
+        found += do(planned.finals(entries[name], tried or _tuned(suite, name, found)), records, later)
     if lost:
         raise lost[0]
     return found
@@ -229,6 +247,16 @@ def _identity(name: str, entry: Entry) -> tuple[str, dict[str, Any]]:
     """Return the method's name and all its fields, as records hold them."""
     method = registry.make(entry.method or name, entry.fields)
     return method.name, registry.spec(method)["fields"]
+
+
+def completed(record: RunRecord) -> dict[str, Any]:
+    """Return the method's fields in a record, those that did not exist yet when it ran at their defaults of today."""
+    try:
+        method = registry.from_spec({"method": record.method, "fields": record.fields})
+    except PeftreeError:  # a method or a value of another time
+        return dict(record.fields)
+    found: dict[str, Any] = registry.spec(method)["fields"]
+    return found
 
 
 def _tuned(suite: Suite, name: str, found: Sequence[RunRecord]) -> list[RunRecord]:
@@ -276,30 +304,25 @@ class State:
 def states(suite: Suite, records: Sequence[RunRecord]) -> list[State]:
     """Return the state of every method on every task, from the records that exist.
 
-    Records of other data, models, settings or fields than the suite names now do not count.
+    Records of other fields or, where nothing is tuned, of another rate than the suite names do not count. Of a closed
+    task nothing is wanted but what is there.
     """
     out = []
     for name in suite.tasks:
         for entry, chosen in suite.entries(name):
             method, fields = _identity(entry, chosen)
             mine = [r for r in records if (r.suite, r.task, r.method) == (suite.suite, name, method)]
-            mine = [r for r in mine if r.fields == fields]
+            mine = [r for r in mine if completed(r) == fields]
+            if not suite.protocol.trials:
+                mine = [r for r in mine if r.learning_rate == rate(entry, chosen, chosen.times)]
             done = [r for r in mine if r.settled]
             count = {status: sum(r.status == status for r in mine) for status in ("diverged", "inapplicable")}
-            out.append(
-                State(
-                    name, entry,
-                    min(sum(r.phase == "trial" for r in done), suite.trials(name)), suite.trials(name),
-                    min(sum(r.phase == "final" for r in done), suite.protocol.seeds), suite.protocol.seeds,
-                    sum(not r.settled for r in mine), **count,
-                )
-            )  # fmt: skip
+            trials = min(sum(r.phase == "trial" for r in done), suite.trials(name))
+            finals = min(sum(r.phase == "final" for r in done), suite.protocol.seeds)
+            wanted = (trials, finals) if suite.tasks[name].closed else (suite.trials(name), suite.protocol.seeds)
+            failed = sum(not r.settled for r in mine)
+            out.append(State(name, entry, trials, wanted[0], finals, wanted[1], failed, **count))
     return out
-
-
-def missing_cells(cells: Sequence[Cell], records: Path) -> Iterator[Cell]:
-    """Yield the cells that have no settled record yet."""
-    return (cell for cell in cells if finished(cell, records) is None)
 
 
 def seconds_left(suite: Suite, found: Sequence[State], pace: Mapping[str, float]) -> float:

@@ -271,11 +271,8 @@ def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"{successes} of {trials} is not a proportion.", "Give 0 <= k <= n, n > 0.")
-    z = float(stats.norm.ppf((1 + level) / 2))
-    p = successes / trials
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + (z / (2 * trials)) ** 2)
-    return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+    p, found = successes / trials, stats.binomtest(successes, trials).proportion_ci(level, "wilson")
+    return Interval(p, min(p, float(found.low)), max(p, float(found.high)))
 
 
 def matrices(samples: Sequence[ArrayLike]) -> list[Array]:
@@ -349,9 +346,6 @@ def _counts(size: int, draws: int, seed: int) -> NDArray[np.float32]:
 
 def _student(value: float, by_seed: Array, level: float) -> Interval:
     """Return Student's t interval around `value` from one number a seed."""
-    by_seed = np.atleast_1d(by_seed)
-    if by_seed.size == 1 or not np.isfinite(by_seed).all():
+    if not np.isfinite(by_seed).all():
         return Interval(value, -math.inf, math.inf)
-    error = float(by_seed.std(ddof=1)) / math.sqrt(by_seed.size)
-    half = float(stats.t.ppf((1 + level) / 2, by_seed.size - 1)) * error
-    return Interval(value, value - half, value + half)
+    return Interval(value, *_ends(value, *spread(np.reshape(by_seed, (-1, 1))), level))

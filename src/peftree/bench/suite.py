@@ -17,11 +17,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from peftree.catalogue import TaskFacts, task_facts
 from peftree.errors import ConfigError, did_you_mean
-from peftree.evaluate.settings import check as check_probes
-from peftree.strict import read_yaml
-from peftree.train.config import RunConfig
-from peftree.train.facts import FACTS, TaskFacts
+from peftree.probes import check as check_probes
+from peftree.settings import RunConfig, TaskName
+from peftree.strict import explain, read_yaml
 
 SUITES = Path(__file__).with_name("suites")
 DECADES = 2.5  # the least width of a search for the learning rate
@@ -65,7 +65,7 @@ class Entry(_Strict):
 class SuiteTask(_Strict):
     """A task: model, data, and the same budget for every method."""
 
-    task: str = Field(description="the kind of task, as in `RunConfig`")
+    task: TaskName = Field(description="the kind of task, as in `RunConfig`")
     model: str = Field(description="a packaged model, a folder, or a hub name")
     dataset: str = Field(description="what the data are, for people")
     data: Source
@@ -74,24 +74,18 @@ class SuiteTask(_Strict):
     label_noise: float = Field(0.0, ge=0, le=1, description="share of wrong training labels")
     tuned_on: str = Field("", description="take the learning rates found on this task")
     shifted: dict[str, Source] = Field(default_factory=dict, description="other test sets, scored by final runs")
-    stages: dict[str, Source] = Field(default_factory=dict, description="data to go on training with, one by one")
+    stages: dict[str, Source] = Field(default_factory=dict, description="data to continue training with, one by one")
     general: Source | None = Field(None, description="held-out general rows for the probe 'retention'")
     probes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what final runs are probed for")
     methods: tuple[str, ...] = Field((), description="entries to run; none: all that need no naming")
     seconds: float = Field(20.0, gt=0, description="how long a usual run takes")
     memory: float = Field(1.0, gt=0, description="GiB that a usual run takes")
+    closed: str = Field("", description="why it no longer runs; its records stand")
 
     @property
     def facts(self) -> TaskFacts:
         """Modality, kind and metric."""
-        return FACTS[self.task]
-
-    @field_validator("task")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in FACTS:
-            raise ValueError(f"there is no task '{value}'. {did_you_mean(value, FACTS)}")
-        return value
+        return task_facts(self.task)
 
     @field_validator("settings")
     @classmethod
@@ -102,10 +96,7 @@ class SuiteTask(_Strict):
         try:
             RunConfig.model_validate({**value, "model": "x", "data": "x"})
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            hint = did_you_mean(key, RunConfig.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-            raise ValueError(f"{key}: {hint}") from None
+            raise ValueError(" ".join(explain(error, RunConfig, "settings"))) from None
         return value
 
     @field_validator("probes")
@@ -170,17 +161,17 @@ class Suite(_Strict):
                     raise ValueError(f"tasks.{name}.methods: {did_you_mean(entry, self.methods)}")
             other = self.tasks.get(task.tuned_on)
             if task.tuned_on and (other is None or other.tuned_on):
-                raise ValueError(f"tasks.{name}.tuned_on: '{task.tuned_on}' is no task with trials of its own")
+                raise ValueError(f"tasks.{name}.tuned_on: '{task.tuned_on}' is not a task with trials of its own")
         return self
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the suite says, estimates of time and memory left out."""
+        """SHA-256 of what the suite says, estimates of time and memory, and which tasks are closed, left out."""
         plain = self.model_dump(mode="json")
         if self.protocol.gap is None:
             plain["protocol"].pop("gap")  # a suite that says nothing of a later key has the hash that it always had
         for entry in (*plain["methods"].values(), *plain["tasks"].values()):
-            for estimate in ("seconds", "memory", "cost"):
+            for estimate in ("seconds", "memory", "cost", "closed"):
                 entry.pop(estimate, None)
         for entry in plain["methods"].values():
             if not entry["named"]:
@@ -212,7 +203,7 @@ def load_suite(name: str | Path) -> Suite:
     """Read a suite by its name or from a file.
 
     A task with `like: OTHER` starts as a copy of that one; what it says itself replaces or, in
-    mappings, adds to it. Its shifted sets, stages and probes are its own.
+    mappings, adds to it. Its shifted sets, stages and probes, and that it is closed, are its own.
 
     Raises:
         ConfigError: no such suite, or a key or value in it is wrong: named, with file and line.
@@ -229,7 +220,7 @@ def load_suite(name: str | Path) -> Suite:
     try:
         return Suite.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, lines, path)) from None
+        raise ConfigError(*explain(error, Suite, str(path), lines)) from None
 
 
 def _grown(name: str, tasks: Mapping[str, Any], lines: Mapping[str, str]) -> Any:
@@ -239,33 +230,14 @@ def _grown(name: str, tasks: Mapping[str, Any], lines: Mapping[str, str]) -> Any
     other = tasks.get(own["like"])
     if not isinstance(other, Mapping) or "like" in other:
         where = lines.get(f"tasks.{name}.like", name)
-        raise ConfigError(f"{where}: like: '{own['like']}' is no task to start from.", did_you_mean(own["like"], tasks))
-    inherited = {k: v for k, v in other.items() if k not in ("shifted", "stages", "probes", "general", "tuned_on")}
+        raise ConfigError(
+            f"{where}: like: '{own['like']}' is not a task to start from.", did_you_mean(own["like"], tasks)
+        )
+    inherited = {
+        k: v for k, v in other.items() if k not in ("shifted", "stages", "probes", "general", "tuned_on", "closed")
+    }
     merged = {**inherited, **{k: v for k, v in own.items() if k != "like"}}
     for key in ("data", "settings"):
         if isinstance(own.get(key), Mapping) and isinstance(inherited.get(key), Mapping):
             merged[key] = {**inherited[key], **own[key]}
     return merged
-
-
-def _explain(error: ValidationError, lines: Mapping[str, str], path: Path) -> tuple[str, str]:
-    # A misspelt key is also a missing one: the former says more.
-    found = error.errors(include_url=False)
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    loc = [str(part) for part in first["loc"]]
-    places = (lines.get(".".join(loc[:n])) for n in range(len(loc), 0, -1))
-    where = next((place for place in places if place), str(path))
-    what = first["msg"].removeprefix("Value error, ").rstrip(".")
-    if first["type"] == "extra_forbidden":
-        model: type[BaseModel] = {0: Suite, 1: Suite}.get(len(loc) - 1, SuiteTask)
-        special: dict[str, type[BaseModel]] = {
-            "data": Source,
-            "general": Source,
-            "shifted": Source,
-            "stages": Source,
-            "protocol": Protocol,
-        }
-        model = next((special[part] for part in reversed(loc[:-1]) if part in special), model)
-        model = Entry if loc[0] == "methods" else model
-        return f"{where}: {'.'.join(loc)}: is no key here.", did_you_mean(loc[-1], model.model_fields, "Keys")
-    return f"{where}: {'.'.join(loc) or 'suite'}: {what}.", "Correct the suite."

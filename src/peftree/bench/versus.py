@@ -11,10 +11,10 @@ from statistics import median
 from typing import Literal
 
 from peftree.bench import paired, statistics
-from peftree.bench.record import RunRecord
-from peftree.bench.samples import aligned, comparisons, labelled, sample
+from peftree.bench.grouping import aligned, comparisons, labelled, sample
 from peftree.bench.statistics import Interval
 from peftree.errors import ConfigError, DataError, did_you_mean
+from peftree.runs.record import RunRecord
 
 Judgement = Literal["better", "worse", "no difference shown"]
 ALPHA = 0.05
@@ -106,12 +106,12 @@ def versus(records: Iterable[RunRecord], a: str, b: str) -> Versus:
     final = [r for r in records if r.phase == "final"]
     if not final:
         raise DataError("There is no final run to compare.", "Run the suite to its end: trials are for tuning.")
-    tables = {key: labelled(runs) for key, runs in comparisons(final).items()}
+    tables = [labelled(runs) for runs in comparisons(final)]
     if a == b:
         raise ConfigError(f"'{a}' is to be compared with itself.", "Name two methods.")
     duels, notes = [], []
-    for groups in tables.values():
-        one, two = _find(groups, a, tables.values()), _find(groups, b, tables.values())
+    for groups in tables:
+        one, two = _find(groups, a, tables), _find(groups, b, tables)
         title = (one or two or [next(iter(groups.values()))[0]])[0].task
         absent = [name for name, found in ((a, one), (b, two)) if not found]
         if absent:

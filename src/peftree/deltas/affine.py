@@ -25,19 +25,24 @@ class Affine(Reweight):
         self.dtype = place.frozen.weight.dtype
         self.quick = place.site.kind in ("linear", "conv1d", "embedding")
 
+    def factor(self) -> Tensor:
+        """Return what the output is multiplied by; a subclass that makes it from `scale` overrides this."""
+        return self.scale
+
     def weight(self, W: Tensor) -> Tensor:
         """`diag(scale) W`; for a norm, whose weight is a vector, `scale * W`."""
-        return (W * (self.scale if W.dim() == 1 else self.scale.unsqueeze(-1))).to(W.dtype)
+        scale = self.factor()
+        return (W * (scale if W.dim() == 1 else scale.unsqueeze(-1))).to(W.dtype)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         """`scale * b + shift`."""
         if b is None:
             return None if self.shift is None else self.shift.to(self.dtype)
-        return (b * self.scale + (0.0 if self.shift is None else self.shift)).to(b.dtype)
+        return (b * self.factor() + (0.0 if self.shift is None else self.shift)).to(b.dtype)
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
         """`scale * y + shift`."""
-        scale = self.scale.to(y.dtype)
+        scale = self.factor().to(y.dtype)
         return y * scale if self.shift is None else torch.addcmul(self.shift.to(y.dtype), y, scale)
 
 

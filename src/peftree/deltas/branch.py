@@ -48,6 +48,8 @@ class Bottleneck(Rewrite):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if parallel and place.site.kind == "expert":
+            raise place.refuse("is one map inside stacked experts, whose input is not seen", "Use sites='ffn'.")
         out = place.site.out_features
         width = place.site.in_features if parallel else out
         self.down = place.kaiming(size, width) if std is None else place.normal(size, width, std=std)

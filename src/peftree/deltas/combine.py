@@ -9,23 +9,37 @@ from torch import Tensor, nn
 
 from peftree.deltas.branch import Bottleneck
 from peftree.deltas.place import Place
+from peftree.deltas.scene import scene
+from peftree.deltas.text import by_rows
 from peftree.deltas.verbs import Attend, Delta, Frozen, Reweight, Rewrite
 from peftree.errors import MethodError
 
 
 class _Gate(nn.Module):
-    """`g(x) = mean over tokens of sigmoid(w x + b)`, one number per row of the batch (UniPELT, section 3.2)."""
+    """`g(x) = mean over real tokens of sigmoid(w x + b)`, one number per row of the batch (UniPELT, section 3.2)."""
 
     def __init__(self, place: Place, width: int) -> None:
         super().__init__()
         self.w = place.normal(width, std=0.02)
         self.b = place.zeros(1)
+        self.name = place.site.name
+        self.encoded = place.site.role in ("xattn.k", "xattn.v")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate `[batch]` for `x` `[batch, tokens, width]`."""
-        score: Tensor = torch.sigmoid(x.to(self.w.dtype) @ self.w + self.b)
-        gate: Tensor = score.flatten(1).mean(1)
-        return gate.to(x.dtype)
+        """Return the gate, one number for each of the first dimension of `x` `[batch, tokens, width]`.
+
+        Inside experts `x` is `[batch * tokens, width]`, and each token has the gate of its row.
+
+        Raises:
+            MethodError: `x` is a part of the tokens, of which no one says whose rows they are.
+        """
+        score: Tensor = torch.sigmoid(by_rows(x, self.name).to(self.w.dtype) @ self.w + self.b)
+        real = scene().encoded if self.encoded else scene().real
+        if real is not None and real.shape == score.shape:
+            gate = (score * real).sum(1) / real.sum(1).clamp(min=1)
+        else:
+            gate = score.mean(1)
+        return (gate.repeat_interleave(score.shape[1]) if x.dim() == 2 else gate).to(x.dtype)
 
 
 class GatedOutput(Rewrite):
@@ -33,6 +47,8 @@ class GatedOutput(Rewrite):
 
     That is `y` for a bottleneck after a sub-layer, else `x`.
     """
+
+    looks = True
 
     def __init__(self, place: Place, inner: Rewrite | Reweight) -> None:
         super().__init__()
@@ -55,11 +71,13 @@ class GatedOutput(Rewrite):
 class GatedMemory(Attend):
     """The inner memory times a gate computed from the attention module's input."""
 
+    looks = True
+
     def __init__(self, place: Place, inner: Attend) -> None:
         super().__init__()
         self.inner = inner
         self.gate_net = _Gate(place, place.site.in_features)
-        self.shift = inner.shift
+        self.shift, self.projects = inner.shift, inner.projects
 
     def memory(self, x: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return K and V `[batch, length, kv_heads, head_dim]`."""
@@ -97,15 +115,19 @@ class FusedWeight(Reweight):
 
     def weight(self, W: Tensor) -> Tensor:
         """Return the changed weight."""
-        return W + sum(w * (d.weight(W) - W) for w, d in self._pairs())
+        return self._mixed(W, [d.weight(W) for _, d in self._pairs()])
 
-    def bias(self, b: Tensor | None) -> Tensor | None:
-        """Return the changed bias."""
-        new = [(w, d.bias(b)) for w, d in self._pairs()]
+    def _mixed(self, W: Tensor, new: Sequence[Tensor]) -> Tensor:
+        return W + sum(w * (n - W) for w, n in zip(self.weights, new, strict=True))
+
+    def changed(self, frozen: Frozen) -> Frozen:
+        """Return the changed weight and bias."""
+        b, made = frozen.bias, [(w, d.changed(frozen)) for w, d in self._pairs()]
+        new_W, new = self._mixed(frozen.weight, [n.weight for _, n in made]), [(w, n.bias) for w, n in made]
         if all(n is b for _, n in new):
-            return b
+            return Frozen(new_W, b)
         zero = next(torch.zeros_like(n) for _, n in new if n is not None) if b is None else b
-        return zero + sum(w * (n - zero) for w, n in new if n is not None)
+        return Frozen(new_W, zero + sum(w * (n - zero) for w, n in new if n is not None))
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
         """Return the changed output."""
@@ -125,6 +147,7 @@ class FusedOutput(Rewrite):
         self.inner = nn.ModuleList(inner)
         self.weights = list(weights)
         self.reads = inner[0].reads
+        self.looks, self.maps = any(d.looks for d in inner), inner[0].maps
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the changed output."""

@@ -1,4 +1,4 @@
-"""Several bottlenecks at one place: drawn at random in training, their mean otherwise."""
+"""Several branches at one place: bottlenecks drawn at random, and low-rank terms of which each token has some."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peftree.deltas.branch import Activation, Bottleneck
 from peftree.deltas.place import Place
@@ -49,3 +50,38 @@ class RandomExperts(Bottleneck):
         for name in [n for n in self._parameters if n.startswith("all_")]:
             setattr(self, name.removeprefix("all_"), nn.Parameter(self._parameters[name].detach().mean(0)))  # type: ignore[union-attr]
             del self._parameters[name]
+
+
+class ExpertTerms(nn.Module):
+    """`s B_eᵀ A_e x` of the expert e that each token has, A `[experts r, in]` and B `[experts r, out]`.
+
+    A starts Kaiming uniform by each expert's fan-in, B zero. Which expert it is is a factor of the values between, so
+    that no shape depends on values; the experts that a token has not cost it two products of width r.
+
+    Args:
+        place: where it goes; of a branch the whole.
+        experts, r: number of experts, and the rank of each.
+        scale: s.
+        dropout: probability of dropping entries of x.
+        role: of the map in a branch that the terms are of, whose frozen map `frozen` then is.
+    """
+
+    def __init__(self, place: Place, experts: int, r: int, scale: float, dropout: float = 0.0, role: str = "") -> None:
+        super().__init__()
+        site = place.site
+        if role:
+            self.frozen = place.part(role)
+            site = self.frozen.site
+        self.A = place.kaiming(experts * r, site.in_features)
+        self.B = place.zeros(experts * r, site.out_features)
+        self.shape, self.scale, self.dropout = (experts, r), scale, dropout
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Return `A_e x` of all experts, `[..., experts, r]`."""
+        u = functional.linear(functional.dropout(x, self.dropout, self.training), self.A.to(x.dtype))
+        each: Tensor = u.unflatten(-1, self.shape)
+        return each
+
+    def weighed(self, inner: Tensor, whose: Tensor) -> Tensor:
+        """Return the terms of the experts that `whose` `[..., experts]` weighs."""
+        return self.scale * ((inner * whose.unsqueeze(-1)).flatten(-2) @ self.B.to(inner.dtype))

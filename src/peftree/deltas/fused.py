@@ -1,7 +1,8 @@
 """One autograd function for a frozen linear map plus a low-rank term, in place and saving little.
 
 `y = x Wᵀ + b + s (x Aᵀ) B` with `W` frozen. The term is added into the fresh output of the frozen product, the
-gradient of `x` likewise, and `x` itself is not saved where `rebuild.recipe` knows how to make it again.
+gradient of `x` likewise, and `x` itself is not saved where `rebuild.recipe` knows how to make it again, or where A is
+frozen.
 Equal to the plain expression; the order of additions differs (about 1e-6 relative in float32).
 """
 
@@ -31,12 +32,12 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         made: Recipe | None,
     ) -> Tensor:
-        y = functional.linear(x, W, b)
+        y = functional.linear(x, W, b).data  # no view: the caller may change the output in place, as Longformer does
         u = functional.linear(x, A)
         flat = y.view(-1, y.shape[-1])
         flat.addmm_(u.reshape(-1, u.shape[-1]), B, alpha=scale)
         ctx.made = made
-        kept = [x] if made is None else made.kept
+        kept = [] if not ctx.needs_input_grad[3] else [x] if made is None else made.kept
         ctx.scale = scale
         ctx.save_for_backward(W, A, B, u, *kept)
         return y
@@ -65,7 +66,7 @@ def lowrank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor,
 
     Second derivatives raise a RuntimeError; use the plain expression for those.
     """
-    made = recipe(x) if torch.is_grad_enabled() else None
+    made = recipe(x) if torch.is_grad_enabled() and A.requires_grad else None
     y: Tensor = _LowRankLinear.apply(x, W, b, A, B, scale, made)  # type: ignore[no-untyped-call]
     return y
 

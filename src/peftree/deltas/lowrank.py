@@ -60,6 +60,30 @@ class LowRank(Reweight):
         return y + self.scale * (u @ B)
 
 
+class Residual(LowRank):
+    """`W' = W - scale * B0ᵀ A0 + scale * Bᵀ A`, the base as it is: any A and B at the start change nothing."""
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, place: Place, A: nn.Parameter, B: nn.Parameter, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(place, A, B, scale, dropout)
+        self.register_buffer("A0", A.detach().clone())
+        self.register_buffer("B0", B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A over A0, and B over -B0."""
+        A, B = super().factors()
+        return torch.cat([A, self.A0], -2), torch.cat([B, -self.B0], -2)
+
+    @torch.no_grad()
+    def restart(self, A: Tensor, B: Tensor) -> None:
+        """Start from these factors."""
+        for own, first, value in zip(super().factors(), (self.A0, self.B0), (A, B), strict=True):
+            own.copy_(value)
+            first.copy_(value)
+
+
 def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Return LoRA's A and B at start: A Kaiming uniform, B zero; the reverse for an embedding; one pair per expert."""
     lead, m, n = matrix(place)
@@ -69,8 +93,14 @@ def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def principal_factors(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return A `[r, in]` and B `[r, out]` with `scale * Bᵀ A` the best rank-r approximation of `W` (PiSSA, eq. 3)."""
+    """Return A `[.., r, in]` and B `[.., r, out]`, `scale * Bᵀ A` the best approximation of `W` (PiSSA, eq. 3)."""
     exact = W if W.dtype == torch.float64 else W.float()
     U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
-    root = (S[:r] / scale).sqrt()
-    return root[:, None] * Vh[:r], (root[:, None] * U[:, :r].T).contiguous()
+    root = (S[..., :r] / scale).sqrt().unsqueeze(-1)
+    return root * Vh[..., :r, :], (root * U[..., :r].mT).contiguous()
+
+
+def orthogonal_factors(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A `[.., r, in]` and B `[.., r, out]`: the first rows of R and columns of Q in `W = QR` (OLoRA)."""
+    Q, R = torch.linalg.qr(W if W.dtype == torch.float64 else W.float())
+    return R[..., :r, :].contiguous(), Q[..., :r].mT.contiguous()

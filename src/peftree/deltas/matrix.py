@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peftree.deltas.place import Place
 
 LINEAR = ("linear", "conv1d")
-MATRICES = (*LINEAR, "conv2d", "embedding", "expert")
+MATRICES = (*LINEAR, "conv", "embedding", "expert")
 TINY = 1e-18  # norms below it count as it, so that a row of zeros divides to zeros
 
 
@@ -42,6 +42,7 @@ class Bases(nn.Module):
 
     def __init__(self, place: Place, r: int, seed: int) -> None:
         super().__init__()
+        only(place, MATRICES)
         width, out = (max(sizes) for sizes in zip(*((s.in_features, s.out_features) for s in place.peers), strict=True))
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("A", (r, width)), ("B", (out, r))):
@@ -55,8 +56,31 @@ def seeded_indices(count: int, size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
 
 
-def cayley(q: Tensor, size: int) -> Tensor:
+def nearest_divisor(total: int, wanted: int) -> int:
+    """Return the divisor of `total` that is nearest to `wanted`, the smaller of two; `total` itself at most.
+
+    >>> nearest_divisor(48, 32), nearest_divisor(48, 20), nearest_divisor(32, 64)
+    (24, 16, 32)
+    """
+    return min((abs(d - wanted), d) for d in range(1, total + 1) if total % d == 0)[1]
+
+
+def within(q: Tensor, eps: float) -> Tensor:
+    """Return the entries of skew-symmetric matrices `[..., n, k]`, none of a Frobenius norm above eps / sqrt(n).
+
+    Gradients are those at the value returned, handed on as they are: a projection, not a change of variables.
+    """
+    norm = (2 * q.detach().square().sum(-1, keepdim=True)).sqrt()
+    bound = eps / q.shape[-2] ** 0.5
+    out: Tensor = q + (q.detach() * (bound / norm).clamp(max=1.0) - q.detach()).where(norm > bound, 0.0)
+    return out
+
+
+def cayley(q: Tensor, size: int, terms: int = 0) -> Tensor:
     """Return the orthogonal matrices `(I - Q)(I + Q)^-1`, `[..., size, size]`.
+
+    With `terms` n > 0 the sum `I + 2 Q + ... + 2 Q^(n - 2) + Q^(n - 1)` instead (two terms: `I + 2 Q`), which
+    approximates the inverse of that.
 
     Args:
         q: the entries above the diagonal of the skew-symmetric Q, row by row, `[..., size (size - 1) / 2]`; zeros
@@ -68,6 +92,12 @@ def cayley(q: Tensor, size: int) -> Tensor:
     upper[..., rows, columns] = q
     skew = upper - upper.mT
     eye = torch.eye(size, device=q.device, dtype=q.dtype)
+    if terms:
+        total, power = eye.expand_as(skew), skew
+        for n in range(1, terms):
+            total = total + (1.0 if n == terms - 1 > 1 else 2.0) * power
+            power = power @ skew
+        return total
     R: Tensor = torch.linalg.solve(eye + skew, eye - skew)  # the two commute: the side does not matter
     return R
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftree.deltas.verbs import Frozen
+from peftree.deltas.verbs import Frozen, Part
 from peftree.errors import MethodError
 from peftree.sites import Site
 
@@ -25,8 +25,8 @@ def read(module: nn.Module, site: Site) -> Frozen:
     b: Tensor | None = module._parameters.get(site.bias) if site.bias else None
     if site.kind in ("conv1d", "embedding"):
         W = W.t()
-    elif site.kind == "conv2d":
-        W = W.flatten(1)
+    elif site.kind == "conv" or site.split:
+        W = W.flatten(1).t() if site.split == "out" else W.flatten(1)
     elif site.unit_offset:
         W = W + 1
     if site.rows is not None:
@@ -44,22 +44,45 @@ class Place:
         peers: the sites of the whole adapter part, in model order.
     """
 
-    def __init__(self, site: Site, module: nn.Module, peers: Sequence[Site], memo: dict[str, Any]) -> None:
+    def __init__(
+        self, site: Site, model: nn.Module, peers: Sequence[Site], memo: dict[str, Any], owner: object = None
+    ) -> None:
         self.site = site
-        self.module = module
+        self.module = model.get_submodule(site.path)
+        self._model = model
         self.peers = peers
         self._memo = memo
+        self._owner = owner  # the method with the fields of this site; equal fields, same object
 
     @property
     def frozen(self) -> Frozen:
-        """The frozen weight and bias (views; detached from any graph)."""
+        """The frozen weight and bias (views; detached from any graph).
+
+        Raises:
+            MethodError: the site is a whole branch, layer or stack.
+        """
+        if self.module._parameters.get(self.site.parameter) is None:
+            why = f"is of kind '{self.site.kind}' and has no weight of its own"
+            raise self.refuse(why, "Name other sites; `peftree inspect` lists them with their kinds.")
+        hook: Any = self.module.__dict__.get("_hf_hook")
         with torch.no_grad():
+            if not self.abstract and self.module.get_parameter(self.site.parameter).is_meta:
+                held = nn.Module()  # accelerate keeps the values elsewhere until the module runs
+                names = [n for n, p in self.module._parameters.items() if p is not None]
+                values: Any = {n: hook.weights_map[n].to(self.device) for n in names}
+                held._parameters = values
+                return read(held, self.site)
             return read(self.module, self.site)
 
     @property
     def device(self) -> torch.device:
-        """Device of the base model's tensors here."""
-        return next(self.module.parameters()).device
+        """Device of the base model's tensors here; of weights that accelerate has offloaded, the one they run on."""
+        own = next(self.module.parameters()).device
+        if own.type != "meta":
+            return own
+        hooks: list[Any] = [m.__dict__.get("_hf_hook") for m in self.module.modules()]
+        held = [h for h in hooks if getattr(h, "weights_map", None) is not None]
+        return torch.device(held[0].execution_device) if held else own
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,13 +96,28 @@ class Place:
         return self.device.type == "meta"
 
     @property
-    def embedding(self) -> Tensor | None:
-        """The token embedding table `[vocabulary, d]` of a text stack, else None."""
+    def embedding(self) -> nn.Embedding | None:
+        """The token embedding of a text stack, else None; what it makes of ids is what enters, and may be scaled."""
         names = [self.site.embed] if self.site.embed is not None else []
         for name, module in self.module.named_modules():
             if isinstance(module, nn.Embedding) and any(f".{n}".endswith(f".{name}") for n in names):
-                return module.weight.detach()
+                return module
         return None
+
+    def part(self, role: str) -> Part:
+        """Return what has `role` in this sub-layer as a function, quantised or not.
+
+        `ffn.gate`, `ffn.up` and `ffn.down` are its frozen maps with their biases, `ffn.act` is the function after the
+        gate, or without one after up. `ffn.router` gives logits, weights and experts, a row a token, by its own rule.
+
+        Raises:
+            MethodError: the site has none, or several; a stack of experts is none.
+        """
+        found = [s for s in self.site.parts if s.role == role]
+        if len(found) != 1 or found[0].kind not in ("linear", "conv1d", "raw"):
+            why = f"has no single {role} that runs by itself"
+            raise self.refuse(why, "Name sub-layers that have one (sites=, layers=); stacked experts have none.")
+        return Part(self._model.get_submodule(found[0].path), found[0])
 
     @property
     def index(self) -> int:
@@ -91,16 +129,23 @@ class Place:
         return MethodError(f"{self.site.name} ({self.site.path}) {why}.", instead)
 
     def empty(self, *shape: int) -> nn.Parameter:
-        """Return an uninitialised trainable tensor on the right device and dtype."""
+        """Return an uninitialised trainable tensor on the right device and dtype.
+
+        Raises:
+            MethodError: the site is a single parameter, of which no widths are known.
+        """
+        if 0 in shape and self.site.in_features == 0:
+            why = f"is of kind '{self.site.kind}' and has no width to adapt"
+            raise self.refuse(why, "Name linear maps, or use a method that changes single parameters, as 'full'.")
         return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """Return a trainable tensor of zeros."""
-        return nn.Parameter(torch.zeros(*shape, device=self.device, dtype=self.dtype))
+        return nn.Parameter(self.empty(*shape).detach().zero_())
 
     def ones(self, *shape: int) -> nn.Parameter:
         """Return a trainable tensor of ones."""
-        return nn.Parameter(torch.ones(*shape, device=self.device, dtype=self.dtype))
+        return nn.Parameter(self.empty(*shape).detach().fill_(1))
 
     def normal(self, *shape: int, std: float = 0.02, mean: float = 0.0) -> nn.Parameter:
         """Return a trainable tensor drawn from N(mean, std)."""
@@ -108,16 +153,27 @@ class Place:
 
     def kaiming(self, *shape: int) -> nn.Parameter:
         """Return a trainable tensor drawn as `nn.Linear` draws its weight: Kaiming uniform with a = sqrt(5)."""
-        bound = shape[-1] ** -0.5
-        return nn.Parameter(torch.nn.init.uniform_(self.empty(*shape).detach(), -bound, bound))
+        tensor = self.empty(*shape).detach()
+        return nn.Parameter(torch.nn.init.uniform_(tensor, -(shape[-1] ** -0.5), shape[-1] ** -0.5))
+
+    def bias(self, size: int, fan_in: int) -> nn.Parameter:
+        """Return a trainable vector drawn as `nn.Linear` draws its bias: uniform within 1 / sqrt(fan_in)."""
+        return nn.Parameter(torch.nn.init.uniform_(self.empty(size).detach(), -(fan_in**-0.5), fan_in**-0.5))
 
     def once(self, key: str, make: Callable[[], T]) -> T:
-        """Return `make()` of the first call with this key: what all deltas of the adapter share."""
+        """Return `make()` of the first call with this key: what all deltas of the adapter share.
+
+        Raises:
+            MethodError: it was made with the fields of another site, which differ from those here.
+        """
         if key not in self._memo:
-            self._memo[key] = make()
-        value: T = self._memo[key]
-        return value
+            self._memo[key] = (make(), self._owner)
+        value, owner = self._memo[key]
+        if owner is not self._owner:
+            raise self.refuse("shares a tensor with sites whose fields differ", "Give its fields one value for all.")
+        found: T = value
+        return found
 
     def apart(self, key: str) -> Place:
         """Return this place for one of several adapters that are built together: `once` is each one's own there."""
-        return Place(self.site, self.module, self.peers, self.once(f"apart {key}", dict))
+        return Place(self.site, self._model, self.peers, self._memo.setdefault(f"apart {key}", {}), self._owner)

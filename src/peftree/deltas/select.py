@@ -83,6 +83,13 @@ class Sensitivity:
         return self.mean[name] * self.spread[name] if name in self.mean else torch.zeros_like(like)
 
 
+def turn(delta: nn.Module, on: bool) -> None:
+    """Let the tensors of a delta train from now on, or rest: an optimizer passes over what has no gradient."""
+    for parameter in delta.parameters():
+        parameter.requires_grad_(on)
+        parameter.grad = parameter.grad if on else None
+
+
 def keep_largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return masks shaped as `scores` that are True at the `count` largest values of all of them together."""
     flat = torch.cat([s.reshape(-1) for s in scores])

@@ -26,6 +26,8 @@ class Comparison:
         low, high: its 95 % interval over items (Student's t); both equal `difference` if no item differs.
         better, worse, equal: how many items changed in which direction.
         shown: "better", "worse", or "no difference shown" where the interval holds 0.
+        constant: what one answer for all items scores; None where there is no such answer.
+        no_better_than: what the new score does not beat; empty if it beats both.
     """
 
     metric: str
@@ -39,6 +41,8 @@ class Comparison:
     worse: int
     equal: int
     shown: str
+    constant: float | None
+    no_better_than: str
 
 
 def against_base(model: nn.Module, score: Callable[[], Scores]) -> Comparison:
@@ -78,4 +82,5 @@ def compare(base: Scores, new: Scores) -> Comparison:
     return Comparison(
         new.metric, base.score, new.score, of, mean, low, high,
         int((gain > 0).sum()), int((gain < 0).sum()), int((gain == 0).sum()), shown,
+        new.constant, new.unbeaten(base.score),
     )  # fmt: skip

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from peftree.data.picture import read_picture
+
 Pixels = NDArray[np.float64]
 """`[height, width, 3]`, values in 0..1."""
 Corruption = Callable[[Pixels, int, np.random.Generator], Pixels]
@@ -30,8 +32,7 @@ def corrupt(data: bytes, kind: str, severity: int) -> bytes:
     """
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as file:
-        clean = np.asarray(file.convert("RGB"), dtype=np.float64) / 255
+    clean = np.asarray(read_picture(io.BytesIO(data)), dtype=np.float64) / 255
     seed = hashlib.sha256(kind.encode() + data).digest()
     draw = np.random.default_rng(int.from_bytes(seed[:8], "big"))
     changed = np.clip(CORRUPTIONS[kind](clean, severity, draw), 0, 1)

@@ -9,6 +9,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,24 @@ def allocator_peak(step: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    nodes, found = profile.profiler.kineto_results.experimental_event_tree(), []
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children)
+        if node.tag == torch._C._profiler._EventType.Allocation and node.typed[1].device.type == "cpu":
+            found.append((node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size))
+    held: dict[int, int] = {}
     level = peak = 0
-    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(memory, key=lambda e: e.start_ns()):
-        if event.device_type() == torch._C._autograd.DeviceType.CPU:
-            level += event.nbytes()
-            peak = max(peak, level)
+    for _, pointer, size in sorted(found, key=itemgetter(0)):
+        if size > 0:
+            held[pointer] = size
+        level += size if size > 0 else -held.pop(pointer, 0)
+        peak = max(peak, level)
     return peak
 
 
 def peak_rss() -> int:
-    """Return the most bytes this process had resident since its start or `reset_peak_rss`."""
+    """Return the most bytes this process had resident since its start or `reset_peaks`."""
     found = _status("VmHWM")
     if found is not None:
         return found
@@ -128,8 +136,15 @@ def current_rss() -> int | None:
     return _status("VmRSS")
 
 
-def reset_peak_rss() -> bool:
-    """Make `peak_rss` count from now; False where the kernel cannot (then it counts from the start)."""
+def device_peak(device: torch.device) -> int | None:
+    """Return the most bytes of tensors on a CUDA device since the start or `reset_peaks`; None on any other."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peaks(device: torch.device) -> bool:
+    """Make the peaks count from now; False where the kernel cannot (then `peak_rss` counts from the start)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
         return True

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peftree.adapter import disabled
 from peftree.evaluate.quality import evaluating
-from peftree.evaluate.settings import IMAGES, TEXTS
-from peftree.evaluate.subject import Row, Subject, inputs, real_tokens
+from peftree.evaluate.subject import IMAGES, TEXTS, Row, Subject, Unmeasured, inputs, real_tokens
 from peftree.sites import Site
 
 _TOKENS = 2048  # states that CKA looks at
@@ -31,7 +31,7 @@ def body(subject: Subject) -> Site | None:
 
 
 def states(subject: Subject, rows: Sequence[Row], deep: bool) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """Yield for every batch the states `[rows, tokens, d]` of the body, and where its tokens are no padding.
+    """Yield for every batch the states `[rows, tokens, d]` of the body, and where its tokens are not padding.
 
     Args:
         subject: a model that has a `body`.
@@ -101,3 +101,17 @@ def cka(X: NDArray[np.float64], Y: NDArray[np.float64]) -> float:
     if own == 0 or other == 0:
         return float(own == other)
     return float(np.linalg.norm(Y.T @ X) ** 2 / (own * other))
+
+
+def likeness(subject: Subject, rows: Sequence[Row]) -> list[float] | Unmeasured:
+    """Return for every layer the `cka` of its states with the adapter off and on."""
+    if not rows:
+        return Unmeasured(why="There are no test rows; the weights alone were looked at.")
+    if body(subject) is None:
+        return Unmeasured(why=f"{type(subject.model).__name__} has no body with hidden states to read.")
+    with disabled(subject.model):
+        before = by_layer(subject, rows)
+    after = by_layer(subject, rows)
+    if any(x.shape != y.shape for x, y in zip(before, after, strict=True)):
+        return Unmeasured(why="The adapter leaves its own tokens in the states, so tokens have no counterparts.")
+    return [cka(x, y) for x, y in zip(before, after, strict=True)]

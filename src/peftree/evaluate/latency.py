@@ -1,4 +1,4 @@
-"""Latency: time of a forward pass with the adapter on, off, and merged, interleaved."""
+"""Time of a forward pass with the adapter on, off, and merged, interleaved."""
 
 from __future__ import annotations
 
@@ -15,41 +15,30 @@ from peftree.adapter import disabled
 from peftree.compose import merge, unmerge
 from peftree.errors import MergeError
 from peftree.evaluate.quality import evaluating
-from peftree.evaluate.settings import Latency
-from peftree.evaluate.subject import Result, Subject, inputs, not_measured
 
 Batch = Mapping[str, Any]
 _LEAST = 3
 
 
-def latency(subject: Subject, settings: Latency) -> Result:
-    """Time forward passes of the first row and of the first batch of the test rows, in eval mode, without labels.
+def timed(model: nn.Module, one: Batch, many: Batch, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time forward passes of two batches without labels, in eval mode; returns the figures of `probes.latency`.
 
     Every round runs all states once, in rotated order, after one pass that is not counted; ratios are taken within a
     round, so that a machine that slows down slows both sides. Merging and unmerging are not timed.
-
-    Returns:
-        `unit`; for one row `off`, `on`, `merged` (median milliseconds), `on_ratio`, `merged_ratio` (median of the
-        time over that of the same round with the adapter off); `batch`: the same with `rows`; `rounds`, `threads`,
-        `clock`: `thread`, processor time of the one thread that computes, or `wall`;
-        `why_not_merged` in place of the merged figures, for methods that cannot be folded into the weights.
     """
-    if not subject.rows:
-        return not_measured("There are no test rows.")
-    model = subject.model
-    one, many = (inputs(next(iter(subject.batches(subject.rows[:n])))) for n in (1, settings.batch))
-    names, why = ["off", "on"], ""
+    names, why = ["off", "on"], None
     try:
         with _state(model, "merged"):
             names.append("merged")
     except MergeError as error:
         why = error.what
-    seconds = _rounds(model, {"one": one, "batch": many}, names, settings)
+    taken = _rounds(model, {"one": one, "batch": many}, names, rounds, seconds)
     rows = next(v.shape[0] for v in many.values() if isinstance(v, torch.Tensor) and v.dim())
-    out: Result = {"unit": "ms", **_figures(seconds["one"]), "batch": {**_figures(seconds["batch"]), "rows": rows}}
-    out |= {"rounds": len(seconds["one"]["off"]), "threads": torch.get_num_threads()}
-    out["clock"] = "thread" if _clock(model) is time.thread_time else "wall"
-    return out | ({"why_not_merged": why} if why else {})
+    clock = "thread" if _clock(model) is time.thread_time else "wall"
+    return _figures(taken["one"]) | {
+        "batch": {**_figures(taken["batch"]), "rows": rows}, "rounds": len(taken["one"]["off"]),
+        "threads": torch.get_num_threads(), "clock": clock, "why_not_merged": why,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -69,12 +58,12 @@ def _state(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def _rounds(
-    model: nn.Module, batches: Mapping[str, Batch], names: list[str], settings: Latency
+    model: nn.Module, batches: Mapping[str, Batch], names: list[str], most: int, limit: float
 ) -> dict[str, dict[str, list[float]]]:
     """Return seconds by batch and state, one number a round."""
     seconds: dict[str, dict[str, list[float]]] = {b: {n: [] for n in names} for b in batches}
-    end = time.monotonic() + settings.seconds
-    for turn in range(settings.rounds):
+    end = time.monotonic() + limit
+    for turn in range(most):
         if turn >= _LEAST and time.monotonic() > end:
             break
         first = turn % len(names)
@@ -107,8 +96,8 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _figures(seconds: Mapping[str, list[float]]) -> Result:
-    out: Result = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    out: dict[str, Any] = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     for name in seconds.keys() - {"off"}:
         ratios = [a / b for a, b in zip(seconds[name], seconds["off"], strict=True)]
         out[f"{name}_ratio"] = statistics.median(ratios)

@@ -16,7 +16,7 @@ from peftree.deltas import Attend, Delta, TokenRouter
 from peftree.deltas.combine import GatedMemory, GatedOutput
 from peftree.evaluate.quality import evaluating
 from peftree.evaluate.spectra import layer_name
-from peftree.evaluate.subject import Result, Row, Subject, inputs, not_measured, real_tokens, some
+from peftree.evaluate.subject import Row, Subject, Unmeasured, inputs, real_tokens, some
 from peftree.sites import Site
 
 
@@ -24,7 +24,7 @@ from peftree.sites import Site
 def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
     """Inside, these deltas of the active adapter do nothing; no tensor is touched."""
     graft = adapter.graft
-    names, off = graft.shared.active, {id(d) for d in deltas}
+    names, off = graft.shared.now.active, {id(d) for d in deltas}
     hubs = [hub for _, _, hub in graft.hubs()]
     try:
         for hub in hubs:
@@ -38,10 +38,10 @@ def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
         yield
     finally:
         for hub in hubs:
-            hub.programs.clear()  # compiled anew when asked for
+            hub.programs.clear()  # compiled again when asked for
 
 
-def knockout(subject: Subject, layers: int, limit: int) -> Result:
+def knockout(subject: Subject, layers: int, limit: int) -> dict[str, Any]:
     """Score the model with the deltas of one layer switched off, for evenly spread layers that have any.
 
     Returns:
@@ -54,7 +54,7 @@ def knockout(subject: Subject, layers: int, limit: int) -> Result:
     rows = [row for _, row in some(subject.rows, limit)]
     if not groups or not rows:
         why = "The adapter has no delta but the task head." if rows else "There are no test rows."
-        return {"knockout": not_measured(why)}
+        return {"knockout": Unmeasured(why=why)}
     whole = subject.score(rows).score
     change = {}
     for _, name in some(list(groups), layers):
@@ -83,7 +83,7 @@ def _by_layer(adapter: Adapter) -> dict[str, list[Delta]]:
     return groups
 
 
-def routing(subject: Subject, rows: Sequence[Row]) -> Result:
+def routing(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasured:
     """Watch the token routers of a mixture on real tokens.
 
     Returns:
@@ -94,12 +94,12 @@ def routing(subject: Subject, rows: Sequence[Row]) -> Result:
     """
     routers = [m for m in _modules(subject.adapter) if isinstance(m, TokenRouter)]
     if not routers:
-        return not_measured(f"{subject.adapter.method.name} routes no tokens.")
+        return Unmeasured(why=f"{subject.adapter.method.name} routes no tokens.")
     found = [np.concatenate(p) for p in _watched(subject, rows, routers) if p]
     figures = [_load(p) for p in found]
     loads = [f.pop("load") for f in figures]
     widths = {len(load) for load in loads}
-    means: Result = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+    means: dict[str, Any] = {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
     if len(widths) == 1:
         means["load"] = np.mean(loads, 0).tolist()
     return means | {"experts": max(widths), "routers": len(found)}
@@ -119,7 +119,7 @@ def _load(p: Any) -> dict[str, Any]:
     }
 
 
-def gates(subject: Subject, rows: Sequence[Row]) -> Result:
+def gates(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasured:
     """Watch the gates of a hybrid, and read those of attention memories.
 
     Returns:
@@ -129,9 +129,8 @@ def gates(subject: Subject, rows: Sequence[Row]) -> Result:
     parts = subject.adapter.method.parts()
     found: dict[str, list[float]] = {}
     gated: list[tuple[str, nn.Module]] = []
-    for key, delta in subject.adapter.deltas.items():
-        number = key.rsplit("/", 1)[-1].partition("_")[0].removeprefix("p")
-        part = parts[int(number)].name if len(parts) > 1 and number.isdecimal() else subject.adapter.method.name
+    for delta in subject.adapter.deltas.values():
+        part = parts[delta.part].name if len(parts) > 1 and delta.part is not None else subject.adapter.method.name
         if isinstance(delta, GatedOutput):
             gated.append((part, delta.gate))
         elif isinstance(delta, GatedMemory):
@@ -142,7 +141,7 @@ def gates(subject: Subject, rows: Sequence[Row]) -> Result:
         for (part, _), values in zip(gated, _watched(subject, rows, [m for _, m in gated]), strict=True):
             found.setdefault(part, []).append(float(np.concatenate(values).mean()))
     if not found:
-        return not_measured(f"{subject.adapter.method.name} has no gates.")
+        return Unmeasured(why=f"{subject.adapter.method.name} has no gates.")
     return {
         part: {"mean": float(np.mean(v)), "low": min(v), "high": max(v), "places": len(v)} for part, v in found.items()
     }

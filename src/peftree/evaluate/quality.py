@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ class Scores:
         values: every metric by name, the primary one among them.
         higher_is_better: direction of the primary metric.
         aggregate: how `items` give the primary metric: their `mean`, or `exp_mean`.
+        constant: what one answer for all items scores: their commonest class or text, the error of their mean; None
+            where there is no such answer.
     """
 
     metric: str
@@ -34,11 +37,24 @@ class Scores:
     values: Mapping[str, float]
     higher_is_better: bool = True
     aggregate: Literal["mean", "exp_mean"] = "mean"
+    constant: float | None = None
 
     @property
     def score(self) -> float:
         """The primary metric."""
         return self.values[self.metric]
+
+    def unbeaten(self, base: float | None) -> str:
+        """Return what this score is no better than, the model without the adapter scoring `base`; empty if nothing."""
+        sign = 1 if self.higher_is_better else -1
+        others = {"one answer for all rows": self.constant, "the model without the adapter": base}
+        found = [f"{who} ({x:.4g})" for who, x in others.items() if x is not None and sign * (self.score - x) <= 0]
+        return " and ".join(found)
+
+
+def _commonest(wanted: Sequence[Any]) -> float:
+    """Return the share of the commonest of `wanted`."""
+    return max(Counter(wanted).values()) / len(wanted)
 
 
 @contextlib.contextmanager
@@ -71,7 +87,7 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     _check_count(wanted)
     right = np.asarray(predicted) == np.asarray(wanted)
     values = {"accuracy": float(right.mean()), "macro_f1": macro_f1(predicted, wanted)}
-    return Scores("accuracy", tuple(right.astype(float).tolist()), values)
+    return Scores("accuracy", tuple(right.astype(float).tolist()), values, constant=_commonest(wanted))
 
 
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
@@ -91,17 +107,9 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     shares: list[float] = []
     with evaluating(model):
         for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            logits, labels = model(**inputs).logits, batch["labels"]
-            if "decoder_input_ids" not in batch:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            losses, right = _tokens(logits, labels)
-            kept = labels.ne(-100)
-            counts = kept.sum(1)
-            if not bool(counts.all()):
-                raise TrainError("An item has no completion token.", "Raise max_length.")
-            items += (losses.sum(1) / counts).tolist()
-            shares += ((right & kept).sum(1) / counts).tolist()
+            losses, hits = completed(model, batch)
+            items += losses
+            shares += hits
     _check_count(items)
     mean = float(np.mean(items))
     values = {
@@ -143,7 +151,8 @@ def regress(model: nn.Module, batches: Iterable[Mapping[str, Any]], mean: float 
         "pearson": _correlation(p, w),
         "spearman": _correlation(rankdata(p), rankdata(w)),
     }
-    return Scores("mae", tuple(errors.tolist()), values, higher_is_better=False)
+    constant = float(np.abs(w - w.mean()).mean())
+    return Scores("mae", tuple(errors.tolist()), values, higher_is_better=False, constant=constant)
 
 
 def _correlation(one: Any, two: Any) -> float:
@@ -189,7 +198,7 @@ def retrieve(model: nn.Module, batches: Iterable[Mapping[str, Any]], texts: Sequ
     values = {f"recall@{k}": float((places < k).double().mean()) for k in (1, 5, 10)}
     values["text_to_image_recall@1"] = float((_places(similar.T, same) < 1).double().mean())
     values["gallery"] = float(len(index))
-    return Scores("recall@1", tuple((places < 1).double().tolist()), values)
+    return Scores("recall@1", tuple((places < 1).double().tolist()), values, constant=_commonest(numbers))
 
 
 def _plain(text: str) -> str:
@@ -202,16 +211,34 @@ def _places(similar: Tensor, right: Tensor) -> Tensor:
     return ((similar >= best) & ~right).sum(1)
 
 
-def _tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return negative log-likelihoods (0 outside completions) and hits, `[batch, tokens]` each."""
-    losses = torch.zeros(labels.shape, dtype=torch.float32)
-    right = torch.zeros(labels.shape, dtype=torch.bool)
+def completed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return the mean negative log-likelihood of each item of a batch, and its share of hits; see `complete`."""
+    labels = batch["labels"] if "decoder_input_ids" in batch else batch["labels"][:, 1:]
     kept = labels.ne(-100)
-    chosen = logits[kept].float()  # [scored tokens, vocabulary]: the prompts' logits are not widened
-    _check_finite(chosen)
-    losses[kept.cpu()] = functional.cross_entropy(chosen, labels[kept], reduction="none").cpu()
-    right[kept.cpu()] = (chosen.argmax(-1) == labels[kept]).cpu()
-    return losses, right
+    counts = kept.sum(1).cpu()
+    if not bool(counts.all()):
+        raise TrainError("An item has no completion token.", "Raise max_length.")
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    found, right, finite = token_scores(logits, kept.nonzero(as_tuple=True), labels[kept])
+    if not bool(finite):
+        raise _not_finite()
+    losses = torch.zeros(labels.shape, dtype=torch.float32)
+    hits = torch.zeros(labels.shape, dtype=torch.bool)
+    losses[kept.cpu()], hits[kept.cpu()] = found.cpu(), right.cpu()
+    return (losses.sum(1) / counts).tolist(), (hits.sum(1) / counts).tolist()
+
+
+def token_scores(logits: Tensor, places: tuple[Tensor, ...], wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return negative log-likelihoods and hits of tokens, `[tokens]` each, and whether all logits are finite.
+
+    Args:
+        logits: `[batch, places, vocabulary]`.
+        places: rows and columns of the logits that predict.
+        wanted: the tokens.
+    """
+    chosen = logits[places].float()  # [tokens, vocabulary]: the prompts' logits are not widened
+    finite = torch.isfinite(torch.stack(torch.aminmax(chosen))).all()  # takes no copy
+    return functional.cross_entropy(chosen, wanted, reduction="none"), chosen.argmax(-1) == wanted, finite
 
 
 def macro_f1(predicted: list[int], wanted: list[int]) -> float:
@@ -231,4 +258,8 @@ def _check_count(items: list[Any]) -> None:
 
 def _check_finite(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise DivergedError("The model's output is not finite.", "The adapter has diverged: lower lr, or use float32.")
+        raise _not_finite()
+
+
+def _not_finite() -> DivergedError:
+    return DivergedError("The model's output is not finite.", "The adapter has diverged: lower lr, or use float32.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +12,18 @@ from torch import Tensor, nn
 
 from peftree.adapter import Adapter
 from peftree.deltas import Reweight
-from peftree.evaluate.subject import Result, not_measured
+from peftree.evaluate.subject import Unmeasured
 from peftree.graft.hub import effective, read_from
 from peftree.graft.program import Program
 from peftree.sites import Site
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
-_KINDS = ("linear", "conv1d", "conv2d", "expert")
+_KINDS = ("linear", "conv1d", "conv", "expert")
 _FIGURES = ("relative_update", "effective_rank", "stable_rank")
 _GOLDEN = 0.6180339887498949
 
 
-def spectra(adapter: Adapter, matrices: int, top: int) -> Result:
+def spectra(adapter: Adapter, matrices: int, top: int) -> dict[str, Any] | Unmeasured:
     """Take apart the updates W' - W of an adapter at the weight matrices inside layers, computed in float64.
 
     Args:
@@ -42,7 +43,7 @@ def spectra(adapter: Adapter, matrices: int, top: int) -> Result:
         if after is not before:
             found.append((places[i], figures(before, after, top)))
     if not found:
-        return not_measured(f"{adapter.method.name} changes no weight matrix inside the layers.")
+        return Unmeasured(why=f"{adapter.method.name} changes no weight matrix inside the layers.")
     towers = len({site.tower for site in places}) > 1
     return _medians([f for _, f in found]) | {
         "matrices": len(found),
@@ -129,10 +130,10 @@ def _spread(count: int, wanted: int) -> list[int]:
     return sorted(chosen)
 
 
-def _medians(found: Sequence[dict[str, float]]) -> Result:
-    out: Result = {name: float(np.median([f[name] for f in found])) for name in _FIGURES}
+def _medians(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    out: dict[str, Any] = {name: float(np.median([f[name] for f in found])) for name in _FIGURES}
     return out | {"intruders": {str(e): float(np.mean([f[f"intruders_{e}"] for f in found])) for e in THRESHOLDS}}
 
 
-def _grouped(found: Sequence[tuple[str, dict[str, float]]]) -> Result:
+def _grouped(found: Sequence[tuple[str, dict[str, float]]]) -> dict[str, Any]:
     return {name: _medians([f for n, f in found if n == name]) for name in dict.fromkeys(n for n, _ in found)}

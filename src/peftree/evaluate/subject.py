@@ -1,24 +1,46 @@
-"""What every probe looks at: a finished run, open, with its rows; and what a probe gives back."""
+"""What every probe looks at, a finished run with its rows, and what it gives back. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from peftree.adapter import Adapter
-from peftree.evaluate.quality import Scores
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from peftree.adapter import Adapter
+    from peftree.evaluate.quality import Scores
 
 T = TypeVar("T")
-Result = dict[str, Any]
-"""Plain JSON of finite numbers."""
+UNMEASURED = "not measured"
+Number = int | FiniteFloat  # a count, whose mean over the seeds need not be whole
+CLASSES = ("text-classification", "image-classification")
+TEXTS = ("text-classification", "text-regression", "generation")
+IMAGES = ("image-classification", "image-text-retrieval", "captioning")
+
+
+class Result(BaseModel):
+    """What a probe finds, as runs record it and reports read it; what else a record says is passed over.
+
+    `apart` are fields that tell of one run alone: no mean is taken of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    apart: ClassVar[tuple[str, ...]] = ()
+
+
+class Unmeasured(Result):
+    """Why a probe, or a part of it, cannot be done, in one sentence."""
+
+    why: str = Field(validation_alias=UNMEASURED, serialization_alias=UNMEASURED)
 
 
 class Row(Protocol):
-    """One row of a task; a named tuple such as `train.data.Example` is one."""
+    """One row of a task; a named tuple such as `data.rows.Example` is one."""
 
     @property
     def source(self) -> str:
@@ -58,11 +80,6 @@ class Subject:
     folder: Path
 
 
-def not_measured(reason: str) -> Result:
-    """Return the result of a probe that cannot be done, with one sentence that says why."""
-    return {"not measured": reason}
-
-
 def some(rows: Sequence[T], limit: int) -> list[tuple[int, T]]:
     """Return at most `limit` of `rows` (0: all), evenly spread, each with its index: rows may be sorted by class."""
     count = len(rows) if limit == 0 else min(limit, len(rows))
@@ -75,6 +92,6 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def real_tokens(batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Return where states of `shape` (rows, tokens) are no padding, bool; None if they are not the batch's tokens."""
+    """Return where states of `shape` (rows, tokens) are not padding, bool; None if they are not the batch's tokens."""
     mask = batch.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and tuple(mask.shape) == shape else None
+    return mask.bool() if mask is not None and tuple(mask.shape) == shape else None

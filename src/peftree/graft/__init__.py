@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrizations
+from transformers import PreTrainedModel
 
 from peftree import sites as site_tree
-from peftree.deltas import Attend, Delta, Prepend, Reweight, Rewrite, Side
-from peftree.errors import MethodError
+from peftree.deltas import Attend, Delta, Part, Prepend, Reweight, Rewrite, Side
+from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
-from peftree.graft.hub import Cell, Hub, Shared
-from peftree.graft.stack import EntryPart, LayerPart, ListenPart, StackPart, StackState
+from peftree.graft.call import PerThread, Shared
+from peftree.graft.entry import check_length, positions_of
+from peftree.graft.hub import Cell, Hub, opaque
+from peftree.graft.probe import Door
+from peftree.graft.stack import EndPart, EntryPart, LayerPart, ListenPart, StackPart
+from peftree.graft.state import Room, StackState, first_position
 from peftree.graft.swap import Adapted, StillPart, restore, swap
 from peftree.sites import Site
+from peftree.sites.parts import field
 
-__all__ = ["Adapted", "Graft", "Hub"]
+__all__ = ["Adapted", "Graft", "Hub", "Room"]
 
+P = TypeVar("P", bound=PerThread)
 _CLASS_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_LENGTH_FIRST = {
+    f"transformers.models.{name}"
+    for name in (
+        "fsmt.modeling_fsmt.EncoderLayer",
+        "fsmt.modeling_fsmt.DecoderLayer",
+        "led.modeling_led.LEDEncoderSelfAttention",
+        "longformer.modeling_longformer.LongformerSelfAttention",
+    )
+}  # code that turns what it is given, or gives on what was turned, to `[length, rows, width]`
 
 
 class Graft:
@@ -30,6 +47,8 @@ class Graft:
         model: the base model.
         shared: which adapters are on.
         entries: every delta with its adapter, key and site, in the order they were put.
+        first: paths of modules in which a text's length comes first, and its rows second.
+        swaps: some are torch's (`batch_first=False`), so that what any other module gets may be so too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +57,9 @@ class Graft:
         self.entries: list[tuple[str, str, Site, Delta]] = []
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
+        kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in model.named_modules()}
+        self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in _LENGTH_FIRST]
+        self.swaps = any(first for _, first in kinds.values())
 
     @property
     def tree(self) -> list[Site]:
@@ -62,7 +84,7 @@ class Graft:
                     "Adapt the object that was adapted first, or detach that adapter from it.",
                 )
         try:
-            self._hold_statistics()
+            self._ground([(adapter, *e) for e in entries])
             for key, site, delta in entries:
                 self._place(adapter, key, site, delta)
         except BaseException:
@@ -75,25 +97,60 @@ class Graft:
         self.entries = [e for e in self.entries if e[0] != adapter]
         self._rebuild()
 
+    def check(self) -> None:
+        """Raise AdapterError if an adapted module was resized, replaced or taken out."""
+        self.shared.check(self.model)
+        here = {hub.path for *_, hub in self.hubs()}
+        gone = [site.path for _, _, site, _ in self.entries if site.path not in here]
+        read = [p for *_, d in self.entries for m in d.modules() for p in vars(m).values() if isinstance(p, Part)]
+        modules = dict(self.model.named_modules(remove_duplicate=False)) if read else {}
+        if gone := gone + [p.site.path for p in read if modules.get(p.site.path) is not p.module]:
+            raise AdapterError(
+                f"{gone[0]} is no longer the module that was adapted: it was replaced or taken out.",
+                "Call peftree.detach(model), then adapt it again: change a model before it gets an adapter.",
+            )
+
+    def rooms(self, names: tuple[str, ...]) -> list[Room]:
+        """Return the text stacks whose positions the adapters `names` take a part of."""
+        found = []
+        for path, state in self.stacks.items():
+            front = self.hub(path).program(names).token_length + state.shift(names)
+            if state.most is not None and front:
+                found.append(Room(state.site.tower, state.most, front))
+        return found
+
     def _rebuild(self) -> None:
         for _, module, hub in list(self.hubs()):
             for part in hub.outer:
                 if isinstance(part, AttentionPart):
                     part.remove(module)
             restore(module)
-        self.stacks = {}
+        self.stacks, self.shared.looks = {}, False
+        self.shared.parts.clear()
+        self.shared.unseen.clear()
         if self.entries:
-            self._hold_statistics()
+            self._ground(self.entries)
         for adapter, key, site, delta in self.entries:
             self._place(adapter, key, site, delta)
 
-    def _hold_statistics(self) -> None:
-        """Let no batch norm update its running statistics: they belong to the frozen base."""
+    def _ground(self, entries: list[tuple[str, str, Site, Delta]]) -> None:
+        """Put what every graft needs: parts around what users call, norms that count nothing, no nested tensors.
+
+        No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
+        """
+        sites = {site.path for _, _, site, _ in entries}
         for path, module in list(self.model.named_modules()):
-            if isinstance(module, _NormBase) and module.running_mean is not None:
+            if not path or (_tower(path, module) and any(_within(s, path) and s != path for s in sites)):
+                outer = self.hub(path).outer
+                door = next((p for p in outer if isinstance(p, Door)), None) or Door(not path)
+                outer[:] = [door, *(p for p in outer if p is not door)]
+                door.fresh |= {e[0] for e in entries}
+            counts = isinstance(module, _NormBase) and module.running_mean is not None
+            counts = counts or isinstance(module, parametrizations._SpectralNorm)
+            if counts or isinstance(module, nn.TransformerEncoder):
                 hub = self.hub(path)
-                if not hub.outer:
-                    hub.outer.append(StillPart())
+                if not any(isinstance(p, StillPart) for p in hub.outer):
+                    hub.outer.append(StillPart("training" if counts else "use_nested_tensor"))
 
     def hub(self, path: str) -> Hub:
         """Return the hub of the module at `path`, made when first asked for."""
@@ -103,13 +160,16 @@ class Graft:
             return found
         if "deltas" in module._modules or "deltas" in vars(module):
             raise MethodError(f"{path} has an attribute 'deltas' of its own.", "Rename it in the base model.")
-        hub = Hub(self.shared)
-        hub.training = module.training
+        hub = Hub(self.shared, path)
+        hub.training, hub.opaque = module.training, opaque(module)
+        hub.length_first = any(path == p or _within(path, p) for p in self.first)
+        hub.swaps = self.swaps
         swap(module, hub)
         return hub
 
     def _place(self, adapter: str, key: str, site: Site, delta: Delta) -> None:
         hub = self.hub(site.path)
+        hub.length_first |= site.length_first
         hub.bundle(adapter).put(key, site, delta)
         delta.train(hub.training)  # no dropout on a model that was in eval mode when it got the adapter
         if isinstance(delta, Attend):
@@ -122,30 +182,79 @@ class Graft:
                 self._layer(state, index)
         elif isinstance(delta, Rewrite) and site.kind == "branch":
             self._branch(hub, site, delta)
+        elif isinstance(delta, Rewrite) and (
+            site.kind == "raw" or ((site.kind == "conv" or site.maps) and not delta.maps)
+        ):
+            kinds = {"raw": "a single parameter", "conv": "a convolution"}
+            what = kinds.get(site.kind, "a layer of convolutions")
+            raise MethodError(
+                f"{site.name} ({site.path}) is {what}, whose output is not one vector a token.",
+                "Name linear maps, or use a method that changes weights.",
+            )
+        elif (
+            isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate"))
+        ):
+            raise MethodError(
+                f"{site.name} ({site.path}) is one map inside stacked experts, whose output is not seen.",
+                "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
+            )
+        elif isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
+            raise MethodError(
+                f"{site.name} ({site.path}) is of kind '{site.kind}' and has no weight of its own.",
+                "Name other sites; `peftree inspect` lists them with their kinds.",
+            )
         elif not isinstance(delta, Reweight | Rewrite):
             raise MethodError(f"{type(delta).__name__} has none of the five verbs.", "Subclass one of them.")
+        if delta.looks or delta.blocks:
+            self._scene(site, delta)
+
+    def _scene(self, site: Site, delta: Delta) -> None:
+        """Let a delta see the pass of its stack, and give its attention places in the cache."""
+        stack = site if site.role == "stack" else self._owner(site)
+        if stack is None:
+            return
+        if delta.blocks and not stack.heads:
+            raise MethodError(
+                f"{site.name} ({site.path}) lies in layers without attention, whose masks and cache it needs here.",
+                "Name sites of other towers, or use another method.",
+            )
+        state = self._stack(stack)
+        state.looks |= delta.looks
+        self.shared.looks |= delta.looks
+        delta.first_block, state.blocks = state.blocks, state.blocks + delta.blocks
+        for index in range(len(stack.layers)):
+            self._layer(state, index)
+
+    def _known(self, part: P) -> P:
+        """Let gradient checkpointing carry what `part` keeps."""
+        self.shared.parts.append(part)
+        return part
 
     def _branch(self, hub: Hub, site: Site, delta: Rewrite) -> None:
         path = site.residual if delta.reads == "residual" else site.source
         if path is None:
             raise MethodError(f"{site.name} has no known {delta.reads} module.", "Choose another site.")
         if delta.reads not in hub.sources:
-            cell = hub.sources[delta.reads] = Cell()
+            cell = hub.sources[delta.reads] = self._known(Cell())
             self.hub(path).cells.append(cell)
 
     def _attention(self, hub: Hub, site: Site, delta: Attend) -> None:
         module = self.model.get_submodule(site.path)
-        if not any(isinstance(p, AttentionPart) for p in hub.outer):
-            key, value = (self._projection(site, which) for which in ("k", "v"))
-            part = AttentionPart(site, module, key, value)
+        part = next((p for p in hub.outer if isinstance(p, AttentionPart)), None)
+        if part is None:
+            part = AttentionPart(site, module)
+            self._known(part.seen)
             hub.outer.append(part)
             part.install(module)
-        if delta.shift and not site.cross:
-            stack = self._owner(site)
-            if stack is not None and "past_key_values" in self._arguments(stack.path):
-                state = self._stack(stack)
-                if hub not in state.attention:
-                    state.attention.append(hub)
+        if delta.projects and not part.projections:
+            part.projections = [self._projection(site, which) for which in ("k", "v")]
+        stack = None if site.cross else self._owner(site)
+        if stack is not None and {"past_key_values", "position_ids"} & self._arguments(stack.path):
+            state = self._stack(stack)
+            if delta.shift and state.shifts:
+                check_length(state, site.name, delta.length)
+            if hub not in state.attention:
+                state.attention.append(hub)
 
     def _projection(self, site: Site, which: str) -> tuple[nn.Module, Site]:
         role = f"{site.role}.{which}"
@@ -160,7 +269,7 @@ class Graft:
 
     def _owner(self, site: Site) -> Site | None:
         stacks = [s for s in self.tree if s.role == "stack" and s.tower == site.tower]
-        return next((s for s in stacks if any(_within(site.path, p) for p in s.layers)), None)
+        return next((s for s in stacks if site.path == s.embed or any(_within(site.path, p) for p in s.layers)), None)
 
     def _stack(self, site: Site) -> StackState:
         """Return the state of a stack, with its outer part in place."""
@@ -168,38 +277,73 @@ class Graft:
             return self.stacks[site.path]
         module: Any = self.model.get_submodule(site.path)
         embed = self.model.get_submodule(site.embed) if site.embed is not None else None
-        text = isinstance(embed, nn.Embedding)
+        takes = self._arguments(site.path)
+        text = isinstance(embed, nn.Embedding) and bool({"input_ids", "inputs_embeds"} & takes)
         decoders = [s for s in self.tree if s.role == "stack" and s.tower == "decoder"]
         keep = site.tower == "encoder" and bool(decoders)
-        state = self.stacks[site.path] = StackState(site, embed, text, keep, [])
         around = [
             (n, m) for n, m in module.named_modules() if not any(_within(_join(site.path, n), p) for p in site.layers)
         ]
         tables = [m for _, m in around if isinstance(m, nn.Embedding) and m is not embed]
-        state.absolute = bool(tables)
-        state.padding = next((m.padding_idx for m in tables if m.padding_idx is not None), None)
-        state.by_mask = any("attention_mask" in inspect.signature(type(m).forward).parameters for m in tables)
-        if not text:
-            inside = [_join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
-            state.offset = sum(_slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in _CLASS_TOKENS)
+        padding = next((m.padding_idx for m in tables if m.padding_idx is not None), None)
+        most = positions_of(module) if text and "inputs_embeds" in takes else None
+        config: Any = module.__dict__.get("config")
+        runs = config.num_hidden_layers * config.inner_group_num if field(config, "num_hidden_groups") else 0
+        shifts = "past_key_values" in takes
+        plain = text and "inputs_embeds" in takes and not any(isinstance(m, nn.Linear) for _, m in around)
+        reads = inspect.signature(type(self.model.get_submodule(site.layers[0])).forward).parameters
+        own = "inputs_embeds" not in takes and (site.embed or "").rpartition(".")[0] == site.path
+        inside = [] if text else [_join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
+        state = self.stacks[site.path] = StackState(
+            site, embed, text, keep, absolute=bool(tables), padding=padding,
+            by_mask=any("attention_mask" in inspect.signature(type(m).forward).parameters for m in tables),
+            most=None if most is None else most - first_position(padding),
+            window=field(config, "sliding_window"), runs=runs, shifts=shifts,
+            early=not ((site.causal and shifts) or runs or plain),
+            fills=text and (own or "per_layer_inputs" in takes or "input_ids" in reads),
+            offset=sum(_slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in _CLASS_TOKENS),
+        )  # fmt: skip
+        self._known(state.here)
         self.hub(site.path).outer.append(StackPart(state))
         if keep:
             for decoder in decoders:
-                self.hub(decoder.path).outer.append(ListenPart(state))
+                self.hub(decoder.path).outer.insert(0, ListenPart(state))  # before it reads the mask itself
         return state
 
     def _tokens(self, site: Site, delta: Prepend) -> None:
-        if site.embed is None:
+        flat = site.in_features == site.out_features and site.heads  # else stages of images, or no sequence at all
+        takes = self._arguments(site.path)
+        words = site.embed is not None and isinstance(self.model.get_submodule(site.embed), nn.Embedding)
+        inner = [
+            s.path
+            for s in self.tree
+            if s.role == "stack" and s.path != site.path and (not site.path or _within(s.path, site.path))
+        ]
+        others = (
+            any(_within(site.embed or "", path) for path in inner) or "position" in (site.embed or "").rsplit(".")[-1]
+        )
+        if site.embed is None or (words and others) or not ({"input_ids", "inputs_embeds"} & takes if words else flat):
             raise MethodError(
                 f"{site.name} has no embedding whose output is one sequence of tokens.",
                 "Virtual tokens need a plain transformer stack; use another method here.",
             )
         state = self._stack(site)
-        inside = "inputs_embeds" not in self._arguments(site.path)
-        if not state.text or inside:
-            entry = self.hub(site.embed.rpartition(".")[0] if state.text else site.embed)
+        several = field(self.model.get_submodule(site.path).__dict__.get("config"), "ngram")
+        if "decoder_causal_mask" in takes or (several and site.tower != "encoder"):
+            raise MethodError(
+                f"{site.name} ({site.path}) has masks or streams that are made for the text alone.",
+                "Virtual tokens need a stack that makes its own masks; use another method here.",
+            )
+        inside = "inputs_embeds" not in takes
+        check_length(state, site.name, delta.length)
+        if not state.text or inside or state.fills:
+            entry = self.hub(site.embed.rpartition(".")[0] if state.text and not state.fills else site.embed)
             if not any(isinstance(p, EntryPart) for p in entry.outer):
                 entry.outer.append(EntryPart(state))
+        if state.runs:
+            end = self.hub(_join(site.path, site.layers[0].removeprefix(site.path).lstrip(".").partition(".")[0]))
+            if not any(isinstance(p, EndPart) for p in end.outer):
+                end.outer.append(EndPart(state))
         for depth in {*delta.depths, len(site.layers) - 1} - {0} | {len(site.layers) - 1}:
             self._layer(state, depth)
 
@@ -207,6 +351,12 @@ class Graft:
         hub = self.hub(state.site.layers[index])
         if not any(isinstance(p, LayerPart) for p in hub.outer):
             hub.outer.append(LayerPart(state, index))
+
+
+def _tower(path: str, module: nn.Module) -> bool:
+    """Return whether users call this part of a model by itself: an encoder of two, a model below its head."""
+    children = bool(module._modules) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    return isinstance(module, PreTrainedModel) or ("." not in path and children)
 
 
 def _within(path: str, outer: str) -> bool:

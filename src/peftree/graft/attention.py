@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftree.deltas.place import read
-from peftree.deltas.verbs import Attend
-from peftree.errors import MethodError
+from peftree.deltas.verbs import Attend, Delta
+from peftree.errors import MethodError, PeftreeWarning
+from peftree.graft.call import PerThread
+from peftree.graft.program import narrowed
 from peftree.sites import Site
+from peftree.sites.parts import interfaced
 
 if TYPE_CHECKING:
     from peftree.graft.hub import Hub
@@ -38,34 +42,33 @@ class ConfigView:
         return getattr(self.inner, name)
 
 
+class Seen(PerThread):
+    """The input of the attention call in progress, `[batch, tokens, d]`."""
+
+    hidden: Tensor | None = None
+
+
 class AttentionPart:
     """The outer part of an attention module: remembers its input and sends the call to `attend`."""
 
-    def __init__(
-        self,
-        site: Site,
-        module: nn.Module,
-        key: tuple[nn.Module, Site],
-        value: tuple[nn.Module, Site],
-    ) -> None:
-        if not _uses_interface(module):
+    def __init__(self, site: Site, module: nn.Module) -> None:
+        if not interfaced(module):
             raise MethodError(
                 f"The attention module {site.path} ({type(module).__name__}) does not call transformers' attention "
                 "interface, so no memory can enter it.",
                 "Use prompt_tuning or lora instead, or a model class that uses the interface.",
             )
         self.site = site
-        self.key = key
-        self.value = value
+        self.projections: list[tuple[nn.Module, Site]] = []  # of keys and values, where a delta asks for them
         self.config: Any = module.__dict__["config"]
-        self.hidden: Tensor | None = None
+        self.seen = Seen()
 
     def __call__(self, hub: Hub, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int) -> Any:
-        before, self.hidden = self.hidden, args[0] if args else kwargs["hidden_states"]
+        before, self.seen.hidden = self.seen.hidden, next(iter((*args, *kwargs.values())))
         try:
             return hub.run(module, args, kwargs, at)
         finally:
-            self.hidden = before
+            self.seen.hidden = before
 
     def install(self, module: nn.Module) -> None:
         """Point the module's config at our function."""
@@ -78,10 +81,10 @@ class AttentionPart:
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Map hidden vectors `[length, d]` to K and V `[length, kv_heads, head_dim]` by the frozen projections."""
         out = []
-        for module, site in (self.key, self.value):
+        for module, site in self.projections:
             W, b = read(module, site)
             made = functional.linear(hidden.to(W.dtype), W, b)
-            out.append(made.view(*made.shape[:-1], self.site.kv_heads, self.site.head_dim))
+            out.append(made.unflatten(-1, (self.site.kv_heads, -1)))
         return out[0], out[1]
 
     def inner(self, module: nn.Module, hub: Hub) -> Callable[..., Any]:
@@ -91,11 +94,19 @@ class AttentionPart:
         return found
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    names = type(module).forward.__code__.co_names
-    wrapped = getattr(type(module).forward, "__wrapped__", None)
-    more = wrapped.__code__.co_names if wrapped is not None else ()
-    return "ALL_ATTENTION_FUNCTIONS" in (*names, *more) and "config" in module.__dict__
+def attending(model: nn.Module, entries: list[tuple[str, Site, Delta]]) -> list[tuple[str, Site, Delta]]:
+    """Return entries without the memories of layers that take none, which a warning names; all, if no layer does."""
+    without = [s for _, s, d in entries if isinstance(d, Attend) and not interfaced(model.get_submodule(s.path))]
+    if not 0 < len(without) < len(entries):
+        return entries
+    if not any(p.is_meta for p in model.parameters()):
+        warnings.warn(
+            f"{len(without)} of {len(entries)} sites get no memory, since their attention does not call transformers' "
+            f"attention interface: {', '.join(s.name for s in without)}.",
+            PeftreeWarning,
+            stacklevel=4,
+        )
+    return [entry for entry in entries if entry[1] not in without]
 
 
 def attend(
@@ -115,30 +126,19 @@ def attend(
     hub: Hub = module.deltas
     part = next(p for p in hub.outer if isinstance(p, AttentionPart))
     inner = part.inner(module, hub)
-    route = hub.shared.route
-    hidden = part.hidden
+    choice = hub.shared.now
+    if choice.unseen is not None and any(hub.program((n,)).attends for n in choice.names):
+        choice.used(hub.path)
+    hidden = part.seen.hidden
     assert hidden is not None
-    if route is None:
-        program = hub.program(hub.shared.active)
-        return _call(module, part, program, inner, hidden, query, key, value, attention_mask, kwargs)
+    call = Call(hidden, query, key, value, attention_mask, kwargs)
+    if (route := choice.route) is None:
+        return _run(module, part, hub.program(choice.active), inner, call)
     out: Tensor | None = None
     for group in route.groups:
         rows = route.expand(group, query.shape[0])
-        named = {k: _some(v, query.shape[0], rows) for k, v in kwargs.items()}
-        mask = _some(attention_mask, query.shape[0], rows)
-        program = hub.program(group.names)
-        made, _ = _call(
-            module,
-            part,
-            program,
-            inner,
-            hidden[rows],
-            query[rows],
-            key[rows],
-            value[rows],
-            mask,
-            named,
-        )
+        with narrowed(route, group):
+            made, _ = _run(module, part, hub.program(group.names), inner, call.some(rows))
         if out is None:
             out = made.new_empty(query.shape[0], *made.shape[1:])
         out = out.index_copy(0, rows, made)
@@ -146,37 +146,53 @@ def attend(
     return out, None
 
 
-def _some(value: Any, n: int, rows: Tensor) -> Any:
-    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n > 1 else value
+class Call(NamedTuple):
+    """The arguments of one attention call, see `attend`, and the input `[batch, tokens, d]` of its module."""
+
+    hidden: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    more: dict[str, Any]
+
+    def some(self, rows: Tensor) -> Call:
+        """Return the call with these rows of the batch alone."""
+        n = self.query.shape[0]
+
+        def cut(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n > 1 else value
+
+        q, k, v = self.query[rows], self.key[rows], self.value[rows]
+        return Call(self.hidden[rows], q, k, v, cut(self.mask), {name: cut(v) for name, v in self.more.items()})
+
+    def with_slots(self, module: Any, K: Tensor, V: Tensor) -> Call:
+        """Return the call with slots `[batch, kv_heads, length, head_dim]` before its keys and values."""
+        more, bias = self.more, self.more.get("position_bias")
+        if bias is not None:
+            more = more | {"position_bias": functional.pad(bias, (K.shape[2], 0))}
+        key, value = torch.cat([K, self.key], dim=2), torch.cat([V, self.value], dim=2)
+        return self._replace(mask=_widen(module, self, K.shape[2]), key=key, value=value, more=more)
 
 
-def _call(
-    module: Any,
-    part: AttentionPart,
-    program: Program,
-    inner: Callable[..., Any],
-    hidden: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
+def _run(
+    module: Any, part: AttentionPart, program: Program, inner: Callable[..., Any], call: Call
 ) -> tuple[Tensor, Tensor | None]:
     extra: list[tuple[Attend, Tensor, Tensor]] = []
     for _, delta in program.attends:
-        K, V = (_heads(t.to(key.dtype), key.shape[0]) for t in delta.memory(hidden, part.project))
+        memory = delta.memory(call.hidden, part.project)
+        made = (_heads(t.to(call.key.dtype), call.key.shape[0]) for t in memory)
+        K, V = (t.repeat(1, part.site.copies, 1, 1) for t in made)
         if delta.shared:
-            mask = _widen(module, mask, K.shape[2], query, key, kwargs)
-            if kwargs.get("position_bias") is not None:
-                kwargs = kwargs | {"position_bias": functional.pad(kwargs["position_bias"], (K.shape[2], 0))}
-            key, value = torch.cat([K, key], dim=2), torch.cat([V, value], dim=2)
+            call = call.with_slots(module, K, V)
         else:
             extra.append((delta, K, V))
-    out, weights = inner(module, query, key, value, mask, **kwargs)
+    query = call.query
+    out, weights = inner(module, query, call.key, call.value, call.mask, **call.more)
     for delta, K, V in extra:
         groups = query.shape[1] // K.shape[1]
         K, V = K.repeat_interleave(groups, dim=1), V.repeat_interleave(groups, dim=1)
-        more = functional.scaled_dot_product_attention(query, K, V, scale=kwargs.get("scaling"))
+        more = functional.scaled_dot_product_attention(query, K, V, scale=call.more.get("scaling"))
         gate = delta.gate()
         more = more.transpose(1, 2)
         out = out + (more if gate is None else gate.to(more.dtype) * more)
@@ -190,22 +206,15 @@ def _heads(memory: Tensor, batch: int) -> Tensor:
     return memory.transpose(1, 2)
 
 
-def _widen(
-    module: Any,
-    mask: Tensor | None,
-    length: int,
-    query: Tensor,
-    key: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
+def _widen(module: Any, call: Call, length: int) -> Tensor | None:
     """Return the mask with `length` visible slots before the real keys."""
-    if mask is None:
-        q, k = query.shape[2], key.shape[2]
-        causal = kwargs.get("is_causal")
-        causal = module.is_causal if causal is None else causal
+    if (mask := call.mask) is None:
+        q, k = call.query.shape[2], call.key.shape[2]
+        causal = call.more.get("is_causal")
+        causal = module.__dict__.get("is_causal", True) if causal is None else causal  # as transformers' sdpa has it
         if not causal or q == 1:
             return None
-        return torch.ones(q, k + length, dtype=torch.bool, device=query.device).tril(k - q + length)[None, None]
+        return torch.ones(q, k + length, dtype=torch.bool, device=call.query.device).tril(k - q + length)[None, None]
     if not isinstance(mask, Tensor):
         raise MethodError(
             f"{type(module).__name__} got a {type(mask).__name__} as its mask, which takes no memory slots.",

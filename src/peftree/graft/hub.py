@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,21 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from peftree.deltas.fused import fusable, lowrank_linear
 from peftree.deltas.place import read
-from peftree.deltas.verbs import Delta, Frozen
+from peftree.deltas.verbs import Delta, Frozen, Host
 from peftree.errors import AdapterError
-from peftree.graft.program import Program, Route, compile_program
+from peftree.graft.call import Choice, PerThread, Shared
+from peftree.graft.program import Program, Route, compile_program, narrowed, of_rows, spread, swapped
 from peftree.sites import Site
 
 
-class Cell:
+class Cell(PerThread):
     """One slot that carries a sub-layer's input from the module where it enters to the one where it leaves."""
 
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a broken-off forward left behind, so that copies hold no graph."""
-        return {"value": None}
+    value: Tensor | None = None
 
     def take(self) -> Tensor:
         """Return the value and forget it, so that no graph outlives the step."""
@@ -36,12 +33,11 @@ class Cell:
         return value
 
 
-class Shared:
-    """What all hubs of one model look at: which adapters are on, and the current routing of rows."""
+class Changed(PerThread):
+    """Parameters with a changed value while the module's own forward runs, else None; `busy`: a patched one runs."""
 
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.route: Route | None = None
+    effective: Mapping[str, Tensor | None] | None = None
+    busy: bool = False
 
 
 class Bundle(nn.Module):
@@ -62,23 +58,32 @@ class Bundle(nn.Module):
             yield key, site, self._modules[key]  # type: ignore[misc]
 
 
-class Hub(nn.Module):
+class Hub(Host):
     """Holds the bundles of a module by adapter name and runs the module.
 
     Attributes:
-        original: the module's own class.
-        effective: parameters with a changed value while a dense forward runs.
+        path: of the module in the model.
+        original: the module's own class, and `takes` the names of what its forward takes, in order.
+        strange: the frozen module runs another forward than that of its class.
+        changed: parameters with a changed value while the module's own forward runs.
         cells: slots to fill with this module's input (it opens a branch).
         sources: slot of each branch that leaves here, by (site's reads).
         outer: the stack, layer, entry or attention part of the work, if this module has one.
+        opaque: see `opaque`; length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
     """
 
     original: type[nn.Module]
+    takes: list[str]
+    strange: bool = False
+    opaque: bool = False
+    length_first: bool = False
+    swaps: bool = False
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, path: str) -> None:
         super().__init__()
         self.shared = shared
-        self.effective: dict[str, Tensor | None] = {}
+        self.path = path
+        self.changed = Changed()
         self.cells: list[Cell] = []
         self.sources: dict[str, Cell] = {}
         self.outer: list[Callable[..., Any]] = []
@@ -93,12 +98,31 @@ class Hub(nn.Module):
         if adapter not in self._modules:
             self._modules[adapter] = Bundle()
         self.programs.clear()
+        self.shared.unseen.add(self.path)
         return self._modules[adapter]  # type: ignore[return-value]
 
-    def drop(self, adapter: str) -> None:
-        """Forget the bundle of `adapter`."""
-        self._modules.pop(adapter, None)
-        self.programs.clear()
+    def frozen(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the frozen module."""
+        return self.reading({}, module, args, kwargs)
+
+    def alone(self, module: nn.Module, x: Tensor) -> Any:
+        """Run the module without deltas, from within a delta: with what patches it, if that does not run now."""
+        if self.changed.busy:
+            return self.frozen(module, x)
+        with self.shared.keep(Choice()):
+            return module(x)
+
+    def reading(self, changed: Mapping[str, Tensor | None], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run the frozen module, which reads `changed` in place of its own parameters."""
+        before, self.changed.effective = self.changed.effective, changed
+        try:
+            return self.call(module, *args, **kwargs)
+        finally:
+            self.changed.effective = before
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward."""
+        return self.original.forward(module, *args, **kwargs)
 
     def program(self, names: tuple[str, ...]) -> Program:
         """Return the program of these adapters, compiled once."""
@@ -106,8 +130,8 @@ class Hub(nn.Module):
         if found is None:
             bundles = [self._modules[n] for n in names if n in self._modules]
             found = compile_program((s, d) for b in bundles for _, s, d in b.items())  # type: ignore[union-attr,operator]
-            if issubclass(self.original, nn.Embedding) and self.original.forward is not nn.Embedding.forward:
-                found.quick = False  # its rows are scaled afterwards, or its argument is no index (Gemma 3, BART, OPT)
+            if self.opaque or self.strange:
+                found.quick, found.single = False, None
             self.programs[names] = found
         return found
 
@@ -115,23 +139,36 @@ class Hub(nn.Module):
         """Run the adapted module; `at` counts the outer parts that have had their turn."""
         if at < len(self.outer):
             return self.outer[at](self, module, args, kwargs, at + 1)
-        if self.cells:
+        choice = self.shared.run.choice
+        if choice is None:
+            choice = self.shared.chosen()
+        if self.cells and (choice.active or choice.route):
             value = args[0] if args else next(iter(kwargs.values()))
             for cell in self.cells:
                 cell.value = value
-        route = self.shared.route
-        if route is not None:
-            return self._routed(module, route, args, kwargs)
-        return self._inner(module, self.program(self.shared.active), args, kwargs, None)
+        if choice.route is not None:
+            return self._routed(module, choice, choice.route, args, kwargs)
+        program = self.program(choice.active)
+        if choice.unseen is not None and not program.empty:
+            choice.used(self.path)
+        return self._inner(module, program, args, kwargs, None)
 
-    def _routed(self, module: nn.Module, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _routed(
+        self, module: nn.Module, choice: Choice, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         programs = [self.program(g.names) for g in route.groups]
         if all(p.empty for p in programs):
             for cell in self.sources.values():
                 cell.value = None
-            return self.original.forward(module, *args, **kwargs)
-        source = {key: cell.take() for key, cell in self.sources.items()}
+            return self.frozen(module, *args, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if self.length_first or (self.swaps and tensors and route.size > 1 and swapped(tensors[0], route.size)):
+            raise AdapterError(
+                f"{self.path} takes the length of a text first and its rows second, so no rows are routed there.",
+                "Switch adapters for the whole batch, or adapt other modules.",
+            )
+        choice.used(self.path)
+        source = {key: cell.take() for key, cell in self.sources.items()}
         if not tensors:
             raise AdapterError(
                 f"{type(module).__name__} is called without input, so it has no rows to route.",
@@ -139,29 +176,61 @@ class Hub(nn.Module):
             )
         n = tensors[0].shape[0]
         if n == 1 and route.size > 1:  # positions and the like are shared by the batch: give every row its own
-            args = tuple(_spread(a, route.size) for a in args)
-            kwargs = {k: _spread(a, route.size) for k, a in kwargs.items()}
+            args = tuple(spread(a, route.size) for a in args)
+            kwargs = {k: spread(a, route.size) for k, a in kwargs.items()}
             n = route.size
+        if all(p.after for p in programs):
+            return self._after(module, route, n, args, kwargs, source)
         out: Tensor | None = None
-        shared, active = self.shared, self.shared.active
-        try:
-            shared.route = None  # modules within see the rows of one group only
-            for group, program in zip(route.groups, programs, strict=True):
-                shared.active = group.names
-                rows = route.expand(group, n)
-                some = tuple(_rows(a, n, rows) for a in args)
-                named = {k: _rows(a, n, rows) for k, a in kwargs.items()}
+        for group, program in zip(route.groups, programs, strict=True):
+            rows = route.expand(group, n).to(tensors[0].device)
+            some = tuple(of_rows(a, n, rows) for a in args)
+            named = {k: of_rows(a, n, rows) for k, a in kwargs.items()}
+            within = choice._replace(active=group.names, route=None)
+            with narrowed(route, group), self.shared.keep(within):  # modules within see one group only
                 part = self._inner(module, program, some, named, {k: v[rows] for k, v in source.items()})
-                if not isinstance(part, Tensor):
-                    raise AdapterError(
-                        f"{type(module).__name__} returns a {type(part).__name__}, which has no rows to route.",
-                        "Use an adapter that leaves the parameters of the whole model's own module alone.",
-                    )
-                out = part.new_empty(n, *part.shape[1:]) if out is None else out
-                out = out.index_copy(0, rows, part)
-        finally:
-            shared.route, shared.active = route, active
+            if not isinstance(part, Tensor):
+                raise AdapterError(
+                    f"{type(module).__name__} returns a {type(part).__name__}, which has no rows to route.",
+                    "Use an adapter that leaves the parameters of the whole model's own module alone.",
+                )
+            out = part.new_empty(n, *part.shape[1:]) if out is None else out
+            out = out.index_copy(0, rows, part)
         return out
+
+    def _after(
+        self,
+        module: nn.Module,
+        route: Route,
+        n: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        source: dict[str, Tensor],
+    ) -> Any:
+        """Run the frozen module once for all `n` rows, then change each group's rows of what it returns."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        entering, parts = x, []
+        for group in route.groups:
+            rows, rewrites = route.expand(group, n).to(x.device), self.program(group.names).rewrites
+            seen = [x[rows]]
+            with narrowed(route, group):
+                for site, delta in reversed(rewrites):
+                    seen.append(seen[-1] if site.kind == "branch" else delta.input(seen[-1]))
+            if seen[-1] is not seen[0]:
+                entering = entering.index_copy(0, rows, seen[-1].to(x.dtype))
+            parts.append((group, rows, rewrites, seen[1:]))
+        if entering is not x:
+            args, kwargs = ((entering, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): entering})
+        out = self.frozen(module, *args, **kwargs)
+        y = out[0] if isinstance(out, tuple) else out
+        for group, rows, rewrites, seen in parts:
+            part = y[rows]
+            with narrowed(route, group):
+                for (site, delta), own in zip(rewrites, reversed(seen), strict=True):
+                    given = source[delta.reads][rows] if site.kind == "branch" else own
+                    part = _slice_output(site, part, functools.partial(delta.output, given))
+            y = y.index_copy(0, rows, part)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _inner(
         self,
@@ -176,7 +245,7 @@ class Hub(nn.Module):
             if source is None and self.sources:
                 for cell in self.sources.values():
                     cell.value = None
-            return self.original.forward(module, *args, **kwargs)
+            return self.frozen(module, *args, **kwargs)
         if program.single is not None and args and program.single.plain:
             return self._single(module, program, args[0])
         x: Any = args[0] if args else next(iter(kwargs.values()), None)  # a table of positions is called without input
@@ -190,7 +259,7 @@ class Hub(nn.Module):
         assert delta is not None
         frozen = read(module, program.reweights[0][0])
         if not fusable(x, frozen.weight, frozen.bias):
-            return delta.fast(x, self.original.forward(module, x), frozen)
+            return delta.fast(x, self.frozen(module, x), frozen)
         A, B = delta.factors()
         return lowrank_linear(x, frozen.weight, frozen.bias, A.to(x.dtype), B.to(x.dtype), delta.scale)
 
@@ -227,19 +296,15 @@ class Hub(nn.Module):
     ) -> Any:
         """Run the frozen map with the weight deltas."""
         if not program.reweights:
-            return self.original.forward(module, *args, **kwargs)
+            return self.frozen(module, *args, **kwargs)
         if program.quick:
             return self._quick(module, program, len(program.reweights), x, args, kwargs)
         changed = effective(module, program)
-        if self.original is nn.Linear or self.original is Conv1D:
+        if (self.original is nn.Linear or self.original is Conv1D) and not self.strange and "weight" in changed:
             W = changed["weight"]
             assert W is not None
             return functional.linear(x, W if self.original is nn.Linear else W.t(), changed["bias"])
-        self.effective = changed
-        try:
-            return self.original.forward(module, *args, **kwargs)
-        finally:
-            self.effective = {}
+        return self.reading(changed, module, args, kwargs)
 
     def _quick(
         self,
@@ -251,7 +316,7 @@ class Hub(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         if depth == 0:
-            return self.original.forward(module, x, *args[1:], **(kwargs if args else {}))
+            return self.frozen(module, x, *args[1:], **(kwargs if args else {}))
         site, delta = program.reweights[depth - 1]
         seen = delta.input(x)
         y = self._quick(module, program, depth - 1, seen, args, kwargs)
@@ -259,16 +324,29 @@ class Hub(nn.Module):
         return _slice_output(site, y, lambda part: delta.fast(seen, part, frozen))
 
 
+def opaque(module: nn.Module) -> bool:
+    """Return whether a map or table does more than multiply by its weight or look its rows up.
+
+    Rows that are scaled afterwards, an argument that is not an index (Gemma 3, BART, OPT), a weight that is normalised
+    first: then a delta has to change the weight that the forward reads. A packed (quantised) weight cannot be changed.
+    """
+    base = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
+    weight = module._parameters.get("weight")
+    if base is None or weight is None or type(module).forward is base.forward:
+        return False
+    whole = not isinstance(module, nn.Linear) or weight.shape == (module.out_features, module.in_features)
+    return whole and weight.is_floating_point()
+
+
 def effective(module: nn.Module, program: Program) -> dict[str, Tensor | None]:
     """Return the parameters of `module` as the reweights of `program` change them, in the module's own layout."""
     out: dict[str, Tensor | None] = dict(module._parameters)
     for site, delta in program.reweights:
         W, b = read_from(out, site)
-        new_b = delta.bias(b)
+        new_W, new_b = delta.changed(Frozen(W, b))
         name = site.bias or "bias"
         if new_b is not b:
             out[name] = _patch_bias(out, name, new_b, site)
-        new_W = delta.weight(W)
         if new_W is not W:
             out[site.parameter] = _patch(out[site.parameter], new_W, site)
     return out
@@ -297,8 +375,8 @@ def _patch(old: Tensor | None, new: Tensor, site: Site) -> Tensor:
     assert old is not None
     if site.unit_offset:
         return new - 1
-    if site.kind == "conv2d":
-        return new.view_as(old)
+    if site.kind == "conv" or site.split:
+        return (new.t() if site.split == "out" else new).reshape(old.shape)
     if site.kind in ("conv1d", "embedding"):
         new = new.t()
         if whole:
@@ -316,15 +394,3 @@ def _slice_output(site: Site, y: Tensor, change: Callable[[Tensor], Tensor]) -> 
         return change(y)
     a, z = site.rows
     return torch.cat([y[..., :a], change(y[..., a:z].contiguous()), y[..., z:]], dim=-1)
-
-
-def _rows(value: Any, n: int, rows: Tensor) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == n:
-        return value[rows]
-    return value
-
-
-def _spread(value: Any, n: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
-        return value.expand(n, *value.shape[1:])
-    return value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftree.deltas.lowrank import LowRank
+from peftree.deltas.scene import entered, scene
 from peftree.deltas.verbs import Attend, Delta, Prepend, Reweight, Rewrite, Side
 from peftree.errors import AdapterError
 from peftree.sites import Site
@@ -36,6 +39,11 @@ class Program:
     def empty(self) -> bool:
         """True if the frozen module runs as it is."""
         return not (self.reweights or self.rewrites)
+
+    @property
+    def after(self) -> bool:
+        """True if the frozen module runs as it is, on an input that may be changed, and what it returns may be."""
+        return not self.reweights
 
     @property
     def memory_length(self) -> int:
@@ -113,3 +121,41 @@ class Route:
         if times == 1:
             return rows
         return (rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()
+
+
+def of_rows(value: Any, n: int, rows: Tensor) -> Any:
+    """Return the `rows` of a tensor that has `n`; all else as it is."""
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == n:
+        return value[rows]
+    return value
+
+
+def spread(value: Any, n: int) -> Any:
+    """Return a tensor of one row as one of `n`; all else as it is.
+
+    Raises:
+        AdapterError: it is a table of more than two dimensions, which the model turns into one thing for all rows.
+    """
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
+        if value.dim() > 3:
+            raise AdapterError(
+                f"A module takes one table {list(value.shape)} for a batch of {n} rows, so no rows are routed there.",
+                "Switch adapters for the whole batch, or adapt other modules.",
+            )
+        return value.expand(n, *value.shape[1:])
+    return value
+
+
+def swapped(x: Tensor, size: int) -> bool:
+    """Return whether `size` rows may lie second in `x`, or be spread over its first dimension."""
+    return len(x) != size if x.dim() == 2 else x.dim() == 3 and x.shape[1] == size
+
+
+@contextlib.contextmanager
+def narrowed(route: Route, group: Group) -> Iterator[None]:
+    """Let the deltas within see the scene of one group's rows."""
+    whole = scene()
+    number = next(i for i, g in enumerate(route.groups) if g is group)
+    first = whole.shape or (None if whole.task is None else whole.task.shape)
+    with entered(whole if first is None else whole.of(route.expand(group, first[0]), number)):
+        yield

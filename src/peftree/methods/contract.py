@@ -2,29 +2,59 @@
 
 A method is a frozen pydantic model (its fields are the paper's hyper-parameters) with a `build` that, given a place,
 returns a delta: a module with the tensors and one of the five verbs of `peftree.deltas`. `Tags` declares facts.
-Five optional hooks act in time, each on the whole adapter: `init`, `schedule`, `aux_loss`, `param_groups`, `post_hoc`.
+Seven optional hooks act in time, each on the whole adapter: `init`, `param_groups`, `optimizer`, `aux_loss`,
+`before_step`, `schedule`, `post_hoc`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from peftree.catalogue import Branch
 from peftree.deltas import Delta, FusedOutput, FusedWeight, Place, Reweight, Rewrite, gated
+from peftree.deltas.combine import GatedMemory, GatedOutput
 from peftree.errors import MethodError
+from peftree.methods import bysite
 from peftree.sites import Site
 
 __all__ = [
-    "Branch", "Delta", "Deltas", "Field", "Fusion", "Method", "Moment", "Place", "Recipe", "Site", "Tags", "Union",
+    "Composed", "Delta", "Deltas", "Field", "Fusion", "Method", "Moment", "Peft", "Place", "Recipe", "Site",
+    "Tags", "Union",
 ]  # fmt: skip
 
-Branch = Literal["additive", "selective", "reparameterized", "hybrid", "moe", "unified", "reference"]
 Deltas = Mapping[str, Delta]
 """A whole adapter as hooks see it: delta by its key, in model order."""
+
+
+@dataclass(frozen=True)
+class Peft:
+    """The same method in Hugging Face PEFT, where it sits at the modules that `target_modules` names.
+
+    Attributes:
+        type: its `peft_type`.
+        fields: our field by the key of PEFT's config that means the same.
+        tensors: our tensor by the end of its name in PEFT's file; `B.T`: there it lies transposed. A name that begins
+            with `base_model.` is of the whole model: a tensor that the deltas share.
+        fixed: values that further keys of PEFT's must have for the method to be this one; those are written.
+        kinds: kinds of sites that it can sit at there.
+        values: their value by ours, for keys whose values differ; another value of ours has no form there.
+        frozen: names as in `tensors` of what their file holds and ours does not, and the delta's attribute (dotted)
+            that must be equal to it, or None where their file has none.
+    """
+
+    type: str
+    fields: Mapping[str, str]
+    tensors: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ("linear",)
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,9 +68,12 @@ class Tags:
         mergeable: it can be folded into the weights.
         lengthens_sequence: it adds tokens or attention slots.
         needs_data: `init` must see training batches first.
-        needs_dense_weight: its forward reads the dense base weight.
+        needs_dense_weight: its forward or its start reads the dense base weight.
         inference_cost: `none` (once merged), `low`, `tokens` or `network`.
         lr: the default learning rate with AdamW.
+        small: fields with which it fits models a few dozen units wide; its checks and examples use them.
+        known: checks of the contract that it does not keep on some model, each with the reason in the paper.
+        peft: the same method in Hugging Face PEFT, where that is a matter of names.
     """
 
     branch: Branch
@@ -52,6 +85,9 @@ class Tags:
     needs_data: bool = False
     needs_dense_weight: bool = False
     inference_cost: Literal["none", "low", "tokens", "network"] = "none"
+    small: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, str] = field(default_factory=dict)
+    peft: Peft | None = None
 
 
 @dataclass
@@ -60,12 +96,19 @@ class Moment:
 
     Attributes:
         step: optimizer steps done; total: steps planned.
+        start: a run starts or resumes here, so that there are no gradients yet (schedule only).
+        optimizer: the optimizer, if there is one; its state may be reset or moved (before_step and schedule only).
+        batches: calls that give the loss of further training batches, in an order of this step's; made as they are
+            taken (schedule only).
         outputs: the model's output for this batch (aux_loss only).
         again: runs the same batch once more and returns its output (aux_loss only).
     """
 
     step: int = 0
     total: int = 0
+    start: bool = False
+    optimizer: Any = None
+    batches: Iterable[Callable[[], Tensor]] = ()
     outputs: Any = None
     again: Callable[[], Any] | None = None
 
@@ -79,20 +122,63 @@ class Method(BaseModel):
 
     sites: str = Field(
         "linear",
-        description="where: roles such as `attn.q attn.v`, see `peftree inspect`",
+        description="where: roles such as `attn.q attn.v` (see `peftree inspect`), module paths, or `linear`",
         min_length=1,
     )
     layers: str = Field(
-        "", coerce_numbers_to_str=True, description="layer range such as `0-3,8` or `-4:`; empty: all layers"
+        "", coerce_numbers_to_str=True, description="layer range such as `0-3,8`, `-4:` or `:2`; empty: all layers"
     )
+    by_site: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="values of fields at some sites; written `r={attn.q: 16, ffn: 4}`"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_site(cls, value: Any) -> Any:
+        """Read `r={"attn.q": 16}` as a value by site, and no switch as a number."""
+        return bysite.moved(cls, value) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _by_site_fits(self) -> Self:
+        """Check values by site as their fields are checked."""
+        rest = {n: getattr(self, n) for n in type(self).model_fields if n != "by_site"}
+
+        def make(name: str, where: str, value: Any) -> Any:
+            try:
+                return getattr(type(self)(**(rest | {name: value})), name)
+            except ValidationError as error:
+                why = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{name}={str(value)[:80]!r} at {where[:80]!r}: {why}") from None
+
+        if self.by_site:
+            self.by_site.update(bysite.checked(self, self.by_site, make))
+        return self
+
+    def at(self, site: Site, means: Callable[[str, str, Site], bool]) -> Method:
+        """Return this method with the fields it has at `site`: of the keys that mean the site the last one counts.
+
+        Args:
+            site: one of the adapter's.
+            means: whether a field's key means a site.
+        """
+        own = {f: v for f, terms in self.by_site.items() for t, v in terms.items() if means(f, t, site)}
+        return self.model_copy(update=own | {"by_site": {}}) if self.by_site else self
 
     def build(self, place: Place) -> Delta:
         """Return the delta for one place; called once per site, in model order."""
         raise TypeError(f"{type(self).__name__} defines no build()")
 
+    def count(self, sites: Sequence[Site]) -> int:
+        """Return the number of trainable entries at `sites` in closed form, from the fields and the sites' widths."""
+        raise TypeError(f"{type(self).__name__} defines no count(sites)")
+
     def parts(self) -> Sequence[Method]:
         """Return the methods this one is made of; a plain method is its own only part."""
         return (self,)
+
+    def of(self, members: Sequence[Method]) -> Method:
+        """Return this method, made from adapters of the methods `members`."""
+        raise MethodError(f"{self.name} is not made from other adapters.", "Leave sources out.")
 
     def wrap(self, place: Place, delta: Delta) -> Delta:
         """Return what is grafted for a part's delta; a gated recipe puts a gate around it."""
@@ -101,8 +187,14 @@ class Method(BaseModel):
     def init(self, deltas: Deltas, batches: Iterable[Callable[[], Tensor]]) -> None:
         """Hook: set the deltas from data before training. Each batch is a call that returns the loss."""
 
+    def before_step(self, deltas: Deltas, moment: Moment) -> None:
+        """Hook: before each optimizer step, on the gradients that it will use; may change them."""
+
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
-        """Hook: after each optimizer step, gradients still there; may change values, masks and ranks."""
+        """Hook: after each optimizer step, gradients still there, and once when a run starts or resumes.
+
+        May change values, masks, ranks, and which tensors are trained.
+        """
 
     def aux_loss(self, deltas: Deltas, moment: Moment) -> Tensor | None:
         """Hook: a term to add to the training loss."""
@@ -111,6 +203,14 @@ class Method(BaseModel):
     def param_groups(self, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
         """Hook: optimizer groups; by default one group of all trainable tensors at `lr`."""
         return [{"params": trainable(deltas.values()), "lr": lr}]
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """Hook: the optimizer of these groups, if the method has its own; None: whatever the run says.
+
+        Its state must be tensors and plain numbers by parameter, so that a run resumes, and its step must not look at
+        values, so that a plan can count what it takes.
+        """
+        return None
 
     def post_hoc(self, deltas: Deltas) -> None:
         """Hook: once after training."""
@@ -131,8 +231,9 @@ def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def own(deltas: Deltas, index: int) -> dict[str, Delta]:
-    """Return the deltas of part `index` of a method with several parts."""
-    return {k: d for k, d in deltas.items() if k.rsplit("/", 1)[-1].startswith(f"p{index}_")}
+    """Return the deltas of part `index`, each as that part made it, without the gate that a recipe puts around."""
+    mine = {k: d for k, d in deltas.items() if d.part == index}
+    return {k: d.inner if isinstance(d, GatedOutput | GatedMemory) else d for k, d in mine.items()}
 
 
 class Union(Method):
@@ -152,6 +253,11 @@ class Union(Method):
         for i, part in enumerate(self.parts()):
             part.init(own(deltas, i), kept)
 
+    def before_step(self, deltas: Deltas, moment: Moment) -> None:
+        """Run every part's."""
+        for i, part in enumerate(self.parts()):
+            part.before_step(own(deltas, i), moment)
+
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
         """Run every part's schedule."""
         for i, part in enumerate(self.parts()):
@@ -164,10 +270,18 @@ class Union(Method):
         return sum(found[1:], found[0]) if found else None
 
     def param_groups(self, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
-        """Collect the parts' groups."""
+        """Collect the parts' groups; task heads and gates are in one more."""
         groups = [g for i, p in enumerate(self.parts()) for g in p.param_groups(own(deltas, i), lr)]
-        rest = [d for k, d in deltas.items() if not k.rsplit("/", 1)[-1].startswith("p")]
-        return [*groups, {"params": trainable(rest), "lr": lr}] if trainable(rest) else groups
+        taken = {id(p) for g in groups for p in g["params"]}
+        rest = [p for p in trainable(deltas.values()) if id(p) not in taken]
+        return [*groups, {"params": rest, "lr": lr}] if rest else groups
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """Refuse parts that have an optimizer of their own: one steps all groups."""
+        if own := [p.name for p in self.parts() if type(p).optimizer is not Method.optimizer]:
+            what = f"{' and '.join(own)} has an optimizer of its own, which knows nothing of the other parts."
+            raise MethodError(what, "Train it by itself, or beside another adapter.")
+        return None
 
     def post_hoc(self, deltas: Deltas) -> None:
         """Run every part's."""
@@ -187,7 +301,7 @@ class Recipe(Union):
         """Let `{"prefix_tuning": {"length": 3}}` change that one field of the recipe's own part."""
         if not isinstance(value, dict):
             return value
-        for name in ("sites", "layers", "members"):
+        for name in ("sites", "layers", "by_site", "members"):
             if value.get(name, default := cls.model_fields[name].get_default(call_default_factory=True)) != default:
                 raise ValueError(f"a recipe has no {name} of its own; set {cls.member_names[0]}.{name} and so on")
         return {k: cls._merged(k, v) if isinstance(v, dict) and k in cls.member_names else v for k, v in value.items()}
@@ -212,6 +326,36 @@ class Recipe(Union):
         return gated(place, delta) if self.gated else delta
 
 
+class Composed(Method):
+    """A method made from other adapters, which it holds frozen copies of: `adapt(model, method, sources=[a, b])`.
+
+    Its deltas have them as `members`, a list of modules.
+    """
+
+    members: list[Any] = Field(
+        default_factory=list, description="methods of the adapters that it is made from; set by `sources`"
+    )
+
+    def of(self, members: Sequence[Method]) -> Method:
+        """Return this method with these members.
+
+        Raises:
+            MethodError: a member has several parts.
+        """
+        if several := [m.name for m in members if len(m.parts()) > 1]:
+            raise MethodError(
+                f"{self.name} is made from adapters of one part, and {several[0]} has more.", "Leave it out."
+            )
+        return self.model_copy(update={"members": list(members)})
+
+    def inner(self, place: Place, fresh: Callable[[], Delta], count: int = 2) -> list[Delta]:
+        """Return the members' deltas at a place, frozen; without members `count` of its own, which are trained."""
+        if not self.members:
+            return [fresh() for _ in range(count)]
+        made: list[Delta] = [m.build(place.apart(f"member {i}")) for i, m in enumerate(self.members)]
+        return [m.requires_grad_(False) for m in made]
+
+
 class Fusion(Method):
     """Weighted sum of the effects of several adapters at the same sites: what `combine` makes."""
 
@@ -219,6 +363,10 @@ class Fusion(Method):
     tags: ClassVar[Tags] = Tags("unified", "", identity_at_init=False, mergeable=True, lr=1e-4)
     members: list[Any] = Field(default_factory=list, description="the methods whose effects are summed")
     weights: list[float] = Field(default_factory=list, description="one factor a member")
+
+    def at(self, site: Site, means: Callable[[str, str, Site], bool]) -> Method:
+        """Return the fusion of the members with the fields they have at `site`."""
+        return self.model_copy(update={"members": [m.at(site, means) for m in self.members]})
 
     def build(self, place: Place) -> Delta:
         """Return the fused delta of the members' deltas."""

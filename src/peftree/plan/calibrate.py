@@ -14,13 +14,14 @@ from torch import Tensor
 from peftree.adapter import adapt
 from peftree.errors import ConfigError
 from peftree.machine import free_memory
-from peftree.plan import foreign, formulas
+from peftree.named_method import make_method
+from peftree.plan import formulas
 from peftree.plan.batch import inputs, open_images
-from peftree.plan.estimate import read, settled
-from peftree.plan.request import Request
+from peftree.plan.estimate import model_of, settled
+from peftree.plan.hfpeft import modules
+from peftree.plan.question import Request
 from peftree.plan.result import Plan
 from peftree.plan.step import recompute
-from peftree.registry import make
 
 STEPS, WARM_UP = 20, 2
 _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -87,7 +88,7 @@ def calibrate(asked: Request, made: Plan, say: Callable[[str], object] = lambda 
 
 
 def _check(asked: Request, made: Plan, device: str) -> None:
-    if asked.mode != "train" or asked.base != "dense" or asked.devices > 1:
+    if asked.mode != "train" or asked.quantize != "none" or asked.devices > 1:
         raise ConfigError("Only a training step of a dense model on one device can be timed.", "Leave out --calibrate.")
     if asked.optimizer not in _OPTIMIZERS:
         raise ConfigError(f"{asked.optimizer} is not at hand for timing.", f"Choose {', '.join(_OPTIMIZERS)}.")
@@ -101,20 +102,20 @@ def _check(asked: Request, made: Plan, device: str) -> None:
 
 def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.optim.Optimizer]:
     """Return what runs a forward pass and returns its loss, and the optimizer."""
-    config, kind = read(asked.model, asked.task, asked.labels)
+    config, kind = model_of(asked)
     with torch.device(device):
         model: Any = kind._from_config(
             config, dtype=formulas.dtype_of(config, asked.dtype), attn_implementation=asked.attention
         )
     batch = {k: _real(v, device) for k, v in inputs(model, asked).items()}
     open_images(model)
-    recompute(model, asked.checkpointing)
+    recompute(model, asked.gradient_checkpointing)
     make_optimizer = _OPTIMIZERS[asked.optimizer]
-    if asked.adapter:
-        theirs = foreign.real(model, asked.adapter).train()
+    if asked.peft:
+        theirs = modules.real(model, asked.peft).train()
         own = [p for p in theirs.parameters() if p.requires_grad]
         return lambda: theirs(**batch).loss, make_optimizer(own)
-    adapter = adapt(model, make(asked.method, asked.fields))
+    adapter = adapt(model, make_method(asked), head=asked.head)
     model.train()
     if adapter.method.tags.needs_data:
         adapter.init([lambda: model(**batch).loss])
@@ -125,7 +126,7 @@ def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.opt
         loss: Tensor = out.loss if extra is None else out.loss + extra
         return loss
 
-    return run, make_optimizer(adapter.param_groups())
+    return run, adapter.optimizer() or make_optimizer(adapter.param_groups())
 
 
 def _real(value: Any, device: str) -> Any:

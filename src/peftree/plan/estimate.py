@@ -7,6 +7,7 @@ head, logits, loss) is in both and cancels. Weights, gradients of the optimizer'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,17 +19,24 @@ from torch import nn
 
 from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
-from peftree.plan import between, formulas, skeleton, theirs
+from peftree.named_method import make_method
+from peftree.plan import caches, formulas, sizes, skeleton
 from peftree.plan.batch import position_table
-from peftree.plan.request import Request
+from peftree.plan.hfpeft import configs
+from peftree.plan.question import Request
 from peftree.plan.reserved import WORKSPACE
 from peftree.plan.result import Plan, Whole
 from peftree.plan.step import PARTS, Traced, adapted, trace
 from peftree.plan.step import traced as described
 from peftree.plan.trace import Timeline, supported
+from peftree.settings import DEFAULT_LENGTH, MethodConfig
+from peftree.tasks.loading import changed
 
 # Settings that the full model's own figures do not depend on.
-_APART: dict[str, Any] = {"batch": 1, "length": 1, "accumulation": 1, "checkpointing": False, "memory": 0}
+_APART: dict[str, Any] = {
+    "batch_size": 1, "max_length": 1, "accumulation": 1, "gradient_checkpointing": False, "eval_batch_size": 1,
+    "train_batch": None, "eval_batch": None,
+}  # fmt: skip
 FRAGMENTS = 0.03  # of what moves; see `reserved`
 MALLOC = 0.25  # of what moves on a CPU; see `resident`
 SLACK = {"cuda": 0.05, "cpu": 0.12}  # of what varies, in the high figure
@@ -44,45 +52,59 @@ def plan(request: Request, quick: bool = False) -> Plan:
         quick: where traces at other sizes tell the memory exactly, do not trace; operations are then not counted.
 
     Raises:
-        ConfigError: no config, an unknown task, or a mode that the model does not have; PEFT is not installed.
+        ConfigError: no config, an unknown task, or a mode that the model does not have; a wrong field of the method,
+            with its place; PEFT is not installed.
         MethodError, SiteError: the method does not fit the model.
         StoreError: no method of ours is what the adapter's file says.
     """
+    if not request.peft:
+        make_method(request)  # what is wrong with it is said with its place, which the cached questions below lack
     request = settled(request)
+    check_room(request)
     quick = quick and request.device == "cuda"  # a CPU's kernels take scratch that grows in steps
-    return _planned(request.model_copy(update={"memory": 0}).model_dump_json(), quick).ask(request)
+    return _planned(request.bare.model_dump_json(), quick).ask(request)
 
 
 def settled(request: Request) -> Request:
-    """Return the request with our own method in the place of an adapter's file, if our code is to train it."""
-    if not request.adapter or request.code == "peft":
+    """Return the request as it can be planned: our own method for an adapter's file, if our code is to train it, and
+    eager attention where the class has no other, and the length that a run takes where none is named.
+    """
+    if request.attention == "sdpa" and not model_of(request)[1]._supports_sdpa:
+        request = request.model_copy(update={"attention": "eager"})
+    if request.max_length is None:
+        request = request.model_copy(update={"max_length": max(1, min(DEFAULT_LENGTH, positions(request)))})
+    if not request.peft or request.code == "peft":
         return request
-    found = _ours(request.model, request.task, request.labels, json.dumps(request.adapter))
-    return request.model_copy(update={"method": found[0], "fields": found[1], "adapter": {}})
+    found = _ours(_apart(request))
+    return request.model_copy(update={"method": MethodConfig(name=found[0], fields=found[1]), "peft": {}})
 
 
 @lru_cache(maxsize=32)
-def _ours(model: str, task: str, labels: int, adapter: str) -> tuple[str, dict[str, Any]]:
-    return theirs.ours(*read(model, task, labels), json.loads(adapter))
+def _ours(text: str) -> tuple[str, dict[str, Any]]:
+    request = Request.model_validate_json(text)
+    return configs.ours(*model_of(request), request.peft)
 
 
 @lru_cache(maxsize=512)
 def _planned(text: str, quick: bool) -> Plan:
     request = Request.model_validate_json(text)
-    config, kind = read(request.model, request.task, request.labels)
+    config, kind = model_of(request)
     if request.mode == "generate" and not kind.can_generate():
         raise ConfigError(f"{kind.__name__} generates no text.", "Plan it with mode=train or mode=eval.")
     dtype = formulas.dtype_of(config, request.dtype)
-    if request.adapter:
-        return _of_peft(theirs.traced(config, kind, request, dtype, quick), request)
-    whole = _whole(request.model_copy(update=_APART).model_dump_json())
-    notes: list[str] = []
+    if request.peft:
+        return _of_peft(configs.traced(config, kind, request, dtype, quick), request)
+    whole = _whole(_apart(request))
+    notes = [] if kind._supports_sdpa else [f"{kind.__name__} has no fused attention: planned with eager"]
     how, operations = "traced", 0.0
     found: Parts = {}
+    scores: Parts = {}
     why = "" if supported() else f"torch {torch.__version__} is not among the tested versions"
     if not why:
         try:
             found, operations = traced(config, kind, request, dtype, whole.shared, quick)
+            if request.mode == "train":
+                scores, _ = traced(config, kind, scoring(request), dtype, whole.shared, quick, True)
         except PeftreeError:
             raise
         except Exception as error:  # noqa: BLE001  a model's own code may want real values
@@ -90,16 +112,21 @@ def _planned(text: str, quick: bool) -> Plan:
     if why:
         how = "formula"
         notes.append(f"not traced ({why}): a rule of thumb, far less exact")
-        found = rough(config, request, dtype, whole.gradients)
+        found = rough(config, request, dtype, whole.gradients, why)
+        scores = rough(config, scoring(request), dtype, 0, why) if request.mode == "train" else {}
+    if scores:
+        found["scoring"] = max(scores.values(), key=lambda parts: sum(parts.values()))
+    if scores and request.generate:
+        notes.append("the cache of the rows that are decoded is not counted; mode=generate tells it")
     phases = _phases(whole, found, request)
     if request.mode == "generate":
         phases["generation"] = _generation(config, whole, request, dtype)
     return _plan(request, whole, phases, 0 if quick else round(operations), how, notes)
 
 
-def _of_peft(found: theirs.Theirs, request: Request) -> Plan:
+def _of_peft(found: configs.Theirs, request: Request) -> Plan:
     phases = _phases(found.whole, found.parts, request)
-    notes = ["traced with PEFT's own modules; with peftree's: --code peftree"]
+    notes = ["traced with PEFT's own modules; with peftree's: code=peftree"]
     return _plan(request, found.whole, phases, round(found.operations), "traced", notes, found.held)
 
 
@@ -112,28 +139,32 @@ def _phases(whole: Whole, found: Parts, request: Request) -> dict[str, dict[str,
 
 
 def traced(
-    config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False, quick: bool = False
-) -> tuple[Parts, float]:
+    config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False, quick: bool = False,
+    scores: bool = False,
+) -> tuple[Parts, float]:  # fmt: skip
     """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers.
 
-    `whole`: trace all of them; `quick`: as in `plan`.
+    `whole`: trace all of them; `quick`: as in `plan`; `scores`: as in `trace`.
     """
     stacks = [] if whole else _cuttable(config, request)
     base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
 
     def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
         small = skeleton.cut(config, dict(counts))
-        setting = between.key(request, sorted((d.part, d.key, n) for d, n in counts.items()))
+        setting = sizes.key(request, (scores, sorted((d.part, d.key, n) for d, n in counts.items())))
 
         def real() -> tuple[Timeline, dict[str, int]]:
-            made = trace(*adapted(small, kind, request, dtype), request)
+            model, adapter = adapted(small, kind, request, dtype)
+            if request.mode == "train" or scores:
+                model.config.use_cache = False  # type: ignore[union-attr]  # as the Trainer does for a run
+            made = trace(model, adapter, request, scores)
             return made.timeline, made.operations
 
         if quick:
-            line, operations = between.line(setting, request.batch, request.length, real)
+            line, operations = sizes.line(setting, request.batch_size, request.length, real)
         else:
             line, operations = real()
-            between.remember(setting, request.batch, request.length, line, operations)
+            sizes.remember(setting, request.batch_size, request.length, line, operations)
         return described(line, small, operations)
 
     first = run(base)
@@ -149,56 +180,110 @@ def traced(
     return total, operations
 
 
+def scoring(request: Request) -> Request:
+    """Return the evaluation of a batch that a run's scores need; gradients are gone then, as after every step."""
+    changes = {"mode": "eval", "batch_size": request.eval_batch_size, "train_batch": request.eval_batch}
+    alike = {"gradient_checkpointing": False, "accumulation": 1, "eval_batch": None}
+    return request.model_copy(update=changes | alike)
+
+
 def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:
     """Return the stacks to trace with fewer layers: those deep enough, unless the request names layers."""
-    chosen = str(request.fields)
-    if "layers" in request.fields or "@" in chosen or re.search(r"\.\d+\.", chosen):
+    chosen = str(request.method.fields)
+    if "layers" in request.method.fields or "@" in chosen or re.search(r"\.\d+\.", chosen):
         return []
     return [d for d in skeleton.depths(config) if d.count > 2 * d.period + 1]
 
 
+def model_of(request: Request) -> tuple[Any, Any]:
+    """Return the config, changed as the request says, and the class of the model that it names."""
+    return read(request.model, request.task, request.labels, json.dumps(request.config, default=str))
+
+
 @lru_cache(maxsize=8)
-def read(model: str, task: str, labels: int) -> tuple[Any, Any]:
-    """Return the config and the class of the model that a request names."""
-    config = skeleton.read_config(model)
+def read(model: str, task: str | None, labels: int, changes: str = "{}") -> tuple[Any, Any]:
+    """Return the config of a model with changes, as JSON, and the class for a task."""
+    config = changed(skeleton.read_config(model), json.loads(changes))
     kind = skeleton.model_class(config, task)
     if kind.__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
         config.num_labels = labels
+        if getattr(config, "pad_token_id", None) is None:  # without one they take no batch, so training sets one
+            config.pad_token_id = 0
     return config, kind
+
+
+def _apart(request: Request) -> str:
+    """Return, as the text of a request, what the full model's own figures depend on."""
+    return request.bare.model_copy(update=_APART).model_dump_json()
+
+
+def check_room(request: Request) -> None:
+    """Raise ConfigError if a request's text and what its method puts in front need more positions than there are."""
+    if request.peft:
+        return
+    made = request.new_tokens if request.mode == "generate" else 0
+    for room in _whole(_apart(request)).rooms:
+        text = {"encoder": request.length, "decoder": made or request.length}
+        count = text.get(room.tower, request.length + made)
+        if count + room.front > room.most:
+            raise ConfigError(
+                f"{count} tokens and {room.front} virtual ones or prefix slots of {request.method.name} need "
+                f"{count + room.front} positions; the model has {room.most}.",
+                f"Ask for {max(room.most - room.front, 0)} tokens at most, or for a shorter prompt or prefix.",
+            )
 
 
 def positions(request: Request) -> int:
     """Return the most tokens that the model of a request takes in a row, as its config says."""
-    config, kind = read(request.model, request.task, request.labels)
+    config, kind = model_of(request)
     small = skeleton.build(skeleton.cut(config, dict.fromkeys(skeleton.depths(config), 1)), kind)
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    return min(int(most), position_table(small) or int(most))
+    front = 0 if request.peft else max([r.front for r in _whole(_apart(request)).rooms], default=0)
+    return min(int(most), position_table(small) or int(most)) - front
 
 
 @lru_cache(maxsize=128)
 def _whole(text: str) -> Whole:
     """Count weights, adapter, gradients and optimizer state on the full model."""
     request = Request.model_validate_json(text)
-    config, kind = read(request.model, request.task, request.labels)
+    config, kind = model_of(request)
     dtype = formulas.dtype_of(config, request.dtype)
     model, adapter = adapted(config, kind, request, dtype)
     mine = {id(p) for p in adapter.parameters()}
     trained = [p for p in adapter.parameters() if p.requires_grad]
     base = [p for p in model.parameters() if id(p) not in mine]
-    low = formulas.linear_weights(model) if request.base != "dense" else []
-    weights = formulas.size(base) - formulas.size(low) + formulas.quantised(low, request.base)
+    low = formulas.linear_weights(model) if request.quantize != "none" else []
+    weights = formulas.size(base) - formulas.size(low) + formulas.quantised(low, request.quantize)
     buffers = {id(b): b for b in model.buffers()}.values()
     training = request.mode == "train"
-    parts = {
-        "weights": weights,
-        "adapter": formulas.size([*adapter.parameters(), *buffers]),
-        "optimizer": formulas.optimizer_state(trained, request.optimizer) if training else 0,
-    }
-    scratch = formulas.optimizer_scratch(trained, request.optimizer)
+    parts = {"weights": weights, "adapter": formulas.size([*adapter.parameters(), *buffers])}
+    parts["optimizer"], scratch = _optimizer(adapter, trained, request) if training else (0, 0)
+    counts = sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter)
+    layer, rooms = _largest_layer(model), tuple(adapter.graft.rooms((adapter.name,)))
+    slots = _slots(model, config, request, dtype) if request.mode == "generate" else ()
     return Whole(
-        type(model).__name__, parts, scratch, _largest_layer(model), formulas.size(trained) if training else 0,
-        sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter),
+        type(model).__name__, parts, scratch, layer, formulas.size(trained) if training else 0, *counts, slots, rooms,
     )  # fmt: skip
+
+
+def _optimizer(adapter: Adapter, trained: list[nn.Parameter], request: Request) -> tuple[int, int]:
+    """Return the bytes of the optimizer's state, and those that a step takes and gives back."""
+    own = adapter.optimizer()
+    if own is None:
+        kind = request.optimizer
+        return formulas.optimizer_state(trained, kind), formulas.optimizer_scratch(trained, kind)
+    if request.optimizer != Request.model_fields["optimizer"].default:
+        what = f"{request.method.name} has an optimizer of its own; optimizer={request.optimizer} asks for another."
+        raise ConfigError(what, "Leave the optimizer out.")
+    return formulas.own_step(own, trained)
+
+
+def _slots(model: nn.Module, config: Any, request: Request, dtype: torch.dtype) -> caches.Slots:
+    """Return the layers of the cache: the model's own, or a guess where it cannot run without values."""
+    if supported():
+        with contextlib.suppress(Exception):
+            return caches.asked(model, request)
+    return caches.guessed(config, dtype.itemsize)
 
 
 def _shares(adapter: Adapter) -> bool:
@@ -217,7 +302,7 @@ def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str
     out = dict.fromkeys(PARTS, 0) | whole.parts
     for part, value in parts.items():
         out[part] += formulas.rounded(max(value, 0))
-    if request.base != "dense" and phase != "step":  # a layer's weight is read through a dense copy of it
+    if request.quantize != "none" and phase != "step":  # a layer's weight is read through a dense copy of it
         out["temporaries"] += whole.layer // 4
     gathered = whole.layer if phase != "step" else 0
     return formulas.sharded(out, request, gathered, whole.gradients)
@@ -225,25 +310,30 @@ def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str
 
 def _generation(config: Any, whole: Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
     """Return the parts while the last token is made: the whole cache, and one layer's copy that grows."""
-    tokens = request.length + request.new_tokens
-    held = formulas.cache(config, request.batch, tokens, dtype.itemsize)
-    layers = max((d.count for d in skeleton.depths(config)), default=1)
+    held = caches.sizes(whole.slots, request)
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-    logits = request.batch * vocabulary * (dtype.itemsize + 4)
-    return _with(whole, {"activations": held, "temporaries": held / layers, "logits": logits}, request, "generation")
+    logits = request.batch_size * vocabulary * (dtype.itemsize + 4)
+    parts = {"activations": sum(held), "temporaries": max(held, default=0), "logits": logits}
+    return _with(whole, parts, request, "generation")
 
 
-def rough(config: Any, request: Request, dtype: torch.dtype, gradients: int) -> Parts:
-    """Return phase -> part -> bytes by a rule of thumb: 34 bytes an activation of a layer (arXiv 2205.05198, eq. 2)."""
+def rough(config: Any, request: Request, dtype: torch.dtype, gradients: int, why: str) -> Parts:
+    """Return phase -> part -> bytes by a rule of thumb: 34 bytes an activation of a layer (arXiv 2205.05198, eq. 2).
+
+    `why` says why there is no trace.
+    """
     text = config.get_text_config()
     width = int(getattr(text, "hidden_size", 0) or 0)
     layers = sum(d.count for d in skeleton.depths(config)) or 1
     if not width:
-        raise ConfigError(f"{type(config).__name__} states no width.", "Use a config with hidden_size.")
-    rows = request.batch * request.length * width
-    kept = rows * dtype.itemsize * (layers if request.checkpointing else 17 * layers)
+        what = (
+            f"The model's code cannot be traced ({why}), and {type(config).__name__} states no width to estimate from."
+        )
+        raise ConfigError(what, "Plan a class with a loss and inputs of a size that it takes (image_size, max_length).")
+    rows = request.batch_size * request.length * width
+    kept = rows * dtype.itemsize * (layers if request.gradient_checkpointing else 17 * layers)
     vocabulary = int(getattr(text, "vocab_size", 0) or 0)
-    logits = request.batch * request.length * vocabulary * (dtype.itemsize + 8)
+    logits = request.batch_size * request.length * vocabulary * (dtype.itemsize + 8)
     if request.mode != "train":
         return {"forward": {"activations": 8.0 * rows * dtype.itemsize, "logits": float(logits)}}
     return {

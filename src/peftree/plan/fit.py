@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from peftree import registry
-from peftree.errors import MethodError, SiteError
-from peftree.plan.estimate import plan, positions
-from peftree.plan.request import Request
+from peftree.errors import ConfigError, MethodError, SiteError
+from peftree.methods.contract import Method, Union
+from peftree.plan.estimate import check_room, plan, positions, settled
+from peftree.plan.question import Request
 from peftree.plan.result import Plan
+from peftree.settings import MethodConfig
 
-MOST = {"batch": 1 << 16, "length": 1 << 20}
+MOST = {"batch_size": 1 << 16, "max_length": 1 << 20}
 TRIES = 40
-_LST: dict[str, Any] = {"method": "lst", "fields": {}, "adapter": {}}
+_LST: dict[str, Any] = {"method": MethodConfig(name="lst"), "peft": {}}
 BATCHES, LENGTHS = (1, 4, 16), (128, 512, 2048)
 
 
@@ -38,15 +40,21 @@ class Way:
     plan: Plan
 
 
-def largest(request: Request, memory: int, key: Literal["batch", "length"] = "batch") -> int:
-    """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row is."""
-    return _largest(
-        lambda v: plan(request.model_copy(update={key: v}), quick=True).expected, memory, _bound(request, key)
-    )
+def largest(request: Request, memory: int, key: Literal["batch_size", "max_length"] = "batch_size") -> int:
+    """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row is.
+
+    Scoring takes as many rows as the batch at most, and as many as the request says.
+    """
+
+    def level(value: int) -> int:
+        more = {"eval_batch_size": min(value, request.eval_batch_size)} if key == "batch_size" else {}
+        return plan(request.model_copy(update={key: value} | more), quick=True).expected
+
+    return _largest(level, memory, _bound(request, key))
 
 
 def _bound(request: Request, key: str) -> int:
-    return min(MOST[key], positions(request)) if key == "length" else MOST[key]
+    return min(MOST[key], positions(request)) if key == "max_length" else MOST[key]
 
 
 def _largest(level: Callable[[int], int], memory: int, most: int) -> int:
@@ -86,9 +94,13 @@ def ways(request: Request, memory: int, count: int = 3) -> list[Way]:
 
     Single changes first; where none is enough two together, then three, the cheapest first, up to `TRIES` in all.
     """
-    if plan(request).fits(memory):
+    made = plan(request)
+    if made.fits(memory):
         return []
     single = sorted(_changes(request), key=lambda change: change.rank)
+    if made.phases.get("scoring", 0) > memory and request.eval_batch_size > 1:
+        rows = max(1, request.eval_batch_size // 8)
+        single.insert(0, _Change(f"scoring in batches of {rows}", {"eval_batch_size": rows}, "more passes", 0.01))
     found: list[Way] = []
     tries = TRIES
     for size in (1, 2, 3):
@@ -130,34 +142,41 @@ def _changes(request: Request) -> Iterator[_Change]:
         yield _Change("fused attention (sdpa)", {"attention": "sdpa"}, "nothing", 0.0)
     if request.dtype in ("auto", "float32"):
         yield _Change("the base in bfloat16", {"dtype": "bfloat16"}, "its weights are rounded", 0.1)
-    if request.base == "dense":
-        yield _Change("an 8-bit base", {"base": "int8"}, "the base is rounded, and read through a copy", 0.5)
-        yield _Change("a 4-bit base (NF4)", {"base": "nf4"}, "the base is rounded, and read through a copy", 0.6)
+    if request.quantize == "none":
+        yield _Change("an 8-bit base", {"quantize": "int8"}, "the base is rounded, and read through a copy", 0.5)
+        yield _Change("a 4-bit base (NF4)", {"quantize": "nf4"}, "the base is rounded, and read through a copy", 0.6)
     for part in (2, 4):
         less = request.length // part
         if less >= 16:
-            yield _Change(f"rows of {less} tokens", {"length": less}, "longer rows are cut", 1.0 + 0.1 * part)
+            yield _Change(f"rows of {less} tokens", {"max_length": less}, "longer rows are cut", 1.0 + 0.1 * part)
     if request.mode == "train":
         yield from _training_changes(request)
 
 
 def _training_changes(request: Request) -> Iterator[_Change]:
     for part in (2, 4, 8, 16):
-        if request.batch >= part:
-            rows, times = request.batch // part, request.accumulation * part
+        if request.batch_size >= part and not request.contrastive:
+            rows, times = request.batch_size // part, request.accumulation * part
             what = f"batches of {rows}, {times} to a step"
-            fewer: dict[str, Any] = {"batch": rows, "accumulation": times}
+            fewer: dict[str, Any] = {"batch_size": rows, "accumulation": times}
             yield _Change(what, fewer, "the same rows a step, less work at once", 0.04 * part)
-    if not request.checkpointing:
-        yield _Change("gradient checkpointing", {"checkpointing": True}, "each layer's forward pass runs twice", 0.33)
-    if request.optimizer not in ("sgd", "adamw_8bit"):
+    if not request.gradient_checkpointing:
+        yield _Change(
+            "gradient checkpointing", {"gradient_checkpointing": True}, "each layer's forward pass runs twice", 0.33
+        )
+    if request.optimizer not in ("sgd", "adamw_8bit") and _takes_any(request):
         yield _Change("8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3)
-    if request.method != "lst":
+    if request.method.name != "lst":
         yield _Change("a side network (lst)", dict(_LST), "another method", 1.0)
     for devices in (2, 4, 8) if request.devices == 1 else ():
         changes: dict[str, Any] = {"devices": devices, "shard": "fsdp"}
         what = f"{devices} devices that share the weights (fsdp)"
         yield _Change(what, changes, f"{devices} devices", 2.0 + 0.1 * devices)
+
+
+def _takes_any(request: Request) -> bool:
+    """Return whether the setting's method takes any optimizer."""
+    return bool(request.peft) or registry.get(request.method.name).optimizer in (Method.optimizer, Union.optimizer)
 
 
 @dataclass(frozen=True)
@@ -175,25 +194,36 @@ class Cell:
 def table(
     request: Request, methods: Sequence[str] = (), batches: Sequence[int] = (), lengths: Sequence[int] = ()
 ) -> Iterator[Cell]:
-    """Yield methods x batches x lengths; by default every method of the tree at its defaults."""
+    """Yield methods x batches x lengths, scored in no larger batches; by default every method at its defaults."""
     for method in methods or sorted(registry.methods()):
-        fields = request.fields if method == request.method else {}
-        changed = request.model_copy(update={"method": method, "fields": fields, "adapter": {}})
+        chosen = request.method if method == request.method.name else MethodConfig(name=method)
+        changed = request.model_copy(update={"method": chosen, "peft": {}})
         yield from _row(changed, batches or BATCHES, lengths or LENGTHS)
 
 
 def _row(request: Request, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[Cell]:
     """Yield the cells of one method; the corners are traced first, and tell most of what is between them."""
     sizes = [(batch, length) for length in lengths for batch in batches]
-    ends = [(min(batches), min(lengths)), (max(batches), max(lengths)), (min(batches), max(lengths))]
     found: dict[tuple[int, int], Plan] = {}
-    for batch, length in dict.fromkeys([*ends, *sizes]):
-        try:
-            made = plan(request.model_copy(update={"batch": batch, "length": length}), quick=True)
-        except (MethodError, SiteError) as error:
-            yield from (Cell(request.method, b, n, None, why=error.what) for b, n in sizes)
-            return
-        found[batch, length] = made
+    why: dict[int, str] = {}
+    try:
+        for length in lengths:
+            try:
+                check_room(settled(request.model_copy(update={"max_length": length})))
+            except ConfigError as error:
+                why[length] = error.what
+        room = [length for length in lengths if length not in why]
+        ends = [(min(batches), min(room)), (max(batches), max(room)), (min(batches), max(room))] if room else []
+        for batch, length in dict.fromkeys([*ends, *((b, n) for b, n in sizes if n in room)]):
+            rows = {"batch_size": batch, "eval_batch_size": min(batch, request.eval_batch_size)}
+            made = plan(request.model_copy(update=rows | {"max_length": length}), quick=True)
+            found[batch, length] = made
+    except (MethodError, SiteError) as error:
+        yield from (Cell(request.method.name, b, n, None, why=error.what) for b, n in sizes)
+        return
     for batch, length in sizes:
-        made = found[batch, length]
-        yield Cell(request.method, batch, length, made.expected, made.trainable)
+        if length in why:
+            yield Cell(request.method.name, batch, length, None, why=why[length])
+        else:
+            made = found[batch, length]
+            yield Cell(request.method.name, batch, length, made.expected, made.trainable)

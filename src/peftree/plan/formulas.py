@@ -1,15 +1,17 @@
-"""Closed forms for what no trace shows: quantised weights, optimizer state, sharding, caches of generation."""
+"""Closed forms for what no trace shows: quantised weights, optimizer state, sharding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from peftree.plan.request import Request
+from peftree.plan.question import Request
+from peftree.plan.trace import Ledger, record
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
 _SMALL, _CHUNK = 4096, 256  # tensors below keep 32-bit state; values of one scale in 8-bit state
@@ -72,6 +74,20 @@ def optimizer_scratch(parameters: Iterable[Tensor], kind: str) -> int:
     return 2 * max(sizes, default=0) if kind == "adamw_loop" else 0
 
 
+def own_step(optimizer: Optimizer, parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the bytes that an optimizer keeps from its first step on, and the most that a step takes and gives back.
+
+    Args:
+        optimizer: holds `parameters`, which are on the meta device.
+    """
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    ledger = Ledger([*parameters, *(p.grad for p in parameters if p.grad is not None)], scratch=False)
+    line, _ = record([("step", optimizer.step)], ledger)
+    held = size(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return held, line.peak() - held
+
+
 def sharded(parts: dict[str, int], request: Request, layer: int, trainable: int) -> dict[str, int]:
     """Return the parts on one of several devices.
 
@@ -89,17 +105,6 @@ def sharded(parts: dict[str, int], request: Request, layer: int, trainable: int)
             out[name] = -(-out.get(name, 0) // request.devices)
         out["temporaries"] = out.get("temporaries", 0) + 2 * layer
     return out
-
-
-def cache(config: Any, rows: int, tokens: int, item: int) -> int:
-    """Return the bytes of keys and values of `tokens` tokens in every layer of a decoder."""
-    text: Any = config.get_text_config(decoder=True)
-    all_heads = int(text.num_attention_heads)
-    heads = int(getattr(text, "num_key_value_heads", None) or all_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // all_heads)
-    layers = int(getattr(text, "decoder_layers", None) or text.num_hidden_layers)
-    sides = 2 if config.is_encoder_decoder else 1
-    return 2 * layers * heads * width * rows * tokens * item * sides
 
 
 def rounded(value: float) -> int:

@@ -88,7 +88,7 @@ class Allocator:
     def _segment(self, size: int, pool: int) -> int:
         whole = _SEGMENTS[pool] if size < _LARGE else -(-size // _WHOLE) * _WHOLE
         address = self._top
-        self._top += whole + _WHOLE  # segments are no neighbours
+        self._top += whole + _WHOLE  # segments are not neighbours
         self._pieces[address] = _Piece(whole, pool)
         self.reserved += whole
         self.peak = max(self.peak, self.reserved)

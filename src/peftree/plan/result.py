@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peftree.plan.request import Request
+from peftree.graft import Room
+from peftree.plan.caches import Slot
+from peftree.plan.question import Request
 
 GIB = 2**30
 
@@ -22,6 +24,8 @@ class Whole:
         gradients: bytes of all gradients.
         trainable, total, sites: as in a plan.
         shared: layers share trained tensors.
+        slots: the layers of the cache of generation; none for a plan of training.
+        rooms: stacks whose positions virtual tokens and prefixes take a part of.
     """
 
     model: str
@@ -33,6 +37,8 @@ class Whole:
     total: int
     sites: int
     shared: bool
+    slots: tuple[Slot, ...] = ()
+    rooms: tuple[Room, ...] = ()
 
 
 @dataclass(frozen=True)

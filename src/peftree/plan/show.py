@@ -11,12 +11,15 @@ from typing import Any
 
 import typer
 
+from peftree.assets.models import located
 from peftree.errors import ConfigError
 from peftree.plan import fit
 from peftree.plan.calibrate import Calibration, calibrate
-from peftree.plan.estimate import plan
-from peftree.plan.request import Request
+from peftree.plan.estimate import model_of, plan, settled
+from peftree.plan.question import Request
 from peftree.plan.result import Plan
+from peftree.plan.rows import fed_by
+from peftree.tasks.loading import tokenizer
 
 GIB, MIB = 2**30, 2**20
 COLOURS = {
@@ -66,15 +69,15 @@ class Shown:
         if not asked.memory:
             return cls(made, time=time)
         least = min(
-            made.parts.get("weights", 0), plan(asked.model_copy(update={"base": "nf4"})).parts.get("weights", 0)
+            made.parts.get("weights", 0), plan(asked.model_copy(update={"quantize": "nf4"})).parts.get("weights", 0)
         )
         if asked.memory < least and asked.shard != "fsdp":
             raise ConfigError(
                 f"The weights take {amount(least)} even in 4 bits; the budget is {amount(asked.memory)}.",
-                "Share them among devices (--devices 4 --shard fsdp), or choose a smaller model.",
+                "Share them among devices (devices=4 shard=fsdp), or choose a smaller model.",
             )
         say("looking for the largest batch and length")
-        batch, length = fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "length")
+        batch, length = fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "max_length")
         say("looking for ways under the budget")
         return cls(made, batch, length, tuple(fit.ways(asked, asked.memory)), time)
 
@@ -94,7 +97,7 @@ class Shown:
         made, asked = self.plan, self.plan.request
         share = made.trainable / made.total if made.total else 0
         counts = f"{made.sites} sites, {made.trainable:,} trainable parameters ({share:.3%})"
-        yield f"{made.model}, {asked.method}: {counts}"
+        yield f"{made.model}, {asked.name}: {counts}"
         span = f"{amount(made.low)} to {amount(made.high)}"
         yield f"peak in the {made.phase} phase: {amount(made.expected)} expected ({span})"
         if made.operations:
@@ -132,42 +135,52 @@ class Shown:
         parts = [(n, amount(s), 100 * s / total, COLOURS[n]) for n, s in self.plan.parts.items()]
         phases = [(n, amount(s)) for n, s in self.plan.phases.items()]
         lines = list(self.lines())
-        title = html.unescape(f"Memory plan: {self.plan.model}, {self.plan.request.method}")
+        title = html.unescape(f"Memory plan: {self.plan.model}, {self.plan.request.name}")
         return Environment(autoescape=True).from_string(text).render(
             title=title, parts=parts, phases=phases, lines=lines,
             settings={k: v for k, v in self.plan.request.model_dump(mode="json").items() if k != "model"},
         )  # fmt: skip
 
 
-def with_data(asked: Request, path: Path) -> tuple[Request, str]:
-    """Return the request with the length of the longest row of a file, and a line about it.
+def with_data(asked: Request) -> tuple[Request, str]:
+    """Return the request with what its rows say: task, classes, and the length of the longest; and a line about it.
 
-    The model folder's tokenizer counts; without one, four characters are taken for a token.
+    The model folder's tokenizer counts; without one, four characters are taken for a token. Rows are cut as
+    in training.
 
     Raises:
-        DataError: the file does not parse.
+        ConfigError: the data hold images alone, and no method of theirs says how large.
+        DataError: a file does not parse.
     """
-    from peftree.train.data import load_data
+    from peftree.catalogue import task_facts
+    from peftree.data.thinning import rows_of
 
-    rows = load_data(str(path)).train
-    texts = [f"{row.source} {row.target}" for row in rows if isinstance(row.source, str)]
-    if not texts:
-        raise ConfigError(f"{path} holds no texts.", "Give --length, or for images --image.")
-    count = _counter(asked.model)
-    lengths = sorted(count(text) for text in texts)
-    most, middle = lengths[-1], lengths[len(lengths) // 2]
-    said = f"{path}: {len(lengths):,} rows, {middle} tokens in the middle, {most} at most: planned for {most}"
-    return asked.model_copy(update={"length": most}), said
+    assert asked.data is not None
+    data = rows_of(asked)
+    about, rows = task_facts(data.task), (*data.train, *data.valid, *data.test)
+    source = asked.data.train
+    asked = asked.model_copy(update={"task": data.task, "labels": max(len(data.labels), 1)})
+    model_of(asked)  # a model that has no such task is told of first
+    if about.modality == "vision":
+        fed = fed_by(asked, data) if Path(located(asked.model)).expanduser().is_dir() else {}
+        return asked.model_copy(update=fed), f"{source}: {len(rows):,} images"
+    words = _words(located(asked.model))
+    texts = [about.text(row.source, row.target) for row in rows]
+    counted = map(len, words(texts, verbose=False)["input_ids"]) if words else (max(1, len(t) // 4) for t in texts)
+    lengths = sorted(counted)
+    limit = settled(asked).length
+    if words and asked.max_length is None:
+        limit = min(limit, words.model_max_length)
+    most, middle = min(lengths[-1], limit), lengths[len(lengths) // 2]
+    cut = f" (max_length={limit} cuts the longest)" if most < lengths[-1] else ""
+    said = f"{source}: {len(lengths):,} rows, {middle} tokens in the middle, {lengths[-1]} at most"
+    fed = fed_by(asked.model_copy(update={"max_length": limit}), data) if words else {"max_length": most}
+    return asked.model_copy(update=fed), f"{said}: planned for {fed.get('max_length', most)}{cut}"
 
 
-def _counter(model: str) -> Any:
-    folder = Path(model).expanduser()
-    if (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return lambda text: len(tokenizer(text)["input_ids"])
-    return lambda text: max(1, len(text) // 4)
+def _words(model: str) -> Any:
+    """Return the tokenizer in a model's folder, or None."""
+    return tokenizer(model) if (Path(model).expanduser() / "tokenizer.json").is_file() else None
 
 
 def print_table(asked: Request, as_json: bool) -> None:
@@ -206,6 +219,8 @@ def print_table(asked: Request, as_json: bool) -> None:
             else:
                 shown.add_row(name, _short(mine[0].trainable / 1e6) + "M", *(_cell(c, asked.memory) for c in mine))
         shown.caption = None
+    if asked.memory:
+        typer.echo(f"x: more than the budget of {amount(asked.memory)}.")
     if left_out:
         typer.echo(f"Not for this model: {', '.join(left_out)}.")
 
@@ -213,7 +228,7 @@ def print_table(asked: Request, as_json: bool) -> None:
 def _lengths(asked: Request) -> tuple[int, ...]:
     from peftree.plan.estimate import positions
 
-    chosen = (asked.length,) if asked.length != Request.model_fields["length"].default else fit.LENGTHS
+    chosen = (asked.max_length,) if asked.max_length else fit.LENGTHS
     most = positions(asked)
     return tuple(n for n in chosen if n <= most) or (min(most, asked.length),)
 
@@ -221,8 +236,10 @@ def _lengths(asked: Request) -> tuple[int, ...]:
 def _cell(cell: fit.Cell, memory: int) -> str:
     if cell.expected is None:
         return "-"
-    text = _short(cell.expected / GIB)
-    return f"[dim]{text}[/dim]" if memory and cell.expected > memory else text
+    value = cell.expected / GIB
+    if not memory or cell.expected <= memory:
+        return _short(value)
+    return f"[dim]{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x[/dim]"  # five characters too
 
 
 def _short(value: float) -> str:

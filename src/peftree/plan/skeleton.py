@@ -11,25 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftree.assets import dit, ssru  # noqa: F401  (they make their models known to transformers' auto classes)
+from peftree.assets import dit  # noqa: F401  (makes its model known to transformers' auto classes)
 from peftree.assets.models import located
+from peftree.catalogue import task_facts
 from peftree.errors import ConfigError
+from peftree.trusted import SAFE, cleared
 
 # How configs call their number of layers; the first of a row that a config has is the one that counts.
 _DEPTHS = (
     ("encoder_layers", "num_layers", "num_hidden_layers", "n_layer", "n_layers"),
     ("decoder_layers", "num_decoder_layers"),
 )
-_AUTO = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "text-regression": "AutoModelForSequenceClassification",
-    "generation": "AutoModelForCausalLM",
-    "sequence-to-sequence": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-    "image-text-retrieval": "AutoModel",
-    "captioning": "AutoModelForImageTextToText",
-    "image-generation": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
@@ -60,14 +52,14 @@ def read_config(source: str) -> Any:
     source = located(source)
     path = Path(source).expanduser()
     path = path.parent if path.name == "config.json" and path.is_file() else path
-    local = path.is_dir() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    local = path.is_dir() or source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") != 1
     if local and not (path / "config.json").is_file():
         raise ConfigError(
             f"{source} has no config.json.",
             "Name a model folder, a packaged model (`peftree models`), or a hub name such as org/model.",
         )
     try:
-        config = AutoConfig.from_pretrained(str(path) if local else source, local_files_only=local)
+        config = cleared(AutoConfig.from_pretrained(str(path) if local else source, local_files_only=local, **SAFE))
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # which one it is does not matter to memory
         return config
@@ -83,27 +75,25 @@ def bare_class(config: Any) -> Any:
     return found or transformers.AutoModel._model_mapping[type(config)]
 
 
-def model_class(config: Any, task: str) -> Any:
+def model_class(config: Any, task: str | None) -> Any:
     """Return the class to build: by the task, else the config's own, a bare encoder's being a classifier."""
     import transformers
 
     name = (config.architectures or [""])[0]
     own = getattr(transformers, name, None)
     if not task:
-        if own is not None and not name.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
+        bare = name.endswith(("Model", "ForMaskedLM", "ForPreTraining")) and not name.endswith("LMHeadModel")
+        if own is not None and not bare:
             return own
-        kinds = ["image-classification"] if getattr(config, "num_channels", None) else []
-        kinds += ["sequence-to-sequence"] if config.is_encoder_decoder else ["text-classification"]
+        kinds = ["AutoModelForImageClassification"] if getattr(config, "num_channels", None) else []
+        kinds += ["AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForSequenceClassification"]
         for kind in kinds:
-            auto = getattr(transformers, _AUTO[kind])
+            auto = getattr(transformers, kind)
             if type(config) in auto._model_mapping:
                 return auto._model_mapping[type(config)]
         return own or transformers.AutoModel._model_mapping[type(config)]
-    if task not in _AUTO:
-        raise ConfigError(f"There is no plan for the task '{task}'.", f"Tasks: {', '.join(_AUTO)}.")
-    auto = getattr(
-        transformers, "AutoModelForSeq2SeqLM" if task == "generation" and config.is_encoder_decoder else _AUTO[task]
-    )
+    known = task_facts(task)
+    auto = getattr(transformers, (config.is_encoder_decoder and known.auto_pair) or known.auto)
     if type(config) not in auto._model_mapping:
         raise ConfigError(f"{type(config).__name__} has no model for {task}.", "Choose another task, or none.")
     return auto._model_mapping[type(config)]

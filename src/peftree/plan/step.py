@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
 from peftree.adapter import Adapter, adapt
+from peftree.evaluate.quality import token_scores
+from peftree.named_method import make_method
 from peftree.plan import skeleton
-from peftree.plan.batch import inputs, open_images
-from peftree.plan.request import Request
+from peftree.plan.batch import inputs, open_images, scored
+from peftree.plan.question import Request
 from peftree.plan.trace import Ledger, Timeline, faking, record
-from peftree.registry import make
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
 
@@ -42,8 +44,8 @@ def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tup
     """Return the skeleton with the request's method on it."""
     model = skeleton.build(config, kind, dtype, request.attention)
     with _Undrawn():
-        adapter = adapt(model, make(request.method, request.fields))
-    recompute(model, request.checkpointing)
+        adapter = adapt(model, make_method(request), head=request.head)
+    recompute(model, request.gradient_checkpointing)
     model.train(request.mode == "train")
     return model, adapter
 
@@ -56,17 +58,25 @@ def recompute(model: Any, on: bool, **settings: bool) -> None:
         enable({"use_reentrant": False, **settings})
 
 
-def trace(model: nn.Module, adapter: Adapter, request: Request) -> Traced:
-    """Run the request's step on fake tensors; `model` then holds fake tensors and is of no other use."""
+def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = False) -> Traced:
+    """Run the request's step on fake tensors; `model` then holds fake tensors and is of no other use.
+
+    `scores`: tokens are scored after the forward pass, as a task does.
+    """
     open_images(model)
     batch = inputs(model, request, labels=request.mode == "train")
-    with faking(model) as fake:
+    wanted = torch.empty(scored(model, request) if scores else 0, dtype=torch.long, device="meta")
+    with faking(model) as fake, _unpacked():
         fed = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        held = [v for v in fed.values() if isinstance(v, Tensor)]
+        wanted = fake(wanted)
+        held = [v for v in (*fed.values(), wanted) if isinstance(v, Tensor)]
         ledger = Ledger([*model.parameters(), *model.buffers(), *held], scratch=request.device == "cpu")
-        phases = _training if request.mode == "train" else _reading
+        if request.mode == "train":
+            phases = _training(model, adapter, fed, request, ledger)
+        else:
+            phases = _reading(model, fed, request, ledger, wanted)
         with Fused() if request.device == "cuda" else nullcontext():
-            timeline, operations = record(phases(model, adapter, fed, request, ledger), ledger)
+            timeline, operations = record(phases, ledger)
     return traced(timeline, model.config, operations)
 
 
@@ -74,6 +84,17 @@ def traced(timeline: Timeline, config: Any, operations: dict[str, int]) -> Trace
     """Return what a timeline is made of, for a model of `config`."""
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Let transformers take positions as those of one text a row, which it otherwise reads from their values."""
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
 
 
 class _Undrawn(TorchFunctionMode):
@@ -119,16 +140,21 @@ def _training(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request
     return phases if request.accumulation == 1 else [("first forward", forward), ("first backward", backward), *phases]
 
 
-def _reading(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger) -> Phases:
+def _reading(model: nn.Module, batch: dict[str, Any], request: Request, ledger: Ledger, wanted: Tensor) -> Phases:
     more = {"use_cache": True, "logits_to_keep": 1} if request.mode == "generate" else {}
+    logits: list[Tensor] = []
 
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad():
-            out = model(**batch, **more)
-            ledger.keep("activations", ledger.living())
-            del out
+        out = model(**batch, **more)
+        ledger.keep("activations", ledger.living())
+        logits.extend([out.logits] if len(wanted) else [])
 
-    return [("forward", forward)]
+    @torch.no_grad()
+    def score() -> None:
+        token_scores(logits.pop(), (wanted, wanted), wanted)
+
+    return [("forward", forward), ("scores", score)] if len(wanted) else [("forward", forward)]
 
 
 def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:

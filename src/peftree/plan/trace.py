@@ -56,7 +56,7 @@ def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *more: 
     return left.new_empty(*lead, left.shape[-2], right.shape[-1])
 
 
-# oneDNN lays a convolution's weights and gradients out anew, beside the tensors themselves.
+# oneDNN lays a convolution's weights and gradients out in another order, beside the tensors themselves.
 _SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
     torch.ops.aten.convolution.default: lambda args: _size(args[1]),
     torch.ops.aten.convolution_backward.default: lambda args: (

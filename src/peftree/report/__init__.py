@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftree.bench.record import read_records
 from peftree.files import atomic_write
 from peftree.report import html, terminal
 from peftree.report.build import build
 from peftree.report.data import Report
 from peftree.report.markup import to_json, to_latex, to_markdown
+from peftree.runs.read import read_records
 
 __all__ = ["Report", "build", "html", "terminal", "to_json", "to_latex", "to_markdown", "write"]
 

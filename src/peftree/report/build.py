@@ -6,17 +6,21 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from peftree.bench.record import RunRecord, in_order
-from peftree.bench.samples import FULL, HEAD_ONLY, Comparison, comparisons, labelled, sample
+from peftree.bench.grouping import FULL, HEAD_ONLY, comparisons, labelled, sample, title
+from peftree.catalogue import BRANCHES
 from peftree.errors import DataError
 from peftree.report import compare
 from peftree.report.compare import facts, usual_environment
-from peftree.report.data import BRANCHES, Environment, Failure, Report, Row, Task
+from peftree.report.data import Environment, Failure, Report, Row, Task
 from peftree.report.overview import overviews
-from peftree.report.text import NONE, clean, count, digits, join, plural, score
+from peftree.report.tables import whole_percent
 from peftree.report.tuning import tuning
+from peftree.runs.record import RunRecord, in_order
+from peftree.text import NONE, clean, count, digits, join, percent, plural, score
 
 FEW_SEEDS = 5
+HEADLINES = 4  # tasks up to which each has a line at the top
+SHOWN = {"yes": "at least 90 % is shown", "no": "refuted", "not shown": "open"}
 
 
 def build(records: Iterable[RunRecord]) -> Report:
@@ -31,13 +35,13 @@ def build(records: Iterable[RunRecord]) -> Report:
     repeated = [key for key, times in Counter(r.key for r in found).items() if times > 1]
     if repeated:
         raise DataError(f"Run {repeated[0]} is there twice.", "Give each run once.")
-    groups = comparisons(found)
-    tasks = tuple(_task(number, key, group, groups) for number, (key, group) in enumerate(groups.items(), 1))
+    tasks = tuple(_task(number, group, found) for number, group in enumerate(comparisons(found), 1))
     failures = tuple(_failure(r) for r in found if r.status == "failed" or (r.status != "ok" and r.phase == "final"))
     environments = _environments(found)
     return Report(
         suites=tuple(dict.fromkeys(clean(r.suite) for r in found)),
         summary=_summary(found, tasks, environments),
+        headlines=tuple(filter(None, map(_headline, tasks))) if len(tasks) <= HEADLINES else (),
         runs=len(found),
         failures=failures,
         tasks=tasks,
@@ -46,27 +50,28 @@ def build(records: Iterable[RunRecord]) -> Report:
     )
 
 
-def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterable[Comparison]) -> Task:
+def _task(number: int, records: list[RunRecord], every: Iterable[RunRecord]) -> Task:
+    first = records[0]
     final, trials = ([r for r in records if r.phase == phase] for phase in ("final", "trial"))
     groups = _named(labelled(final))
     full, notes = _full(groups)
     rows = compare.rows(groups, full) if groups else []
     decimals = digits([row.score.value for row in rows if row.score])
-    twins = [other for other in every if other._replace(data=key.data) == key]
-    data = f" (data {key.data[:8] or 'unknown'})" if len(twins) > 1 else ""
-    notes += _notes(final, groups, rows) + _data_notes(records, len(twins))
-    own, budget = records[0].own_data or key.data, dict(records[0].budget)
+    twins = len({r.data for r in every if title(r) == title(first)})
+    data = f" (data {first.data[:8] or 'unknown'})" if twins > 1 else ""
+    notes += _notes(final, groups, rows) + _data_notes(records, twins)
+    own, budget = first.own_data or first.data, dict(first.budget)
     share, wrong = (_number(budget.pop(name, usual), usual) for name, usual in (("share", 1.0), ("label_noise", 0.0)))
     return Task(
         anchor=f"task-{number}",
-        suite=clean(key.suite),
-        name=clean(key.task),
-        dataset=clean(key.dataset) + data,
-        model=clean(key.model),
-        modality=records[0].modality,
-        kind=records[0].kind,
-        metric=clean(key.metric),
-        higher_is_better=key.higher_is_better,
+        suite=clean(first.suite),
+        name=clean(first.task),
+        dataset=clean(first.dataset) + data,
+        model=clean(first.model),
+        modality=first.modality,
+        kind=first.kind,
+        metric=clean(first.metric),
+        higher_is_better=first.higher_is_better,
         decimals=decimals,
         rows=tuple(rows),
         full=full,
@@ -74,9 +79,9 @@ def _task(number: int, key: Comparison, records: list[RunRecord], every: Iterabl
         statement=_statement(rows, full, decimals),
         notes=tuple(notes),
         tuning=tuning(trials, usual_environment(records)),
-        source=records[0].own_data,
-        setting=_told([key.suite, own, key.model, key.metric, budget]),
-        family=_told([key.suite, own, key.metric, _without_size(budget)]),
+        source=first.own_data,
+        setting=_told([first.suite, own, first.model, first.metric, budget]),
+        family=_told([first.suite, own, first.metric, _without_size(budget)]),
         parameters=min((r.total_parameters for r in records if r.total_parameters), default=0),
         share=share,
         wrong=wrong,
@@ -137,7 +142,7 @@ def _baseline(groups: dict[str, list[RunRecord]]) -> str:
 
 def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: list[Row]) -> list[str]:
     """Return what a careful reader must know about this table."""
-    notes = []
+    notes = _beside_one_answer(records, groups)
     done = [row for row in found if row.seeds]
     seeds = sorted({row.seeds for row in done})
     if seeds and seeds[0] < FEW_SEEDS:
@@ -177,6 +182,21 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: 
     if len(work) > 1:
         notes.append("Training examples, steps or batch size differ between the runs.")
     return notes
+
+
+def _beside_one_answer(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
+    """Return what one answer for all items scores, and which methods, by their mean, are no better than it."""
+    known = [r.constant_score for r in records if r.constant_score is not None]
+    if not known:
+        return []
+    constant, higher = sum(known) / len(known), records[0].higher_is_better
+    scores = {
+        label: [r.score for r in runs if r.status == "ok" and r.score is not None] for label, runs in groups.items()
+    }
+    means = {label: sum(each) / len(each) for label, each in scores.items() if each}
+    weak = [label for label, mean in means.items() if (mean <= constant if higher else mean >= constant)]
+    said = f"One answer for all items (their commonest, or their mean) scores {constant:.4g}"
+    return [f"{said}; no better: {join(weak)}." if weak else f"{said}."]
 
 
 def _data_notes(records: list[RunRecord], twins: int) -> list[str]:
@@ -231,6 +251,16 @@ def _kept(methods: list[Row]) -> str:
         f" That at least 90 % of full fine-tuning's gain is kept is shown for {judged['yes']}, "
         f"refuted for {judged['no']} and open for {judged['not shown']}."
     )
+
+
+def _headline(task: Task) -> str:
+    """Say how much of full fine-tuning's gain each method keeps, at which memory, and how sure that is."""
+    parts = []
+    for row, kept in ((row, row.relative) for row in task.rows if row.retained and row.relative is not None):
+        memory = f" at {percent(row.peak_share)} of the memory" if row.peak_share is not None else ""
+        ends = f"[{whole_percent(kept.low)}, {whole_percent(kept.high)}]" if kept.known else "no interval"
+        parts.append(f"{row.label} {whole_percent(kept.value)} % {ends}{memory} ({SHOWN[row.retained]})")
+    return f"{task.name}: of full fine-tuning's gain are kept: {'; '.join(parts)}." if parts else ""
 
 
 def _failure(r: RunRecord) -> Failure:

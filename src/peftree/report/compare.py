@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import statistics as median_of
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from peftree.bench import paired, statistics
-from peftree.bench.record import RunRecord
-from peftree.bench.samples import FULL, HEAD_ONLY, Sample, aligned, sample
+from peftree.bench.grouping import FULL, HEAD_ONLY, Sample, aligned, sample
 from peftree.bench.statistics import Interval
-from peftree.report.data import Costs, Curve, Row, Run
+from peftree.report.data import Curve, Origin, Row
 from peftree.report.probes import probes
 from peftree.report.shift import shifted, stages
-from peftree.report.text import clean
+from peftree.runs.record import Costs, RunRecord
+from peftree.text import clean
 
 Facts = tuple[tuple[str, str], ...]
 
@@ -111,7 +112,7 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
         method=clean(first.method, limit=80),
         branch=first.branch,
         settings=settings(first),
-        runs=tuple(Run(r.seed, r.key, r.status) for r in records),
+        runs=tuple(Origin(r.seed, r.key, r.status) for r in records),
         seeds=len(done),
         items=len(first.items),
         covers=one.covers if one else "nothing (no finished run)",
@@ -119,14 +120,8 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
         share=count / total if count is not None and total else None,
         sites=first.sites,
         score=score_interval(one) if one else None,
-        difference=None,
         verdict="reference" if first.method == FULL and done else "" if done else records[0].status,
-        better=None,
-        p=None,
-        p_holm=None,
-        relative=None,
-        costs=costs(timed, found.energy.joules if found.energy else None),
-        peak_share=None,
+        costs=costs(timed),
         curves=tuple(Curve(r.seed, r.curve) for r in done if r.curve),
         reason="" if done else clean((records[0].error.strip().splitlines() or [""])[-1], limit=200),
         probes=found,
@@ -149,30 +144,15 @@ def settings(record: RunRecord) -> str:
     return clean(", ".join(parts))
 
 
-def costs(done: Sequence[RunRecord], joules: float | None = None) -> Costs:
+def costs(done: Sequence[RunRecord]) -> Costs:
     """Return the medians of what the finished runs measured."""
-
-    def middle(read: Callable[[RunRecord], float | int | None]) -> float | None:
-        known = [value for value in map(read, done) if value is not None]
-        return float(median_of.median(known)) if known else None
-
-    return Costs(
-        peak=middle(lambda r: r.peak_rss_bytes),
-        after_load=middle(lambda r: r.rss_after_load_bytes),
-        saved=middle(lambda r: r.saved_for_backward_bytes),
-        gradients=middle(lambda r: r.gradient_bytes),
-        optimizer=middle(lambda r: r.optimizer_bytes),
-        allocator=middle(lambda r: r.allocator_peak_bytes),
-        disk=middle(lambda r: r.adapter_bytes),
-        train=middle(lambda r: r.train_seconds),
-        setup=middle(lambda r: r.setup_seconds),
-        evaluate=middle(lambda r: r.eval_seconds),
-        cpu=middle(lambda r: r.cpu_seconds),
-        step=middle(lambda r: r.step_seconds),
-        throughput=middle(lambda r: r.throughput),
-        unit=next((r.throughput_unit for r in done if r.throughput_unit), ""),
-        joules=joules,
-    )
+    found = {name: [v for r in done if (v := getattr(r, name)) not in (None, "")] for name in Costs.model_fields}
+    medians: dict[str, Any] = {
+        name: known[0] if name == "throughput_unit" else type(known[0])(median_of.median(known))
+        for name, known in found.items()
+        if known
+    }
+    return Costs(**medians)
 
 
 def _values(done: Sequence[RunRecord]) -> dict[str, float]:
@@ -191,10 +171,13 @@ def with_holm(found: list[Row]) -> list[Row]:
 
 def with_peak_share(found: list[Row], full: str | None) -> list[Row]:
     """Return the rows with their peak memory as a share of full fine-tuning's."""
-    peak = next((row.costs.peak for row in found if row.label == full), None)
+    peak = next((row.costs.peak_rss_bytes for row in found if row.label == full), None)
     if not peak:
         return found
-    return [row if row.costs.peak is None else replace(row, peak_share=row.costs.peak / peak) for row in found]
+    return [
+        row if row.costs.peak_rss_bytes is None else replace(row, peak_share=row.costs.peak_rss_bytes / peak)
+        for row in found
+    ]
 
 
 def _rank(row: Row, higher: bool) -> tuple[bool, float, str]:

@@ -6,52 +6,10 @@ from dataclasses import dataclass, field
 
 from peftree.bench.expected import Expected
 from peftree.bench.ranks import Ranks
-from peftree.bench.record import CurvePoint
 from peftree.bench.statistics import Interval
 from peftree.bench.transfer import Transfer
-from peftree.report.probes import Probes
-
-BRANCHES = (
-    "additive",
-    "selective",
-    "reparameterized",
-    "hybrid",
-    "moe",
-    "unified",
-    "reference",
-)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Medians over the seeds of a row; None where no run measured it. Bytes and seconds.
-
-    `throughput` is in `unit`; `joules` is the energy of a whole run.
-    """
-
-    peak: float | None = None
-    after_load: float | None = None
-    saved: float | None = None
-    gradients: float | None = None
-    optimizer: float | None = None
-    allocator: float | None = None
-    disk: float | None = None
-    train: float | None = None
-    setup: float | None = None
-    evaluate: float | None = None
-    cpu: float | None = None
-    step: float | None = None
-    throughput: float | None = None
-    unit: str = ""
-    joules: float | None = None
-
-    @property
-    def rest(self) -> float | None:
-        """The part of the peak that is none of load, gradients, optimizer and saved for backward."""
-        parts = (self.after_load, self.gradients, self.optimizer, self.saved)
-        if self.peak is None or None in parts:
-            return None
-        return max(0.0, self.peak - sum(part for part in parts if part is not None))
+from peftree.evaluate.subject import Result
+from peftree.runs.record import Costs, CurvePoint
 
 
 @dataclass(frozen=True)
@@ -63,7 +21,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class Origin:
     """Where a number comes from: the seed and content address of one run."""
 
     seed: int
@@ -94,14 +52,14 @@ class Row:
     """One method, with one choice of fields, on one task: all its seeds together.
 
     `reason` is why there is no score. `detectable` is the smallest difference from full fine-tuning
-    that these seeds and items show with 80 % power.
+    that these seeds and items show with 80 % power. `costs` are medians over the seeds.
     """
 
     label: str
     method: str
     branch: str
     settings: str
-    runs: tuple[Run, ...]
+    runs: tuple[Origin, ...]
     seeds: int
     items: int
     covers: str
@@ -109,20 +67,20 @@ class Row:
     share: float | None
     sites: int | None
     score: Interval | None
-    difference: Interval | None
     verdict: str
-    better: bool | None
-    p: float | None
-    p_holm: float | None
-    relative: Interval | None
     costs: Costs
-    peak_share: float | None
     curves: tuple[Curve, ...]
+    difference: Interval | None = None
+    better: bool | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    relative: Interval | None = None
+    peak_share: float | None = None
     retained: str = ""
     detectable: float | None = None
     test: str = ""
     reason: str = ""
-    probes: Probes = field(default_factory=Probes)
+    probes: dict[str, Result] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     shifted: tuple[Shifted, ...] = ()
     stages: Stages | None = None
@@ -246,6 +204,7 @@ class Report:
 
     suites: tuple[str, ...]
     summary: str
+    headlines: tuple[str, ...]
     runs: int
     failures: tuple[Failure, ...]
     tasks: tuple[Task, ...]

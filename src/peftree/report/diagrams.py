@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from html import escape
+
+from peftree import text
+from peftree.bench.grouping import HEAD_ONLY
 from peftree.bench.ranks import Ranks
-from peftree.bench.samples import HEAD_ONLY
-from peftree.report import plots, svg, text
+from peftree.probes.retention import Found
+from peftree.report import plots, svg
 from peftree.report.data import Overview, Report, Task
 from peftree.report.plots import BOTTOM, HEIGHT, LEFT, NAME, RIGHT, TOP, WIDTH, Figure
-from peftree.report.svg import Scale, escape, num
+from peftree.report.svg import Scale, num
 
 ROW = 17.0
 
@@ -70,19 +74,13 @@ def retention(task: Task) -> Figure | None:
     if head is None or head.score is None:
         return None
     sign = 1.0 if task.higher_is_better else -1.0
-    rows = [row for row in task.scored if row.score and row.probes.retention]
-    if len(rows) < 2:
+    kept = ((row, row.score, row.probes.get("retention")) for row in task.scored)
+    found = [(row, s.value, kept) for row, s, kept in kept if s and isinstance(kept, Found)]
+    if len(found) < 2 or len({kept.measure for _, _, kept in found}) > 1:
         return None
-    measures = {row.probes.retention.measure for row in rows if row.probes.retention}
-    if len(measures) > 1:
-        return None
-    measure = text.clean(measures.pop())
+    rows, measure = [row for row, _, _ in found], text.clean(found[0][2].measure)
     keep = -1.0 if measure == "perplexity" else 1.0
-    points = []
-    for row in rows:
-        kept, score = row.probes.retention, row.score
-        assert kept is not None and score is not None
-        points.append((sign * (score.value - head.score.value), keep * (kept.after - kept.before)))
+    points = [(sign * (value - head.score.value), keep * (kept.after - kept.before)) for _, value, kept in found]
     across = svg.scale_over([x for x, _ in points], LEFT, WIDTH - RIGHT)
     up = svg.scale_over([y for _, y in points] + [0.0], HEIGHT - BOTTOM, TOP)
     y_title = f"change in {measure}" if keep > 0 else f"fall of {measure}"
@@ -92,8 +90,8 @@ def retention(task: Task) -> Figure | None:
     body.append(f'<path class="mid" d="M{num(LEFT)} {zero}H{num(WIDTH - RIGHT)}"/>')
     places = [(across(x), up(y)) for x, y in points]
     front = plots.pareto([(-x, y) for x, y in points], higher_is_better=True)
-    for index, (row, (x, y)) in enumerate(zip(rows, places, strict=True)):
-        tip = f"{row.label}: gain {points[index][0]:.3g}, {measure} {points[index][1]:+.3g}"
+    for index, (row, (gain, change), (x, y)) in enumerate(zip(rows, points, places, strict=True)):
+        tip = f"{row.label}: gain {gain:.3g}, {measure} {change:+.3g}"
         body.append(f"<g><title>{escape(tip)}</title>{svg.marker(row.branch, x, y, solid=index in front)}</g>")
     frame = [(LEFT, up(0.0)), (WIDTH - RIGHT, up(0.0))]
     body += plots.labels_at(places, [svg.cut(row.label, NAME) for row in rows], frame)

@@ -12,11 +12,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from peftree.report import diagrams, extras, panels, plots, svg, tables
-from peftree.report import text as words
-from peftree.report.data import BRANCHES, Report, Task
+from peftree import text as words
+from peftree.catalogue import BRANCHES
+from peftree.report import diagrams, panels, plots, svg, tables, task_tables
+from peftree.report.data import Report, Task
 from peftree.report.methods import sections
-from peftree.report.table import BUDGETS, Cell, Line, Table, budget
+from peftree.table import BUDGETS, Cell, Line, Table, budget
 
 HERE = Path(__file__).parent
 BUDGET_NAMES = tuple(name for _, name in BUDGETS)
@@ -52,7 +53,7 @@ def render(report: Report) -> str:
             report=report,
             views=views,
             unfolded=Markup(" open" if len(report.tasks) <= UNFOLDED else ""),
-            terms=_terms(each for task in report.tasks for each in extras.tables(task)),
+            terms=_terms(each for task in report.tasks for each in task_tables.tables(task)),
             overviews=[
                 (tables.overview_table(each, report), diagrams.critical_difference(each, report))
                 for each in report.overviews
@@ -86,7 +87,7 @@ def _view(task: Task, report: Report) -> dict[str, object]:
         "table": tables.results(task),
         "figures": [figure for figure in figures if figure is not None],
         "panels": panels.panels(task, report),
-        "extras": extras.tables(task),
+        "extras": task_tables.tables(task),
         "branches": _present([row.branch for row in task.rows], BRANCHES),
         "runs": len({run.key for row in task.rows for run in row.runs}),
         "trials": sum(len(one.trials) for one in task.tuning),

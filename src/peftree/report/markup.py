@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from peftree.report import extras, tables
+from peftree.report import tables, task_tables
 from peftree.report.data import Report, Task
-from peftree.report.table import Table
+from peftree.table import Table
 
 # What LaTeX would act on, and signs that its default fonts lack.
 LATEX = {
@@ -28,13 +28,13 @@ def _all_tables(report: Report) -> list[tuple[Table, Task | None]]:
     out: list[tuple[Table, Task | None]] = [(tables.overview_table(o, report), None) for o in report.overviews]
     for task in report.tasks:
         out.append((tables.results(task), task))
-        out += [(each, None) for each in extras.tables(task)]
+        out += [(each, None) for each in task_tables.tables(task)]
     return out
 
 
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown: summary, overview, each task's tables and statement, failures."""
-    parts = [escape_markdown(report.summary)]
+    parts = [escape_markdown(report.summary), *(escape_markdown(line) for line in report.headlines)]
     for table, task in _all_tables(report):
         level = "##" if task is not None or table.css == "overview" else "###"
         parts.append(f"{level} {escape_markdown(table.title)}")
@@ -122,7 +122,7 @@ def _fields(task: Task) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        return _plain(value.model_dump(exclude_none=True))
+        return _plain(value.model_dump(by_alias=True, exclude_none=True))
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if key != "curves"}
     if isinstance(value, list | tuple):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftree.report import tables, text
-from peftree.report.data import BRANCHES, Report, Row, Task
-from peftree.report.table import Cell, Head, Line, Table
+from peftree import text
+from peftree.catalogue import BRANCHES
+from peftree.report import tables
+from peftree.report.data import Report, Row, Task
+from peftree.table import Cell, Head, Line, Table
 
 # Of the results table; the first column is the task here.
 SHOWN = ("score", "difference", "verdict", "relative", "trainable", "peak")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from peftree.bench.ranks import Ranks, mean_ranks
 from peftree.report.data import Overview, Task
-from peftree.report.text import join, plural
+from peftree.text import join, plural
 
 
 def overviews(tasks: Sequence[Task]) -> tuple[Overview, ...]:

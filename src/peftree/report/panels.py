@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 from markupsafe import Markup
 
-from peftree.bench.record import CurvePoint
+from peftree import text
 from peftree.bench.statistics import Interval
-from peftree.report import svg, text
+from peftree.probes.noise import Damaged
+from peftree.report import svg
 from peftree.report.data import Report, Row, Task
-from peftree.report.probes import Robustness
-from peftree.report.svg import Scale, escape, num
+from peftree.report.svg import Scale, num
+from peftree.runs.record import CurvePoint
 
 WIDTH, HEIGHT = 200.0, 128.0
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 8.0, 20.0, 18.0
@@ -206,8 +208,8 @@ def severities(task: Task, name: str) -> Panels | None:
     """Return the score against the severity of damage to the input; 0 is clean."""
     traces = []
     for row in task.scored:
-        found: Robustness | None = row.probes.noise if name == "noise" else row.probes.corruptions
-        if found:
+        found = row.probes.get(name)
+        if isinstance(found, Damaged):
             points = tuple((float(level), y) for level, y in enumerate((found.clean, *found.severities)))
             traces.append(Trace(row.label, row.branch, "all kinds", points, dots=True))
     what = "text noise" if name == "noise" else "image corruptions"
@@ -286,7 +288,7 @@ def _drawn(name: str, traces: Sequence[Trace], across: Scale, up: Scale) -> tupl
 
 def _frame(across: Scale, up: Scale, xs: Sequence[float], axes: Axes) -> str:
     """Return grid, tick labels and the ends of x: the same for all panels of a group."""
-    write = svg.tick_text(Scale(up.low, up.high, up.start, up.end))
+    write = svg.tick_text(up)
     body = [
         f'<path class="grid" d="M{num(LEFT)} {num(up(tick))}H{num(WIDTH - RIGHT)}"/>'
         f'<text class="t s end" x="{num(LEFT - 4)}" y="{num(up(tick) + 3)}">{write(tick)}</text>'

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from markupsafe import Markup
 
-from peftree.report import svg, text
+from peftree import text
+from peftree.report import svg, tables
 from peftree.report.data import Row, Task
-from peftree.report.svg import Scale, escape, num
+from peftree.report.svg import Scale, num
 
 WIDTH, HEIGHT = 560.0, 370.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 12.0, 12.0, 48.0
@@ -38,8 +40,8 @@ class Cost:
 
 COSTS = (
     Cost("trainable parameters", lambda row: row.trainable, text.count, log=True),
-    Cost("peak memory", lambda row: row.costs.peak, text.size),
-    Cost("training time", lambda row: row.costs.train, text.seconds),
+    Cost("peak memory", lambda row: row.costs.peak_rss_bytes, text.size),
+    Cost("training time", lambda row: row.costs.train_seconds, text.seconds),
 )
 
 
@@ -81,7 +83,8 @@ def against(task: Task, cost: Cost) -> Figure | None:
     front = pareto(values, task.higher_is_better)
     points = [(across(x), up(y)) for x, y in values]
     corners = _corners(points, front)
-    body = [*axes(across, up, cost.write, cost.title, task.metric), _stairs(corners)]
+    body = axes(across, up, cost.write, cost.title, task.metric)
+    body.append(f'<path class="front" d="M{" ".join(f"{num(x)} {num(y)}" for x, y in corners)}"/>')
     for (x, _), (low, high), row in zip(points, ends, rows, strict=True):
         body.append(f'<path class="whisker b-{row.branch}" d="M{num(x)} {num(up(low))}V{num(up(high))}"/>')
     for index, ((x, y), row) in enumerate(zip(points, rows, strict=True)):
@@ -99,14 +102,12 @@ def against(task: Task, cost: Cost) -> Figure | None:
 
 def whiskers(task: Task) -> Figure | None:
     """Draw every method's score with its interval; full fine-tuning's interval is shaded."""
-    rows = [row for row in task.scored if row.score is not None]
+    rows = [(row, s) for row in task.scored if (s := row.score) is not None]
     if not rows:
         return None
     left, right, line = 158.0, 14.0, 23.0
     height = TOP + line * len(rows) + BOTTOM
-    intervals = [row.score for row in rows if row.score is not None]
-    values = [s.value for s in intervals]
-    values += [end for s in intervals if s.known for end in (s.low, s.high)]
+    values = [s.value for _, s in rows] + [end for _, s in rows if s.known for end in (s.low, s.high)]
     across = svg.scale_over(values, left, WIDTH - right)
     bottom = height - BOTTOM
     body = x_axis(across, bottom, svg.tick_text(across), task.metric)
@@ -120,7 +121,7 @@ def whiskers(task: Task) -> Figure | None:
                 f'width="{num(high - low)}" height="{num(bottom - TOP)}"/>'
             )
         body.append(f'<path class="mid" d="M{middle} {num(TOP)}V{num(bottom)}"/>')
-    for index, (row, s) in enumerate(zip(rows, intervals, strict=True)):
+    for index, (row, s) in enumerate(rows):
         y = TOP + line * (index + 0.5)
         body.append(name_at(row.label, left - 10, y))
         if s.known:
@@ -129,7 +130,7 @@ def whiskers(task: Task) -> Figure | None:
         tip = f"<title>{escape(f'{row.label}: {value_of(task, row)}')}</title>"
         body.append(f"<g>{tip}{svg.marker(row.branch, across(s.value), y)}</g>")
     shaded = "Shaded: the interval of full fine-tuning." if full is not None else ""
-    described = "; ".join(f"{row.label} {value_of(task, row)}" for row in rows)
+    described = "; ".join(f"{row.label} {value_of(task, row)}" for row, _ in rows)
     title = f"{task.metric} with 95 % intervals, {task.name}"
     drawn = svg.document(WIDTH, height, title, described, body)
     return Figure(f"{task.metric} with 95 % intervals", shaded, drawn)
@@ -137,28 +138,31 @@ def whiskers(task: Task) -> Figure | None:
 
 def memory(task: Task) -> Figure | None:
     """Draw peak memory as bars: after loading, and what training added on top, part by part where known."""
-    rows = sorted((row for row in task.scored if row.costs.peak), key=lambda row: row.costs.peak or 0.0)
-    if not rows or not any(row.costs.after_load for row in rows):
+    rows = sorted(
+        (row for row in task.scored if row.costs.peak_rss_bytes), key=lambda row: row.costs.peak_rss_bytes or 0.0
+    )
+    if not rows or not any(row.costs.rss_after_load_bytes for row in rows):
         return None
     left, line = 158.0, 23.0
     height = TOP + line * len(rows) + BOTTOM
-    largest = max(max(row.costs.peak or 0.0, row.costs.saved or 0.0) for row in rows)
+    largest = max(max(row.costs.peak_rss_bytes or 0.0, row.costs.saved_for_backward_bytes or 0.0) for row in rows)
     across = Scale(0.0, largest * 1.02, left, WIDTH - 78)
     body = x_axis(across, height - BOTTOM, text.size, "peak memory", _binary_ticks(across))
     used: dict[str, str] = {}
     for index, row in enumerate(rows):
-        y, peak, end = TOP + line * index, row.costs.peak or 0.0, 0.0
+        y, peak, end = TOP + line * index, row.costs.peak_rss_bytes or 0.0, 0.0
         body.append(name_at(row.label, left - 10, y + line / 2))
         for css, said, size in _parts(row):
             body.append(_bar(css, across, end, min(end + size, peak), y + 3, 11))
             end, used[css] = min(end + size, peak), said
-        if row.costs.saved is not None and row.costs.rest is None:
-            body.append(_bar("saved", across, 0, row.costs.saved, y + 15, 4))
+        if row.costs.saved_for_backward_bytes is not None and row.costs.rest_bytes is None:
+            body.append(_bar("saved", across, 0, row.costs.saved_for_backward_bytes, y + 15, 4))
             used["saved"] = "of it saved for backward (counted by itself)"
         x = num(across(peak) + 5)
         body.append(f'<text class="t" x="{x}" y="{num(y + 13)}">{text.size(peak)}</text>')
     described = "; ".join(
-        f"{row.label} {text.size(row.costs.peak)}, after loading {text.size(row.costs.after_load)}" for row in rows
+        f"{row.label} {text.size(row.costs.peak_rss_bytes)}, after loading {text.size(row.costs.rss_after_load_bytes)}"
+        for row in rows
     )
     keys = " ".join(f'<span class="key {css}"></span> {said}' for css, said in used.items())
     drawn = svg.document(WIDTH, height, f"Peak memory, {task.name}", described, body)
@@ -168,15 +172,15 @@ def memory(task: Task) -> Figure | None:
 def _parts(row: Row) -> list[tuple[str, str, float]]:
     """Return the parts of a row's peak: class, name and bytes."""
     c = row.costs
-    loaded = min(c.after_load or 0.0, c.peak or 0.0)
-    if c.rest is None:
-        return [("load", "after loading", loaded), ("train", "added by training", (c.peak or 0.0) - loaded)]
+    loaded = min(c.rss_after_load_bytes or 0.0, c.peak_rss_bytes or 0.0)
+    if c.rest_bytes is None:
+        return [("load", "after loading", loaded), ("train", "added by training", (c.peak_rss_bytes or 0.0) - loaded)]
     return [
         ("load", "after loading", loaded),
-        ("gradients", "gradients", c.gradients or 0.0),
-        ("optimizer", "optimizer", c.optimizer or 0.0),
-        ("saved", "saved for backward", c.saved or 0.0),
-        ("train", "rest", c.rest),
+        ("gradients", "gradients", c.gradient_bytes or 0.0),
+        ("optimizer", "optimizer", c.optimizer_bytes or 0.0),
+        ("saved", "saved for backward", c.saved_for_backward_bytes or 0.0),
+        ("train", "rest", c.rest_bytes),
     ]
 
 
@@ -196,7 +200,7 @@ def value_of(task: Task, row: Row) -> str:
     """Return a row's score with its interval as text."""
     if row.score is None:
         return "no score"
-    ends = text.interval(row.score, task.decimals)
+    ends = tables.interval(row.score, task.decimals)
     return f"{text.score(row.score.value, task.decimals)} {ends}"
 
 
@@ -246,11 +250,6 @@ def _corners(points: Sequence[tuple[float, float]], front: Sequence[int]) -> lis
     for index in front[1:]:
         corners += [(points[index][0], corners[-1][1]), points[index]]
     return [*corners, (WIDTH - RIGHT, corners[-1][1])]
-
-
-def _stairs(corners: Sequence[tuple[float, float]]) -> str:
-    """Return the Pareto front as a dashed path."""
-    return f'<path class="front" d="M{" ".join(f"{num(x)} {num(y)}" for x, y in corners)}"/>'
 
 
 def labels_at(

@@ -3,146 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
-from peftree.bench.record import RunRecord
 from peftree.errors import DataError
-from peftree.report.text import clean
-
-UNMEASURED = "not measured"
-
-
-def _listed(value: Any) -> Any:
-    """Let one number stand for a list of one; a part that was not measured is none."""
-    return None if isinstance(value, dict) else [value] if isinstance(value, int | float) else value
+from peftree.evaluate.subject import UNMEASURED, Result, Unmeasured
+from peftree.probes import probes as kinds
+from peftree.runs.record import RunRecord
+from peftree.strict import explain
+from peftree.text import clean
 
 
-def _measured(value: Any) -> Any:
-    """A part that was not measured is empty."""
-    return {} if isinstance(value, dict) and UNMEASURED in value else value
-
-
-Numbers = Annotated[tuple[FiniteFloat, ...] | None, BeforeValidator(_listed)]
-Some = Annotated[dict[str, FiniteFloat], BeforeValidator(_measured)]
-Kinds = dict[str, Numbers]
-
-
-class _Probe(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
-
-
-class Calibration(_Probe):
-    """Of a classifier's probabilities: expected calibration error, Brier score, log loss."""
-
-    ece: FiniteFloat | None = None
-    brier: FiniteFloat | None = None
-    nll: FiniteFloat | None = None
-    accuracy: FiniteFloat | None = None
-    confidence: FiniteFloat | None = None
-
-
-class Robustness(_Probe):
-    """Scores on damaged input, by severity and by kind of damage."""
-
-    clean: FiniteFloat
-    severities: tuple[FiniteFloat, ...] = Field(min_length=1)
-    kinds: Kinds = Field(default_factory=dict)
-
-
-class Retention(_Probe):
-    """A measure on general data before and after; `change` is paired, with its interval over items."""
-
-    measure: str
-    before: FiniteFloat
-    after: FiniteFloat
-    change: FiniteFloat | None = None
-    low: FiniteFloat | None = None
-    high: FiniteFloat | None = None
-
-
-class Routing(_Probe):
-    """How a mixture's routers spread tokens over experts."""
-
-    load: Numbers = None
-    balance: FiniteFloat | None = None
-    entropy: FiniteFloat | None = None
-    confidence: FiniteFloat | None = None
-
-
-class Interpretability(_Probe):
-    """What the adapter changed in weights and hidden states."""
-
-    relative_update: FiniteFloat | None = None
-    effective_rank: FiniteFloat | None = None
-    stable_rank: FiniteFloat | None = None
-    intruders: Some = Field(default_factory=dict)
-    cka: Numbers = None
-    knockout: Some = Field(default_factory=dict)
-    routing: Annotated[Routing, BeforeValidator(_measured)] = Routing()
-
-
-class Latency(_Probe):
-    """Time of a forward pass with the adapter off, on and merged."""
-
-    unit: str = "ms"
-    off: FiniteFloat | None = None
-    on: FiniteFloat | None = None
-    merged: FiniteFloat | None = None
-
-
-class Energy(_Probe):
-    """Energy of the whole run."""
-
-    joules: Annotated[FiniteFloat | None, BeforeValidator(lambda v: None if v == UNMEASURED else v)] = None
-
-
-class Probes(_Probe):
-    """All probes of one row, means over its seeds; None where a probe was not run or not possible."""
-
-    calibration: Calibration | None = None
-    noise: Robustness | None = None
-    corruptions: Robustness | None = None
-    retention: Retention | None = None
-    interpretability: Interpretability | None = None
-    latency: Latency | None = None
-    energy: Energy | None = None
-    unmeasured: dict[str, str] = Field(default_factory=dict)
-
-
-def probes(records: Sequence[RunRecord], costs: Sequence[RunRecord]) -> Probes:
-    """Return the probes of the finished runs `records`; `latency` and `energy` of `costs` only.
+def probes(records: Sequence[RunRecord], usual: Sequence[RunRecord]) -> dict[str, Result]:
+    """Return what each probe found, means over the finished runs `records`; of what is timed over `usual` only.
 
     Raises:
         DataError: a probe's figures are not of the form that the report reads (run and field are named).
     """
-    out: dict[str, Any] = {"unmeasured": {}}
-    for name, kind in KINDS.items():
-        runs = costs if name in ("latency", "energy") else records
-        found = []
-        for record in runs:
-            data = record.probes.get(name)
-            if data is None:
-                continue
-            if UNMEASURED in data and len(data) == 1:
-                out["unmeasured"][name] = clean(str(data[UNMEASURED]))
-                continue
-            found.append(_read(kind, data, name, record).model_dump(mode="json"))
-        if found:
-            out[name] = mean(found)
-    return Probes.model_validate(out)
-
-
-KINDS: dict[str, type[_Probe]] = {
-    "calibration": Calibration,
-    "noise": Robustness,
-    "corruptions": Robustness,
-    "retention": Retention,
-    "interpretability": Interpretability,
-    "latency": Latency,
-    "energy": Energy,
-}
+    out: dict[str, Result] = {}
+    for name, probe in kinds().items():
+        runs = usual if probe.timed else records
+        found = [_read(probe.result, record, name) for record in runs if name in record.probes]
+        measured = [one for one in found if not isinstance(one, Unmeasured)]
+        apart = set(probe.result.apart)
+        dumped = [one.model_dump(mode="json", by_alias=True, exclude=apart) for one in measured]
+        if dumped:
+            out[name] = probe.result.model_validate(mean(dumped))
+        elif found:
+            out[name] = found[-1]
+    return out
 
 
 def wrong(record: RunRecord, probe: str, problem: str) -> DataError:
@@ -151,13 +41,12 @@ def wrong(record: RunRecord, probe: str, problem: str) -> DataError:
     return DataError(clean(f"{where}: {problem}"), "Correct the probe and run it again.")
 
 
-def _read(kind: type[_Probe], data: dict[str, Any], name: str, record: RunRecord) -> _Probe:
+def _read(kind: type[Result], record: RunRecord, name: str) -> Result:
+    kind = Unmeasured if record.probes[name].keys() == {UNMEASURED} else kind
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(record.probes[name])
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise wrong(record, name, f"{field}: {first['msg']}.") from None
+        raise wrong(record, name, explain(error, kind)[0]) from None
 
 
 def mean(values: Sequence[Any]) -> Any:
@@ -166,7 +55,7 @@ def mean(values: Sequence[Any]) -> Any:
     >>> mean([{"a": [1, 2], "b": "x"}, {"a": [3, None], "b": "x"}])
     {'a': [2.0, 2.0], 'b': 'x'}
     """
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and not (isinstance(value, dict) and UNMEASURED in value)]
     if not known:
         return None
     if all(isinstance(value, dict) for value in known):

@@ -8,13 +8,15 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from peftree.bench import statistics
-from peftree.bench.record import RunRecord
-from peftree.bench.samples import Sample, aligned, sample
+from peftree.bench.grouping import Sample, aligned, sample
 from peftree.bench.transfer import transfer
 from peftree.errors import DataError
+from peftree.evaluate.subject import UNMEASURED
 from peftree.report.data import Shifted, Stages
-from peftree.report.probes import UNMEASURED, mean, wrong
-from peftree.report.text import clean
+from peftree.report.probes import mean, wrong
+from peftree.runs.record import RunRecord
+from peftree.strict import explain
+from peftree.text import clean
 
 
 class _Set(BaseModel):
@@ -64,7 +66,7 @@ def stages(records: Sequence[RunRecord]) -> Stages | None:
             matrix = _Matrix.model_validate(data)
             transfer(matrix.scores)
         except ValidationError as error:
-            raise wrong(record, "sequence", str(error.errors(include_url=False)[0]["msg"])) from None
+            raise wrong(record, "sequence", explain(error, _Matrix)[0]) from None
         except DataError as error:
             raise wrong(record, "sequence", error.what) from None
         if len(matrix.scores[0]) != len(matrix.tasks):
@@ -90,8 +92,7 @@ def _samples(records: Sequence[RunRecord]) -> dict[str, Sample]:
         try:
             found = _SETS.validate_python(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise wrong(record, "shift", f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+            raise wrong(record, "shift", explain(error, _Set)[0]) from None
         for name, one in found.items():
             change = {"score": one.score, "items": one.items}
             sets.setdefault(clean(name), []).append(record.model_copy(update=change))

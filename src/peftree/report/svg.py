@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from markupsafe import Markup
 
 LINE = 13.0
 Box = tuple[float, float, float, float]
-
-
-def escape(raw: str) -> str:
-    """Return `raw` as SVG text or attribute value."""
-    return html.escape(raw, quote=True)
 
 
 def num(value: float) -> str:
@@ -110,11 +105,6 @@ def marker(branch: str, x: float, y: float, *, solid: bool = True) -> str:
     return f'<use class="{css}" href="#s-{branch}" x="{num(x)}" y="{num(y)}"/>'
 
 
-def symbols() -> Markup:
-    """Return the definitions of the branches' symbols for a page."""
-    return Markup(f'<svg class="defs" aria-hidden="true">{_symbols()}</svg>')
-
-
 def file(drawn: str) -> str:
     """Return a figure as an SVG file of its own, styles and symbols inside."""
     size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
@@ -123,11 +113,11 @@ def file(drawn: str) -> str:
     fonts = 'font-family="system-ui, Segoe UI, Liberation Sans, Arial, sans-serif"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}" {fonts}'
     head, title, rest = str(drawn).removeprefix("<svg").partition("</title>")
-    return f"{start}{head}{title}<style>{style}</style>{_symbols()}{rest}\n"
+    return f"{start}{head}{title}<style>{style}</style>{symbols()}{rest}\n"
 
 
-def _symbols() -> str:
-    """Return the branches' symbols, centred on 0 and about 10 wide."""
+def symbols() -> Markup:
+    """Return the definitions of the branches' symbols, centred on 0 and about 10 wide."""
     shapes = {
         "selective": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "reparameterized": [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
@@ -143,7 +133,7 @@ def _symbols() -> str:
     for branch, corners in shapes.items():
         points = " ".join(f"{num(5 * a)},{num(5 * b)}" for a, b in corners)
         body += f'<polygon id="s-{branch}" points="{points}"/>'
-    return f"<defs>{body}</defs>"
+    return Markup(f"<defs>{body}</defs>")
 
 
 def _polygon(corners: int, outer: float, inner: float | None = None) -> list[tuple[float, float]]:

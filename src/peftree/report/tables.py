@@ -7,12 +7,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peftree.report import text
+from peftree import text
+from peftree.bench.statistics import Interval
+from peftree.evaluate.subject import Unmeasured
 from peftree.report.data import Overview, Report, Row, Task
-from peftree.report.table import Cell, Head, Line, Table
+from peftree.table import Cell, Head, Line, Table
 
 NAME = Head("Method", numeric=False)
-NOTHING = Cell(text.NONE)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _trainable(_: Task, row: Row) -> Cell:
 def _score(task: Task, row: Row) -> Cell:
     if row.score is None:
         return Cell(row.verdict or "failed")
-    ends = text.interval(row.score, task.decimals)
+    ends = interval(row.score, task.decimals)
     return Cell(text.score(row.score.value, task.decimals), ends, row.score.value)
 
 
@@ -58,7 +59,7 @@ def _difference(task: Task, row: Row) -> Cell:
     if gap is None:
         return Cell(text.NONE)
     value = text.score(gap.value, task.decimals, signed=True)
-    return Cell(value, text.interval(gap, task.decimals, signed=True), gap.value)
+    return Cell(value, interval(gap, task.decimals, signed=True), gap.value)
 
 
 def _verdict(_: Task, row: Row) -> Cell:
@@ -72,30 +73,31 @@ def _relative(_: Task, row: Row) -> Cell:
     part = row.relative
     if part is None:
         return Cell(text.NONE)
-    value = _whole_percent(part.value)
-    ends = f"[{_whole_percent(part.low)}, {_whole_percent(part.high)}]" if part.known else ""
+    value = whole_percent(part.value)
+    ends = f"[{whole_percent(part.low)}, {whole_percent(part.high)}]" if part.known else ""
     mark = {"yes": " \u2713", "no": " \u2717"}.get(row.retained, "")
     return Cell(
         f"{value} %{mark}", ends or "no interval", part.value, {"yes": "better", "no": "worse"}.get(row.retained, "")
     )
 
 
-def _whole_percent(part: float) -> str:
+def whole_percent(part: float) -> str:
+    """Return a share in whole percent, without the sign for it."""
     return text.score(part * 100, 0)
 
 
 def _peak(_: Task, row: Row) -> Cell:
     share = f"{text.percent(row.peak_share)} of full" if row.peak_share is not None else ""
-    return Cell(text.size(row.costs.peak), share, row.costs.peak)
+    return Cell(text.size(row.costs.peak_rss_bytes), share, row.costs.peak_rss_bytes)
 
 
 def _train(_: Task, row: Row) -> Cell:
-    step = f"{text.seconds(row.costs.step)}/step" if row.costs.step is not None else ""
-    return Cell(text.seconds(row.costs.train), step, row.costs.train)
+    step = f"{text.seconds(row.costs.step_seconds)}/step" if row.costs.step_seconds is not None else ""
+    return Cell(text.seconds(row.costs.train_seconds), step, row.costs.train_seconds)
 
 
 def _disk(_: Task, row: Row) -> Cell:
-    return Cell(text.size(row.costs.disk), "", row.costs.disk)
+    return Cell(text.size(row.costs.adapter_bytes), "", row.costs.adapter_bytes)
 
 
 COLUMNS = (
@@ -221,13 +223,16 @@ def row_table(
         if cells is not None:
             first = Cell(row.label, "", row.label)
             lines.append(Line((first, *cells), css="full" if row.label == task.full else ""))
-        elif probe and probe in row.probes.unmeasured:
-            notes.append(f"{row.label}: not measured. {row.probes.unmeasured[probe]}")
+        elif isinstance(found := row.probes.get(probe), Unmeasured):
+            notes.append(f"{row.label}: not measured. {text.clean(found.why)}")
     if not lines:
         return None
     return Table(f"{task.anchor}-{name}", title, caption, (NAME, *heads), tuple(lines), tuple(notes))
 
 
-def number(value: float | None, decimals: int = 3, *, signed: bool = False, sub: str = "") -> Cell:
-    """Return a cell with a number, a dash for None."""
-    return NOTHING if value is None else Cell(text.score(value, decimals, signed=signed), sub, value)
+def interval(ends: Interval | None, decimals: int, *, signed: bool = False) -> str:
+    """Return ``[low, high]``, or the words that there is none."""
+    if ends is None or not ends.known:
+        return "no interval"
+    low = text.score(ends.low, decimals, signed=signed)
+    return f"[{low}, {text.score(ends.high, decimals, signed=signed)}]"

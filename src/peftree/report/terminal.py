@@ -12,7 +12,7 @@ from rich.text import Text
 
 from peftree.report.data import Overview, Report, Row, Task
 from peftree.report.tables import COLUMNS, Column, direction, heading, overview_table
-from peftree.report.text import clean
+from peftree.text import clean
 
 STYLES = {"no difference shown": "green", "failed": "red", "reference": "bold"}
 # The narrow table stacks several columns in one: a heading and the columns it holds.
@@ -104,7 +104,7 @@ def _overview(overview: Overview, report: Report) -> list[RenderableType]:
 
 def render(report: Report) -> RenderableType:
     """Return the whole report: summary, overview, a table with its statement and notes a task, failures."""
-    parts: list[RenderableType] = [Text(report.summary), Text("")]
+    parts: list[RenderableType] = [Text(line) for line in (report.summary, *report.headlines, "")]
     for overview in report.overviews:
         parts += _overview(overview, report)
     for task in report.tasks:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from peftree.bench.expected import expected
-from peftree.bench.record import RunRecord
-from peftree.bench.samples import labelled
+from peftree.bench.grouping import labelled
 from peftree.report.compare import Facts, facts
 from peftree.report.data import Trial, Tuning
-from peftree.report.text import clean
+from peftree.runs.record import RunRecord
+from peftree.text import clean
 
 WITHIN = 0.95
 

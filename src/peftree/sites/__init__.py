@@ -1,12 +1,12 @@
 """Sites: named places in a base model, found by role (`attn.q`, `ffn.down`, `norm`) in models."""
 
 from peftree.sites.inspect import summary
-from peftree.sites.query import module_site, resolve
+from peftree.sites.query import resolve
 from peftree.sites.records import Record, read_record, register_record
 from peftree.sites.site import Kind, Site
-from peftree.sites.survey import task_head, tree
+from peftree.sites.survey import task_head, tree, why_unclear
 
 __all__ = [
-    "Kind", "Record", "Site", "module_site", "read_record", "register_record", "resolve",
-    "summary", "task_head", "tree",
+    "Kind", "Record", "Site", "read_record", "register_record", "resolve",
+    "summary", "task_head", "tree", "why_unclear",
 ]  # fmt: skip

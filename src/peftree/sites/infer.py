@@ -1,143 +1,182 @@
-"""Structural inference: the layout of a model without a record, where its names leave no doubt."""
+"""Structural inference: stacks of layers of a model without a record, found where attention with known names lies."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from torch import nn
 
 from peftree.errors import SiteError
-from peftree.sites.parts import Modules, inside, kind_of
+from peftree.sites.generic import MODALITY, heads_of, modality, unclear
+from peftree.sites.layout import LayerNames
+from peftree.sites.parts import Modules, inside, is_map, join, kind_of
 from peftree.sites.records import Layout
-
-# Last path components by role; a role is taken where exactly one linear of the layer has one.
-NAMES: dict[str, frozenset[str]] = {
-    "attn.q": frozenset("q_proj query q q_lin to_q wq q_linear query_proj".split()),
-    "attn.k": frozenset("k_proj key k k_lin to_k wk k_linear key_proj".split()),
-    "attn.v": frozenset("v_proj value v v_lin to_v wv v_linear value_proj".split()),
-    "attn.o": frozenset("o_proj out_proj o out_lin to_out wo out_linear proj".split()),
-    "ffn.up": frozenset("up_proj fc1 lin1 linear1 c_fc wi".split()),
-    "ffn.gate": frozenset({"gate_proj"}),
-    "ffn.down": frozenset("down_proj fc2 lin2 linear2 c_proj".split()),
-}
-THIRDS = "qkv"  # the vision transformers that call it so stack q, k, v in this order
-HEADS = frozenset("lm_head head fc classifier score head_dist output".split())
-COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-ADVICE = (
-    "Write a role record (a YAML file like those in peftree/roles, with model_types or classes, "
-    "and stacks that give tower, layers and roles) and pass its path to "
-    "peftree.sites.register_record, or name module paths instead of roles."
-)
+from peftree.sites.stacks import Stack
+from peftree.sites.vocabulary import COUNTS, EMBEDDINGS, HEADS, KEYS, NAMES, TOWERS, WRAPPED
 
 
-def infer(modules: Modules, known: list[str]) -> tuple[str, Layout, tuple[str, ...]]:
-    """Return the stack's path, its layout, and the paths of the linears that are heads.
+def infer(modules: Modules, taken: list[str]) -> list[Stack]:
+    """Return the stacks that lie outside of `taken`, in model order.
 
-    Raises:
-        SiteError: there is not exactly one list of like layers, or a linear in them has no
-            well-known name; names the model type and what was seen.
+    Maps called so are queries, keys, values (`NAMES`) where they stand together; the lists of layers around them are
+    stacks, those of several stages one stack. In a layer what is clear by its name has its role, all other linear
+    maps have the role `linear`.
     """
-    model = modules[""]
-    kind = str(getattr(getattr(model, "config", None), "model_type", "")) or type(model).__name__
-    lists = _lists(modules)
-    if len(lists) != 1:
-        close = difflib.get_close_matches(kind, known, n=1)
-        hint = f"There is a record for '{close[0]}'. " if close else ""
-        seen = f"{len(lists)} lists of layers with attention ({', '.join(lists) or 'none'})"
-        raise SiteError(
-            f"'{kind}' has no role record and its structure is not clear: {seen} where one is needed.",
-            f"{hint}{ADVICE}",
-        )
-    path = lists[0]
-    root, _, name = path.rpartition(".")
-    linears = _linears(modules, f"{path}.0")
-    roles, left = _roles(linears)
-    if left:
-        raise SiteError(
-            f"'{kind}' has no role record, and in its layers '{path}' these linears are not known "
-            f"by name: {', '.join(left)} (understood: {', '.join(roles) or 'none'}).",
-            ADVICE,
-        )
-    outside = [p for p in modules if inside(p, root) and not inside(p, path)]
-    return root, _layout(modules, f"{path}.0", root, name, roles, outside), _outer(modules, outside)
+    lists: dict[str, list[str]] = {}
+    units = {unit: path for unit, path in _units(modules).items() if not any(inside(path, base) for base in taken)}
+    parents = sorted({unit.rpartition(".")[0] for unit in units}, key=list(modules).index)
+    for parent in parents:
+        leaves = [unit.rpartition(".")[2] for unit in units if unit.rpartition(".")[0] == parent]
+        holder = _holder(modules, parent) if attends(leaves) else None
+        if holder is not None:
+            lists.setdefault(_pattern(holder), [])
+            if holder not in lists[_pattern(holder)]:
+                lists[_pattern(holder)].append(holder)
+    every = [holder for holders in lists.values() for holder in holders]
+    outer = [row for row in lists.values() if not any(inside(row[0], other) for other in every)]
+    return [_stack(modules, units, holders, outer) for holders in outer]
 
 
-def _lists(modules: Modules) -> list[str]:
-    """Return the outermost lists of layers of one class whose layers hold an attention."""
+def no_stack(modules: Modules, known: list[str]) -> SiteError:
+    """Return the error that says that a model has neither a record nor layers with an attention of known names."""
+    kind = str(getattr(getattr(modules[""], "config", None), "model_type", "")) or type(modules[""]).__name__
+    close = difflib.get_close_matches(kind, known, n=1)
+    hint = f"There is a record for '{close[0]}'. " if close else ""
+    return unclear(
+        kind, "it has no role record, and no list of layers whose attention has well-known names", modules, hint
+    )
+
+
+def attends(leaves: list[str]) -> bool:
+    """Return whether linear maps of these names, side by side, make up an attention's projections."""
+    count = {part: sum(leaf in NAMES[part] for leaf in leaves) for part in ("q", "k", "v", "kv", "qkv")}
+    apart = count["q"] == 1 and ((count["k"] == count["v"] == 1) or count["kv"] == 1)
+    return apart or (count["qkv"] == 1 and not count["q"])
+
+
+def _units(modules: Modules) -> dict[str, str]:
+    """Return every linear map by the path that names it: its own, or that of a module made of it alone."""
+    paths = [path for path, module in modules.items() if is_map(module)]
+    known = frozenset().union(*NAMES.values())
+    units = {}
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        alone = leaf in WRAPPED and parent.rpartition(".")[2] in known and sum(inside(p, parent) for p in paths) == 1
+        units[parent if alone else path] = path
+    return units
+
+
+def _holder(modules: Modules, path: str) -> str | None:
+    """Return the list whose elements are the layers that `path` is in: innermost of one class, else outermost."""
     found: list[str] = []
-    for path, module in modules.items():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
-            continue
-        if len({type(child) for child in module}) == 1:
-            leaves = {name.rpartition(".")[2] for name in _linears(modules, f"{path}.0")}
-            split = all(leaves & NAMES[role] for role in ("attn.q", "attn.k", "attn.v"))
-            if (split or THIRDS in leaves) and not any(inside(path, old) for old in found):
-                found.append(path)
-    return found
+    parts = path.split(".")
+    for at in range(len(parts), 0, -1):
+        base = ".".join(parts[: at - 1])
+        holder = modules.get(base)
+        if isinstance(holder, nn.ModuleList | nn.Sequential) and parts[at - 1].isdecimal():
+            if len({type(child) for child in holder}) == 1:
+                return base
+            found.append(base)
+    return found[-1] if found else None
 
 
-def _linears(modules: Modules, base: str) -> list[str]:
-    below = [path for path in modules if inside(path, base)]
-    kinds = ("linear", "conv1d")
-    return [p.removeprefix(base + ".") for p in below if kind_of(modules[p]) in kinds]
+def _pattern(path: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
-def _roles(linears: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return role -> place, and the linears that no role or more than one claims."""
-    roles: dict[str, Any] = {}
-    leaves = {path: path.rpartition(".")[2] for path in linears}
-    if {"w1", "w2", "w3"} <= set(leaves.values()):
-        alias = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-        leaves = {path: alias.get(leaf, leaf) for path, leaf in leaves.items()}
-    for role, names in NAMES.items():
-        mine = [path for path, leaf in leaves.items() if leaf in names]
-        if len(mine) == 1:
-            roles[role] = mine[0]
-    fused = [path for path, leaf in leaves.items() if leaf == THIRDS]
-    if len(fused) == 1:
-        for index, part in enumerate("qkv"):
-            roles.setdefault(f"attn.{part}", {"path": fused[0], "slice": f"{index}/3"})
-    used = [role if isinstance(role, str) else role["path"] for role in roles.values()]
-    left = [path for path in linears if path not in used]
-    complete = {"attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"} <= set(roles)
-    return roles, left or ([] if complete else linears)
+def _stack(modules: Modules, units: dict[str, str], holders: list[str], lists: list[list[str]]) -> Stack:
+    pattern = _pattern(holders[0])
+    start = pattern.partition("*")[0].rstrip(".") if "*" in pattern else pattern
+    root = _root(modules, start, [other[0] for other in lists if other is not holders])
+    pairs = [(n, join(holder, name)) for n, holder in enumerate(holders) for name in modules[holder]._modules]
+    layers = tuple(path for _, path in pairs if path in modules)
+    names = LayerNames(modules, units, layers)
+    config = _config(modules, names.attention[0] if names.attention else layers[0])
+    tower = _tower(modules, root, start, [_pattern(other[0]) for other in lists])
+    data = names.layout() | {
+        "tower": "text" if tower == "connector" else tower,
+        "layers": pattern.removeprefix(root + ".") if root else pattern,
+        "causal": _causal(modules, names.attention, config),
+    }  # fmt: skip
+    if attn := names.attend(modules, config, COUNTS, KEYS):
+        data["attn"] = attn
+    data |= _around(modules, root, holders)
+    outer = _outer(modules, root, layers)
+    stages = tuple(n for n, path in pairs if path in modules)
+    return Stack(root, tower, Layout.model_validate(data), layers, stages, config, outer, inferred=True)
 
 
-def _layout(modules: Modules, first: str, root: str, name: str, roles: dict[str, Any], outside: list[str]) -> Layout:
-    """Build the layout; what the names do not tell (the residual stream) is left out."""
-    own = [p for p in modules if inside(p, first) and kind_of(modules[p]) == "norm"]
-    attn = roles["attn.o"].rpartition(".")[0]
-    up, down = (roles[role].rpartition(".")[0] for role in ("ffn.up", "ffn.down"))
-    config = getattr(modules[""], "config", None)
-    count = next((c for c in COUNTS if _number(config, modules, f"{first}.{attn}", c)), None)
-    here = {p: p.removeprefix(root + ".") if root else p for p in outside}
-    kinds = {p: kind_of(modules[p]) for p in outside}
-    embed = [p for p in outside if kinds[p] == "embedding"]
-    convs = [p for p in outside if kinds[p] == "conv2d"]
+def _root(modules: Modules, start: str, others: list[str]) -> str:
+    """Return the module that makes up a whole stack: with the embeddings around the list, and no other stack in it."""
+    root = start.rpartition(".")[0]
+    base = root
+    while True:
+        outside = [(p, m) for p, m in modules.items() if inside(p, base) and not inside(p, start)]
+        # A table of positions alone, beside the layers, is not where a sequence enters.
+        if any(
+            isinstance(m, nn.Embedding | nn.Conv2d) and not re.search("position|relative", p[len(base) :])
+            for p, m in outside
+        ):
+            return base
+        if not base:
+            return root
+        base = base.rpartition(".")[0]
+        if any(inside(other, base) for other in others):
+            return root
+
+
+def _config(modules: Modules, path: str) -> Any:
+    """Return the config of the innermost module on `path` that has one."""
+    while True:
+        config = modules[path].__dict__.get("config")
+        if config is not None or not path:
+            return config
+        path = path.rpartition(".")[0]
+
+
+def _tower(modules: Modules, root: str, start: str, patterns: list[str]) -> str:
+    label = f"{start}.{type(modules[root]).__name__}".lower()
+    for tower, words in TOWERS.items():
+        if any(word in label for word in words):
+            return tower
+    sides = [part for part in ("decoder", "encoder") if part in start.split(".")]
+    both = all(any(part in p.split(".") for p in patterns) for part in ("encoder", "decoder"))
+    if both and sides:
+        return sides[-1]
+    name = str(getattr(modules[root], "main_input_name", ""))
+    convs = any(isinstance(m, nn.Conv2d) for p, m in modules.items() if inside(p, root))
+    tower = MODALITY.get(name) or modality(modules)
+    return tower if tower != "model" else "vision" if convs else "text"
+
+
+def _causal(modules: Modules, attention: list[str], config: Any) -> bool:
+    if attention and isinstance(told := modules[attention[0]].__dict__.get("is_causal"), bool):
+        return told
     label = type(modules[""]).__name__
-    causal = bool(getattr(config, "is_decoder", False)) or label.endswith(("CausalLM", "LMHead"))
-    return Layout.model_validate({
-        "tower": "vision" if convs and not embed else "text",
-        "layers": name,
-        "causal": causal,
-        "embed": here[embed[0]] if len(embed) == 1 else None,
-        "roles": roles,
-        "attn": {"module": attn, "heads": count} if attn and count else None,
-        "ffn": {"in": up, "out": up} if up and up == down and up != attn else None,
-        "norms": [p.removeprefix(first + ".") for p in own],
-        "outside": {
-            "embed": [here[p] for p in embed],
-            "conv": [here[p] for p in convs],
-            "norm": [here[p] for p in outside if kinds[p] == "norm"],
-        },
-    })  # fmt: skip
+    return bool(getattr(config, "is_decoder", False)) or label.endswith(("CausalLM", "LMHead", "LMHeadModel"))
 
 
-def _number(config: Any, modules: Modules, path: str, field: str) -> bool:
-    value = getattr(config, field, None) or getattr(modules.get(path), field, None)
-    return isinstance(value, int) and value > 0
+def _around(modules: Modules, root: str, holders: list[str]) -> dict[str, Any]:
+    """Return the embeddings, convolutions and norms around the layers, relative to the stack."""
+    outside = [p for p in modules if inside(p, root) and not any(inside(p, holder) for holder in holders)]
+    here = {p: p.removeprefix(root + ".") if root else p for p in outside}
+    kinds = {kind: [here[p] for p in outside if kind_of(modules[p]) == kind] for kind in ("embedding", "conv", "norm")}
+    words = [p for p in kinds["embedding"] if p.rpartition(".")[2] in EMBEDDINGS] or kinds["embedding"]
+    return {
+        "embed": words[0] if len(words) == 1 else None,
+        "outside": {"embed": kinds["embedding"], "conv": kinds["conv"], "norm": kinds["norm"]},
+    }
 
 
-def _outer(modules: Modules, outside: list[str]) -> tuple[str, ...]:
-    return tuple(p for p in outside if kind_of(modules[p]) == "linear" and HEADS & {*p.split(".")})
+def _outer(modules: Modules, root: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the linears around the layers that are heads: of a transformers model, or by their names."""
+    known = set(heads_of(modules))
+    named = not any(getattr(type(m), "base_model_prefix", None) is not None for m in modules.values())
+    return tuple(
+        path
+        for path, module in modules.items()
+        if kind_of(module) in ("linear", "conv1d") and not any(inside(path, layer) for layer in layers)
+        and (path in known or (named and HEADS & {*path.split(".")}))
+    )  # fmt: skip

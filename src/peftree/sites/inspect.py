@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from peftree.sites.layers import spans
 from peftree.sites.parts import Modules
-from peftree.sites.query import spans
 from peftree.sites.site import Site
 from peftree.sites.survey import survey
 
@@ -51,5 +51,5 @@ def parameters(modules: Modules, site: Site) -> int:
     # A slice of rows has its share of the weight and of the bias.
     whole = own[site.parameter]
     assert whole is not None
-    height = whole.shape[1] if site.kind in ("conv1d", "expert") else whole.shape[0]
+    height = whole.shape[{"conv1d": 1, "expert": -2}.get(site.kind, 0)]
     return total * site.out_features // height

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -14,17 +17,31 @@ Modules = dict[str, nn.Module]
 
 
 def modules_of(model: nn.Module) -> Modules:
-    """Return every module of `model` by path, in order; adapters' own (`deltas`) are left out."""
+    """Return every module of `model` by path, in order; adapters' own (`deltas`) are left out.
+
+    A module that is in several places has the first of its paths, as in `named_modules`.
+    """
     found: Modules = {}
-    _walk(model, "", found)
+    seen: set[int] = set()
+    for path, module in _walk(model, ""):
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[path] = module
     return found
 
 
-def _walk(module: nn.Module, path: str, found: Modules) -> None:
-    found[path] = module
-    for name, child in module.named_children():
-        if name != "deltas":
-            _walk(child, join(path, name), found)
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Return the further paths of modules that are in several places, each with the first path of its module."""
+    first: dict[int, str] = {}
+    walked = ((path, first.setdefault(id(module), path)) for path, module in _walk(model, ""))
+    return {path: own for path, own in walked if path != own}
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    for name, child in module._modules.items():
+        if name != "deltas" and child is not None:
+            yield from _walk(child, join(path, name))
 
 
 def join(base: str, path: str) -> str:
@@ -92,16 +109,28 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Conv2d):
-        return "conv2d"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
     names = [kind.__name__ for kind in type(module).__mro__]
     # Looked up by name: importing transformers here would cost a second.
     if "Conv1D" in names and "nf" in module.__dict__:
         return "conv1d"
     weight = module._parameters.get("weight")
-    if weight is not None and weight.ndim == 1 and any("Norm" in name for name in names):
-        return "norm"
-    return None
+    sizes = tuple(vars(module).get(name) for name in ("out_features", "in_features"))
+    if weight is not None and weight.shape == sizes and weight.is_floating_point():
+        return "expert"  # a linear map of a class of its own (I-BERT's): only its forward knows what else it does
+    if weight is None or weight.ndim != 1 or isinstance(module, nn.PReLU):
+        return None
+    # A vector alone, or with a bias, scales channels, whatever its class is called.
+    alone = not module._modules and set(module._parameters) <= {"weight", "bias"}
+    return "norm" if alone or any("Norm" in name for name in names) else None
+
+
+def interfaced(module: nn.Module) -> bool:
+    """Return whether a module calls transformers' attention interface, by the config that it holds."""
+    forward = type(module).forward
+    names = (*forward.__code__.co_names, *getattr(forward, "__wrapped__", forward).__code__.co_names)
+    return "ALL_ATTENTION_FUNCTIONS" in names and "config" in module.__dict__
 
 
 def width_of(module: nn.Module, kind: Kind) -> tuple[int, int]:
@@ -110,14 +139,19 @@ def width_of(module: nn.Module, kind: Kind) -> tuple[int, int]:
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if isinstance(module, nn.Conv2d):
-        area = module.kernel_size[0] * module.kernel_size[1]
-        return module.in_channels // module.groups * area, module.out_channels
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     weight = module._parameters["weight"]
     assert weight is not None
-    if kind == "conv1d":
-        return weight.shape[0], weight.shape[1]
+    if kind in ("conv1d", "expert"):
+        return weight.shape[kind == "expert"], weight.shape[kind == "conv1d"]
     return weight.numel(), weight.numel()
+
+
+def is_map(module: nn.Module) -> bool:
+    """Return whether a module maps vectors, each alone, by one matrix: also as a convolution of kernel 1."""
+    kind = kind_of(module)
+    return kind in ("linear", "conv1d", "expert") or (kind == "conv" and {*vars(module)["kernel_size"]} == {1})
 
 
 def site_at(modules: Modules, path: str, role: str, tower: str, layer: int | None, offset: bool = False) -> Site | None:
@@ -128,24 +162,38 @@ def site_at(modules: Modules, path: str, role: str, tower: str, layer: int | Non
         return None
     wide, out = width_of(module, kind)
     bias = "bias" if module._parameters.get("bias") is not None else None
+    conv: dict[str, Any] = vars(module) if kind == "conv" else {}
     return Site(
-        role, tower, layer, path, kind, wide, out, bias=bias,
-        unit_offset=offset and kind == "norm",
+        role, tower, layer, path, kind, wide, out, bias=bias, area=math.prod(conv.get("kernel_size", ())),
+        groups=conv.get("groups", 1), unit_offset=offset and kind == "norm",
     )  # fmt: skip
 
 
-def experts_at(modules: Modules, path: str, parameter: str, role: str, tower: str, layer: int) -> Site | None:
-    """Return the site of the stacked experts `[experts, out, in]` in `parameter` of a module."""
+def experts_at(
+    modules: Modules, path: str, parameter: str, role: str, tower: str, layer: int | None, split: str = ""
+) -> Site | None:
+    """Return the site of the stacked experts `[experts, out, in]` in `parameter` of a module, or of a `split` map."""
     weight = modules[path]._parameters.get(parameter)
     if weight is None or weight.ndim != 3:
         return None
-    _, out, wide = weight.shape
+    count, out, wide = weight.shape
+    if split:
+        wide, out = (count, out * wide) if split == "out" else (out * wide, count)
+        count = 1
     bias = f"{parameter}_bias"
     known = modules[path]._parameters.get(bias) is not None
     return Site(
         role, tower, layer, path, "expert", wide, out, parameter=parameter,
-        bias=bias if known else None,
+        bias=bias if known else None, experts=count, split=split,
     )  # fmt: skip
+
+
+def field(config: Any, name: str) -> Any:
+    """Return a field of a config; None if it has none of this name, or another one in each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def cut(site: Site, part: str | None, heads: Heads) -> Site:

@@ -6,11 +6,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from peftree.errors import SiteError, did_you_mean
-from peftree.sites.parts import glob, inside, site_at
+from peftree.sites.generic import number_of, parameter_at
+from peftree.sites.layers import in_layers, spans
+from peftree.sites.parts import glob, inside, join, site_at
 from peftree.sites.records import ROLES, TOWERS
 from peftree.sites.site import Site
 from peftree.sites.survey import Survey, survey
@@ -38,11 +41,12 @@ def resolve(model: nn.Module, query: str | Sequence[str], layers: str = "") -> l
         model: the base model, adapted already or not, on any device.
         query: terms separated by white space, or a sequence of such. A term is
             `[tower:]role[@layers][?]`. A role may hold `*`; `linear` is every projection of
-            attention and feed-forward network in the layers, `bias` every linear, norm or conv
-            outside heads that has a bias, `all` every single parameter of the model. What is no
-            role is tried as a module path: whole, with `*`, or its last components. `?` makes a
-            term optional.
-        layers: layers for the terms that name none, as `0-3,8`, `-4:`, `6:` or `all`.
+            attention and feed-forward network in the layers, a convolution of kernel 1 too (every
+            linear map but output heads, if the layers are not known), `bias` every linear, norm or
+            conv outside heads that has a bias, `all` every single parameter of the model. What is
+            not a role is tried as a module path: whole, with `*`, or its last components; then as
+            the path of a parameter (`mlp.experts.down_proj`). `?` makes a term optional.
+        layers: layers for the terms that name none, as `0-3,8`, `-4:`, `6:`, `:2`, `0%-25%` or `all`.
 
     Raises:
         SiteError: a term is malformed, matches nothing, or matches only some of its layers.
@@ -63,43 +67,27 @@ def resolve(model: nn.Module, query: str | Sequence[str], layers: str = "") -> l
     return sorted(dict.fromkeys(chosen), key=key)
 
 
-def module_site(model: nn.Module, path: str) -> Site:
-    """Return the whole module at `path` as one site of role `module`, fused or not.
-
-    Raises:
-        SiteError: there is no such module, or it is no linear, norm, embedding or convolution.
-    """
-    found = survey(model)
-    site = _generic(found, path) if path in found.modules else None
-    if site is None:
-        what = "is not a linear, norm, embedding or convolution"
-        reason = what if path in found.modules else "does not exist"
-        raise SiteError(
-            f"The module '{path}' {reason}.",
-            _nearest(path, list(found.modules)) or "Run `peftree inspect` for the tree of sites.",
-        )
-    return site
-
-
 def _everything(found: Survey, tower: str) -> list[Site]:
     """Return every parameter (of one tower, if one is named) as a site of kind `raw`."""
-    sites = [
-        Site("all", _place(found, path)[0], None, path, "raw", 0, 0, parameter=name)
-        for path, module in found.modules.items()
-        for name, value in module._parameters.items()
-        if value is not None
-    ]
+    sites, seen = [], set[int]()
+    for path, name in _parameters(found).values():
+        value: Any = found.modules[path]._parameters[name]
+        entries = 0 if id(value) in seen else value.numel()
+        seen.add(id(value))
+        sites.append(Site("all", *_place(found, path), path, "raw", 0, 0, parameter=name, entries=entries))
     return [site for site in sites if tower in ("", "*", site.tower)]
 
 
 def _parse(text: str, found: Survey) -> Term:
-    match = re.fullmatch(r"(?:([A-Za-z*]+):)?([A-Za-z0-9_.*]+)(?:@([^?]*))?(\?)?", text)
+    match = re.fullmatch(r"(?:([A-Za-z*]+):)?([\w.*-]+)(?:@([^?]*))?(\?)?", text)
     if match is None:
         raise SiteError(f"The site '{text}' is not well formed.", GRAMMAR + ".")
     tower, what, layers, optional = match.groups()
     if tower and tower != "*" and tower not in found.towers:
         if tower in TOWERS and optional:
             return Term(text, tower, what, layers or "", True)
+        if tower in TOWERS and found.unclear:
+            raise _unknown(text, found.unclear)
         raise SiteError(
             f"The site '{text}' names the tower '{tower}', which this model does not have.",
             did_you_mean(tower, found.towers, "Towers"),
@@ -110,17 +98,26 @@ def _parse(text: str, found: Survey) -> Term:
 
 
 def _match(found: Survey, term: Term, layers: str) -> list[Site]:
-    # A role that this model lacks is missing; it is not a module that happens to be called so.
-    sites = _by_role(found, term) or ([] if term.what in ROLES else _by_path(found, term))
+    # A role that this model lacks is missing; it is not a module or parameter that happens to be called so.
+    sites = _by_role(found, term)
+    if not sites and (found.unclear or term.what not in (*ROLES, "bias")):
+        sites = _by_path(found, term)
     if not sites:
         if term.optional:
             return []
+        if found.unclear and (term.what in ROLES or glob(sorted(ROLES), term.what)):
+            raise _unknown(term.text, found.unclear)
         raise SiteError(f"No site matches '{term.text}'.", _advice(found, term))
-    if term.layers:
-        return _in_layers(found, term, sites, term.layers)
-    if layers and any(site.layer is not None for site in sites):
-        return _in_layers(found, term, sites, layers)
-    return sites
+    asked = term.layers or (layers if any(s.layer is not None or s.kind == "stack" for s in sites) else "")
+    chosen = in_layers(found, term.text, sites, asked) if asked else sites
+    if not chosen and not term.optional:
+        raise SiteError(f"No site matches '{term.text}' in layers {asked}.", _advice(found, term))
+    return chosen
+
+
+def _unknown(text: str, why: SiteError) -> SiteError:
+    """Return the error for a role that has no meaning on this model."""
+    return SiteError(f"No site matches '{text}'. {why.what}", why.fix)
 
 
 def _towers(found: Survey, term: Term) -> list[str]:
@@ -145,14 +142,14 @@ def _by_role(found: Survey, term: Term) -> list[Site]:
 
 
 def _weight(site: Site) -> bool:
-    return site.kind in WEIGHTS
+    return site.kind in WEIGHTS or (site.kind == "conv" and site.role.startswith(("attn.", "xattn.", "ffn.")))
 
 
 def _biased(found: Survey, sites: list[Site]) -> list[Site]:
     """Return one whole-module site for each module with a bias, heads left out."""
     chosen: dict[str, Site] = {}
     for site in sites:
-        if site.bias and site.role != "head" and site.kind in (*WEIGHTS, "norm", "conv2d"):
+        if site.bias and site.role != "head" and site.kind in (*WEIGHTS, "norm", "conv"):
             chosen.setdefault(site.path, site if site.rows is None else _whole(found, site))
     return list(chosen.values())
 
@@ -165,23 +162,53 @@ def _whole(found: Survey, site: Site) -> Site:
 
 
 def _by_path(found: Survey, term: Term) -> list[Site]:
-    names = list(found.modules)
-    if term.what in found.modules:
-        paths, everywhere = [term.what], not term.tower
-    elif "*" in term.what:
-        paths, everywhere = glob(names, term.what), False
-    else:
-        paths, everywhere = [name for name in names if name.endswith("." + term.what)], False
+    paths = _named([*found.modules, *found.aliases], term.what)
+    paths = list(dict.fromkeys(found.aliases.get(path, path) for path in paths))
     sites = [site for path in paths for site in _sites_of(found, path)]
-    mine = [site for site in sites if everywhere or site.tower in _towers(found, term)]
+    if not sites:
+        every = _parameters(found)
+        sites = [s for name in _named(list(every), term.what) for s in _parameter_sites(found, *every[name])]
+    if not term.tower and (term.what in found.modules or term.what in found.aliases):
+        return sites
+    mine = [site for site in sites if site.tower in _towers(found, term)]
     # A path that lies in other towers only was meant; one that lies in several was not.
     return mine if mine or term.tower else sites
+
+
+def _named(names: list[str], what: str) -> list[str]:
+    """Return the names that `what` means: itself, what it matches as a whole or at the end, or what ends so."""
+    if what in names:
+        return [what]
+    if "*" in what:
+        meant = {*glob(names, what), *glob(names, f"*.{what}")}
+        return [name for name in names if name in meant]
+    return [name for name in names if name.endswith("." + what)]
+
+
+def _parameters(found: Survey) -> dict[str, tuple[str, str]]:
+    """Return module path and name of every parameter by its full name."""
+    return {
+        join(path, name): (path, name)
+        for path, module in found.modules.items()
+        for name, value in module._parameters.items()
+        if value is not None
+    }
+
+
+def _parameter_sites(found: Survey, path: str, name: str) -> list[Site]:
+    """Return the sites whose weight is this parameter; else the parameter as a site of its own."""
+    sites = [s for s in found.sites if s.path == path and s.parameter == name and _owns(s)]
+    return sites or [parameter_at(found.modules, path, name, *_place(found, path))]
+
+
+def _owns(site: Site) -> bool:
+    return site.kind not in ("branch", "attention", "layer", "stack")
 
 
 def _sites_of(found: Survey, path: str) -> list[Site]:
     """Return the sites at `path`: those of its weight, else what is built around the module."""
     sites = [site for site in found.sites if site.path == path]
-    owned = [site for site in sites if site.kind not in ("branch", "attention", "layer", "stack")]
+    owned = [site for site in sites if _owns(site)]
     generic = None if sites else _generic(found, path)
     return owned or sites or ([generic] if generic else [])
 
@@ -193,97 +220,44 @@ def _generic(found: Survey, path: str) -> Site | None:
 
 def _place(found: Survey, path: str) -> tuple[str, int | None]:
     """Return tower and layer of any module."""
-    tower, layer = found.tower_of.get(path, found.default_towers[-1]), None
+    number = number_of(found.modules, path)
     for stack in found.stacks:
         if path == stack.path or inside(path, stack.path):
-            tower = stack.tower
-            layer = next((n for n, base in enumerate(stack.layers) if inside(path, base)), None)
-    return tower, layer
-
-
-def _in_layers(found: Survey, term: Term, sites: list[Site], layers: str) -> list[Site]:
-    """Keep the sites of the named layers; every layer named must be there, in every tower."""
-    chosen: list[Site] = []
-    if layers == "all":
-        return [site for site in sites if site.layer is not None]
-    for stack in found.stacks:
-        mine = [s for s in sites if s.layer is not None and _of(s, stack.layers)]
-        if not mine:
-            continue
-        count = len(stack.layers)
-        wanted, closed = _numbers(layers, count, term, stack.tower)
-        missing = closed - {s.layer for s in mine}
-        if missing:
-            has = sorted({s.layer for s in mine if s.layer is not None})
-            raise SiteError(
-                f"'{term.text}' asks for layers {spans(sorted(missing))}, where the "
-                f"{stack.tower} tower has no such site.",
-                f"It is in layers {spans(has)}.",
-            )
-        chosen += [site for site in mine if site.layer in wanted]
-    if not chosen and not term.optional:
-        raise SiteError(f"No site matches '{term.text}' in layers {layers}.", _advice(found, term))
-    return chosen
-
-
-def _of(site: Site, layers: tuple[str, ...]) -> bool:
-    assert site.layer is not None
-    if site.layer >= len(layers):
-        return False
-    base = layers[site.layer]
-    return site.path == base or inside(site.path, base)
-
-
-def _numbers(text: str, count: int, term: Term, tower: str) -> tuple[set[int], set[int]]:
-    """Return the layers that `text` means, and those of them that it names one by one."""
-    wanted: set[int] = set()
-    closed: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)-(\d+)|(-?\d+)(:?)", part)
-        if match is None:
-            raise SiteError(
-                f"The layers '{text}' of '{term.text}' are not well formed at '{part}'.",
-                "Write numbers and ranges as 0-3,8 or the last four as -4: or all.",
-            )
-        first, last, single, opened = match.groups()
-        start, stop = int(first or single), int(last or single)
-        start, stop = (start + count, stop + count) if start < 0 else (start, stop)
-        stop = count - 1 if opened else stop
-        if not 0 <= start <= stop < count:
-            raise SiteError(
-                f"The layers '{part}' of '{term.text}' are not all in the {tower} tower, which "
-                f"has layers 0-{count - 1}.",
-                "Correct the range, or restrict the term to a tower (tower:role@layers).",
-            )
-        wanted |= set(range(start, stop + 1))
-        closed |= set() if opened else set(range(start, stop + 1))
-    return wanted, closed
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Return `0-3,8` for 0, 1, 2, 3, 8."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+            return stack.tower, next((n for n, base in enumerate(stack.layers) if inside(path, base)), None)
+    return found.tower_of.get(path, found.default_towers[-1]), number.layer if number else None
 
 
 def _advice(found: Survey, term: Term) -> str:
     """Return what is near to the term, and what exists, by tower."""
     roles = list(dict.fromkeys(site.role for site in found.sites))
+    if term.what in found.modules:
+        return _inner(found, term.what)
     leaves = [path.rpartition(".")[2] for path in found.modules]
     hint = _nearest(term.what, [*roles, *PSEUDO]) or _nearest(term.what, leaves)
     if term.what in PSEUDO:
         hint = f"Nothing here has a {term.what}." if term.what == "bias" else ""
-    elsewhere = [s.tower for s in found.sites if s.role == term.what]
+    if term.what == "stack" and any(site.length_first for site in found.sites):
+        hint = "Its layers take the length of a text before its rows, so nothing is put into the stack as a whole."
+    fused = next((r for r in roles if r in ("attn.qkv", "attn.kv", "xattn.qkv", "xattn.kv")), "")
+    if term.what in ("attn.q", "attn.k", "attn.v", "xattn.q", "xattn.k", "xattn.v") and fused:
+        hint = f"They are made by one weight here, in which no rows are {term.what} alone: write {fused}."
+    elsewhere = [s.tower for s in found.sites if s.role == term.what or (term.what == "bias" and s.bias)]
     if elsewhere:
         hint = f"It is in the tower {' and '.join(dict.fromkeys(elsewhere))}: "
         hint += f"write {elsewhere[0]}:{term.what}."
     lines = [f"  {tower}: {_listing(found, tower)}" for tower in found.towers]
     return "\n".join([hint + " This model has" if hint else "This model has", *lines])
+
+
+def _inner(found: Survey, path: str) -> str:
+    """Return how to name what is in a module that is not a site itself."""
+    module = found.modules[path]
+    own = [join(path, name) for name, value in module._parameters.items() if value is not None]
+    below = f"{path}.*" if any(inside(other, path) for other in found.modules) else ""
+    names = " or ".join([*([below] if below else []), *own[:3]])
+    return f"It is a {type(module).__name__}, no linear map, convolution, norm or embedding. " + (
+        f"Name what is in it, as {names}." if names else "It has no parameters."
+    )
 
 
 def _nearest(name: str, known: list[str]) -> str:

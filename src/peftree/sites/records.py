@@ -11,12 +11,13 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftree.errors import SiteError
+from peftree.strict import explain
 
 Tower = Literal["text", "vision", "audio", "encoder", "decoder"]
-TOWERS: tuple[str, ...] = (*get_args(Tower), "connector")
+TOWERS: tuple[str, ...] = (*get_args(Tower), "connector", "model")
 Role = Literal[
-    "attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "xattn.q", "xattn.k", "xattn.v",
-    "xattn.o", "ffn.up", "ffn.gate", "ffn.down", "conv",
+    "attn.q", "attn.k", "attn.v", "attn.o", "attn.kv", "attn.qkv", "xattn.q", "xattn.k",
+    "xattn.v", "xattn.o", "xattn.kv", "xattn.qkv", "ffn.up", "ffn.gate", "ffn.down", "conv", "linear",
 ]  # fmt: skip
 Outside = Literal["embed", "embed.position", "embed.type", "norm", "conv"]
 ROLES = frozenset((*get_args(Role), *get_args(Outside), "attn", "xattn", "ffn", "layer", "head", "stack"))
@@ -33,18 +34,21 @@ class Place(_Part):
 
     `slice` names the rows of a fused weight: `1/3` is the second of three equal parts; `q`, `k`,
     `v` are parts as wide as the heads of the query or the (grouped) keys and values.
-    `parameter` other than `weight` names a 3-D parameter of stacked experts.
+    `parameter` names a 3-D parameter of stacked experts; so does `weight` in a module that is not a linear map.
+    With `split` it is one map instead, and that side of it is the last two dimensions (heads by their width).
     """
 
     path: str
     slice: str | None = Field(None, pattern=r"^(\d+/[1-9]\d*|[qkv])$")
     parameter: str = "weight"
+    split: Literal["", "in", "out"] = ""
 
 
 class Attention(_Part):
     """An attention module: its path, input, residual stream, and where head counts are.
 
-    `heads` and `kv_heads` name fields of the config (or attributes of the module).
+    `heads` and `kv_heads` name fields of the config (or attributes of the module), `copies` how often the module itself
+    repeats all heads of keys and values, one set after the other, before it attends.
     """
 
     module: str
@@ -52,14 +56,19 @@ class Attention(_Part):
     residual: str | None = None
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
+    copies: str = ""
 
 
 class Branch(_Part):
-    """A sub-layer: the modules its input enters, its output leaves, its residual stream enters."""
+    """A sub-layer: the modules its input enters, its output leaves, its residual stream enters.
+
+    `router`: of a mixture of experts, the module that returns each token's logits, weights and experts.
+    """
 
     source: str = Field(alias="in")
     out: str
     residual: str | None = None
+    router: str | None = None
 
 
 def _places(value: Any) -> Any:
@@ -82,6 +91,7 @@ class Layout(_Part):
     `layers`, `embed` and `outside` are relative to the stack, all other paths to one layer.
     Where several layouts are given the first applies whose `when` equals the config's fields and
     whose roles, but for those in `optional`, are all found. `causal` may name a config field.
+    `length_first`: layers take `[length, rows, width]`; then no method of whole stacks fits.
     """
 
     tower: Tower
@@ -97,6 +107,7 @@ class Layout(_Part):
     norms: Names = ()
     outside: dict[Outside, Names] = {}
     unit_offset: bool = False
+    length_first: bool = False
 
 
 class Record(_Part):
@@ -132,13 +143,8 @@ def read_record(path: str | Path) -> Record:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SiteError(f"The role record {path} is not YAML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        known = ", ".join(Record.model_fields)
-        raise SiteError(
-            f"The role record {path} is wrong at {key}: {first['msg']}.",
-            f"Correct that key; top-level keys are {known}. See {FOLDER / 'llama.yaml'}.",
-        ) from None
+        what, fix = explain(error, Record, f"The role record {path}")
+        raise SiteError(what, f"{fix} See {FOLDER / 'llama.yaml'}.") from None
     if not record.model_types and not record.classes:
         raise SiteError(f"The role record {path} names no model.", "Give it model_types or classes.")
     return record

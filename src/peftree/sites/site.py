@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal[
-    "linear", "conv1d", "conv2d", "embedding", "norm", "expert", "attention", "branch", "layer",
+    "linear", "conv1d", "conv", "embedding", "norm", "expert", "attention", "branch", "layer",
     "stack", "raw",
 ]  # fmt: skip
 
@@ -19,7 +19,8 @@ class Site:
         role: `attn attn.q attn.k attn.v attn.o xattn xattn.q .. ffn ffn.up ffn.gate ffn.down
             layer norm embed conv head stack`; also `attn.qkv` (a fused projection whose heads are
             interleaved, so that no row range is q alone), `embed.position`, `embed.type`,
-            `linear` (a projection of a connector) and `module` (addressed by its path alone).
+            `linear` (a projection of a connector, or of a model whose structure is not known),
+            `module` (addressed by its path alone) and `module.NAME` (stacked experts likewise).
         tower: `text`, `vision`, `connector`, `audio`, or `encoder` / `decoder` for the stacks of
             an encoder-decoder.
         layer: index of the layer in its stack; None outside layers (embeddings, final norm, head,
@@ -27,13 +28,14 @@ class Site:
         path: the module that owns the tensor; for a `branch` the module whose output the branch
             adds to.
         kind: what the module is. `conv1d` is transformers' transposed linear (GPT-2), `expert` a
-            3-D parameter of stacked experts `[experts, out, in]`, `branch` a sub-layer given by
+            3-D parameter of stacked experts `[experts, out, in]` or the weight `[out, in]` of a linear map
+            of a class of its own, `branch` a sub-layer given by
             two modules, `stack` a backbone, `raw` any one parameter (role `all`; widths are 0).
         in_features, out_features: width of input and output of this site (of the slice, if
             fused). For a norm its weight's length, for a layer and a stack the hidden size of
             input and output (they differ only in models with stages); for an embedding in = rows
-            (vocabulary), out = width; for a conv2d in = input channels (per group) x kernel area,
-            out = output channels.
+            (vocabulary), out = width; for a conv (of any number of dimensions) in = input channels
+            (per group) x kernel area, out = output channels.
         rows: for a fused projection, the half-open range of output units that belong to this role.
         source: branch and attention: path of the module whose input is the sub-layer's input
             (after its norm in pre-norm models).
@@ -44,12 +46,25 @@ class Site:
         bias: name of the bias parameter or None if the module has none.
         unit_offset: norm only: the module multiplies by (1 + weight), as Gemma's do.
         heads, kv_heads, head_dim: attention and stack only.
+        value_dim: attention only: width of a head's values, where it is not that of its keys; else 0.
+        parts: branch only: the sites of its maps (`ffn.gate`, `ffn.up`, `ffn.down`), and, of kind `raw`, of the modules
+            that are its activation function (`ffn.act`) and a mixture's router (`ffn.router`).
+        copies: attention only: how often the module repeats its heads of keys and values, all after all, by itself.
         project: attention only: paths of the q, k, v, o projections (relative to the model).
+        entry: stack only: width of its token embeddings, which a map in it brings to `in_features` (ALBERT); else 0.
         layers: stack only: paths of its layers, in order.
+        depths: stack only: the numbers of those that were asked for; empty: all.
         embed: stack only: path of the module whose output enters the first layer (vision), or of
             the token embedding (text); None where there is no such module (audio).
         causal: attention and stack: True for a decoder's self-attention.
         cross: attention only: True for cross-attention.
+        experts: expert only: how many are stacked.
+        entries: raw only: number of entries of the parameter; 0 where it is tied to one before.
+        split: expert only: the side, `in` or `out`, that the parameter holds as its last two dimensions, heads by their
+            width (XLNet); the other side is its first. Else empty.
+        length_first: the module takes `[length, rows, width]`, so rows of a batch are not routed in it.
+        maps: layer only: it takes maps, channels first, as the layers of a network of convolutions do.
+        area, groups: conv only: kernel area, and the number of groups that its channels are in.
     """
 
     role: str
@@ -68,11 +83,35 @@ class Site:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
+    parts: tuple[Site, ...] = ()
+    copies: int = 1
     project: tuple[str, str, str, str] | None = None
+    entry: int = 0
     layers: tuple[str, ...] = ()
+    depths: tuple[int, ...] = ()
     embed: str | None = None
     causal: bool = False
     cross: bool = False
+    experts: int = 1
+    entries: int = 0
+    split: str = ""
+    length_first: bool = False
+    maps: bool = False
+    area: int = 1
+    groups: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the weight."""
+        if self.kind in ("raw", "norm"):
+            return self.entries or self.in_features
+        return self.experts * self.in_features * self.out_features
+
+    @property
+    def slot(self) -> tuple[int, int]:
+        """Entries of the keys, and of the values, of one token in this attention."""
+        return self.kv_heads * self.head_dim, self.kv_heads * (self.value_dim or self.head_dim)
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftree.errors import SiteError
+from peftree.sites.generic import unclear
 from peftree.sites.parts import Modules, expand, inside
 from peftree.sites.records import Layout, Record, records
 
@@ -20,7 +21,8 @@ class Stack:
     layers: tuple[str, ...]
     stages: tuple[int, ...]
     config: Any
-    outer: tuple[str, ...] = ()  # heads, where the stack is the whole model (inferred ones)
+    outer: tuple[str, ...] = ()  # heads of the model, where the stack is inferred
+    inferred: bool = False
 
     def flag(self, value: bool | str) -> bool:
         """Return a boolean of the layout, read from the config if it names a field."""
@@ -37,12 +39,8 @@ def find_composites(modules: Modules) -> dict[str, Record]:
     return found
 
 
-def find_stacks(modules: Modules, around: dict[str, Record]) -> list[Stack]:
-    """Return every stack that a record describes, in model order.
-
-    Raises:
-        SiteError: a model type has a record that does not fit it.
-    """
+def find_stacks(modules: Modules, around: dict[str, Record]) -> tuple[list[Stack], SiteError | None]:
+    """Return every stack that a record describes, in model order, and what one that does not fit says."""
     known = records()
     renamed = {name: tower for record in around.values() for name, tower in record.towers.items()}
     found: list[Stack] = []
@@ -61,11 +59,8 @@ def find_stacks(modules: Modules, around: dict[str, Record]) -> list[Stack]:
             misfit.setdefault(name, f"below '{path}', {reason}")
     for name, reason in misfit.items():
         if not any(getattr(stack.config, "model_type", "") == name for stack in found):
-            raise SiteError(
-                f"This {name} model is not laid out as its role record says: {reason}.",
-                "Write a record for this variant and pass it to peftree.sites.register_record.",
-            )
-    return found
+            return found, unclear(name, f"it is not laid out as its role record says, {reason}", modules)
+    return found, None
 
 
 def _fit(modules: Modules, path: str, record: Record, config: Any, tower: str | None) -> tuple[Stack | None, str]:

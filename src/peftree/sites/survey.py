@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
 
-from peftree.sites.infer import infer
-from peftree.sites.parts import Modules, expand, inside, modules_of, site_at
+from peftree.errors import SiteError
+from peftree.sites.generic import ROLE_OF, generic_sites, modality, outputs_of
+from peftree.sites.infer import infer, no_stack
+from peftree.sites.parts import Modules, aliases_of, expand, inside, modules_of, site_at
 from peftree.sites.reader import StackReader
 from peftree.sites.records import Record, records
 from peftree.sites.site import Site
@@ -24,13 +26,19 @@ PRETRAINED_HEADS = frozenset(
 
 @dataclass(frozen=True)
 class Survey:
-    """All that is known of a model: its modules, stacks, sites, and the towers meant by default."""
+    """All that is known of a model: its modules, stacks, sites, and the towers meant by default.
+
+    `aliases` gives the further paths of modules that are in several places. `unclear` says why there are no stacks:
+    then every linear map, convolution, norm and embedding is a site by its kind, and roles have no meaning.
+    """
 
     modules: Modules
     stacks: tuple[Stack, ...]
     sites: tuple[Site, ...]
     default_towers: tuple[str, ...]
     projections: frozenset[str]
+    aliases: dict[str, str] = field(default_factory=dict)
+    unclear: SiteError | None = None
 
     @cached_property
     def towers(self) -> list[str]:
@@ -44,21 +52,19 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Find everything: see `tree`.
-
-    Raises:
-        SiteError: no stack of layers is found, or a record does not fit the model.
-    """
-    modules = modules_of(model)
+    """Find everything that is known of `model`; a structure that is not known is not an error here."""
+    modules, aliases = modules_of(model), aliases_of(model)
     around = find_composites(modules)
-    stacks = find_stacks(modules, around)
-    if not stacks:
-        root, layout, outer = infer(modules, sorted(records()))
-        layers = tuple(expand(modules, root, layout.layers + ".*"))
-        config = getattr(modules[root], "config", None)
-        zeros = (0,) * len(layers)
-        stacks = [Stack(root, layout.tower, layout, layers, zeros, config, outer)]
-    sites = [site for stack in stacks for site in StackReader(modules, stack).sites()]
+    stacks, why = find_stacks(modules, around)
+    if why is None and not any(stack.path == "" for stack in stacks):
+        stacks += infer(modules, [stack.path for stack in stacks])
+    try:
+        sites = [site for stack in stacks for site in StackReader(modules, stack).sites()]
+    except SiteError as error:
+        why = error
+    if why or not stacks:
+        why = why or no_stack(modules, sorted(records()))
+        return Survey(modules, (), tuple(generic_sites(modules)), (modality(modules),), frozenset(), aliases, why)
     taken = {site.path for site in sites}
     connector = _connector(modules, around, stacks)
     sites += [site for path in connector if (site := _connector_site(modules, path))]
@@ -68,16 +74,22 @@ def survey(model: nn.Module) -> Survey:
     # A branch's path is its output module: it belongs where its sub-layer starts.
     sites.sort(key=lambda site: (order[site.source or site.path], site.rows or (0, 0)))
     projections = frozenset(name for record in around.values() for name in record.heads)
-    return Survey(modules, tuple(stacks), tuple(sites), towers, projections)
+    return Survey(modules, tuple(stacks), tuple(sites), towers, projections, aliases)
 
 
 def tree(model: nn.Module) -> list[Site]:
     """Return every site of `model` in model order; only shapes are read (the meta device will do).
 
-    Raises:
-        SiteError: the model has no role record and its layers are not clear without one.
+    A model whose structure is not known has its linear maps, convolutions, norms and embeddings as sites, and no
+    attention, branch, layer or stack.
     """
     return list(survey(model).sites)
+
+
+def why_unclear(model: nn.Module) -> str:
+    """Return why roles have no meaning on `model` and how its places are named; empty if its structure is known."""
+    found = survey(model).unclear
+    return str(found) if found else ""
 
 
 def task_head(model: nn.Module) -> list[Site]:
@@ -89,10 +101,12 @@ def task_head(model: nn.Module) -> list[Site]:
     found = survey(model)
     pretrained = PRETRAINED_HEADS | found.projections
     fresh = frozenset(getattr(getattr(model, "config", None), "fresh_modules", ()))
+    outputs = outputs_of(found.modules)
 
     def new(site: Site) -> bool:
         names = {*site.path.split(".")}
-        return (site.role == "head" and not pretrained & names) or (site.kind == "linear" and bool(fresh & names))
+        head = site.role == "head" and site.path not in outputs and not pretrained & names
+        return head or (site.kind == "linear" and bool(fresh & names))
 
     return [site for site in found.sites if new(site)]
 
@@ -118,8 +132,7 @@ def _connector(modules: Modules, around: dict[str, Record], stacks: list[Stack])
 
 def _connector_site(modules: Modules, path: str) -> Site | None:
     site = site_at(modules, path, "linear", "connector", None)
-    names = {"norm": "norm", "conv2d": "conv", "embedding": "embed"}
-    return replace(site, role=names.get(site.kind, "linear")) if site else None
+    return replace(site, role=ROLE_OF[site.kind]) if site else None
 
 
 def _default_towers(around: dict[str, Record], stacks: list[Stack]) -> tuple[str, ...]:
@@ -146,11 +159,12 @@ def _heads(
     # The decoder's or the text's: the last of the towers that are meant by default.
     usual = [stack.tower for stack in stacks if stack.tower in towers][-1]
     outer = {path for stack in stacks for path in stack.outer}
+    inferred = all(stack.inferred for stack in stacks)
     foreign = _foreign(modules, stacks)
     found: list[Site] = []
     for path in modules:
         below = any(inside(path, base) for base in foreign)
-        if path in taken or (below and path not in outer):
+        if path in taken or (path not in outer and (below or inferred)):
             continue
         tower = next((named[name] for name in path.split(".") if name in named), usual)
         site = site_at(modules, path, "head", tower, None)

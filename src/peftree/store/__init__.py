@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from peftree.adapter import Adapter, install
+from peftree.adapter import Adapter, adapt, install
 from peftree.errors import StoreError, did_you_mean
-from peftree.store import hfpeft, native
+from peftree.store import hfpeft, native, plain
+from peftree.store.build import Draft
 from peftree.store.fingerprint import Fingerprint, fingerprint
-from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, write_folder
-from peftree.store.merged import export
+from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, newest, stamp, write_folder
+from peftree.store.merged import an_adapter, export
 
-__all__ = ["Fingerprint", "export", "fingerprint", "load", "save"]
+__all__ = ["Fingerprint", "export", "fingerprint", "from_peft", "load", "save"]
 
 Format = Literal["auto", "native", "peft"]
+RACES = 20  # times that a folder is read again if somebody saves into it meanwhile
 
 
 def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Path:  # noqa: A002
@@ -31,10 +33,11 @@ def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Pa
 
     Raises:
         StoreError: a tensor is not finite, or the format asked for cannot hold the adapter exactly.
-        AdapterError: the adapter was detached.
+        AdapterError: the adapter was detached, or the model changed shape under it.
     """
     if format not in ("auto", "native", "peft"):
         raise StoreError(f"There is no format {format!r}.", did_you_mean(str(format), ("auto", "native", "peft")))
+    an_adapter(adapter).graft.check()
     files: dict[str, bytes] | None = None
     if format != "native":
         try:
@@ -45,14 +48,33 @@ def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Pa
     return write_folder(folder, files or native.files(adapter))
 
 
+def from_peft(model: nn.Module, config: Any, *, name: str = "default", seed: int = 0) -> Adapter:
+    """Put a new adapter on `model` as a config of Hugging Face PEFT describes it, and return it.
+
+    It sits at the same modules and has the same trained tensors as PEFT's. They start as our method's do: as PEFT's by
+    default, but for the embedding behind a prefix network (here N(0, 0.02), there N(0, 1)) and prompts (here rows of
+    the vocabulary). Random values are drawn from `seed`.
+
+    Args:
+        model: the base model.
+        config: an object such as `peft.LoraConfig(...)` or any with `to_dict`, a dict, or the path of an
+            `adapter_config.json` or its folder. A pattern is run if it comes from an object or dict of yours, never out
+            of a file.
+        name: on the model.
+        seed: see above.
+
+    Raises:
+        StoreError: it is not a config, or asks for something that has no exact form here.
+        ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is not good.
+    """
+    method, head = hfpeft.method_from(model, config)
+    return adapt(model, method, name=name, head=head, seed=seed)
+
+
 def load(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    name: str | None = None,
-    trainable: bool = True,
+    model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = True,
     allow_other_base: bool = False,
-) -> Adapter:
+) -> Adapter:  # fmt: skip
     """Put the adapter of `folder` on `model`, switch it on, and return it. The format is found from the files.
 
     Everything is checked before the model is changed: file hashes, header, method and fields, base, the set of
@@ -69,19 +91,32 @@ def load(
         StoreError: a file is missing, damaged, unsafe, or made for another base or method.
         ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is not good.
     """
-    path = Path(folder)
+    for tries in reversed(range(RACES)):
+        before = stamp(folder)
+        try:
+            called, draft, kept = _read(model, newest(folder), name, allow_other_base)
+            break
+        except StoreError:
+            if not tries or stamp(folder) == before:  # else somebody saved into it while it was read
+                raise
+    adapter = install(model, called, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
+    hfpeft.remember(adapter, kept)
+    return adapter
+
+
+def _read(model: nn.Module, path: Path, name: str | None, allow_other_base: bool) -> tuple[str, Draft, dict[str, Any]]:
+    """Return name, filled draft and kept keys of the adapter in a folder."""
     found = listing(path)
     if {NATIVE, PEFT} <= found:
         raise StoreError(f"{path} holds both {NATIVE} and {PEFT}.", "Remove the one that is not wanted.")
     if CONFIG in found:
-        name, draft, kept = hfpeft.read(model, path, name, allow_other_base, MANIFEST in found)
-    elif MANIFEST in found:
-        name, draft, kept = native.read(model, path, name, allow_other_base)
-    else:
-        raise StoreError(
-            f"{path} holds no adapter: neither {MANIFEST} nor {CONFIG} is there.",
-            "Name the folder that adapter.save(folder) wrote.",
-        )
-    adapter = install(model, name, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
-    hfpeft.remember(adapter, kept)
-    return adapter
+        return hfpeft.read(model, path, name, allow_other_base, MANIFEST in found)
+    if MANIFEST in found:
+        return native.read(model, path, name, allow_other_base)
+    raise StoreError(
+        f"{path} holds no adapter: neither {MANIFEST} nor {CONFIG} is there.",
+        "Name the folder that peftree.save(adapter, folder) wrote.",
+    )
+
+
+plain.install(save)

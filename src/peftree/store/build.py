@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftree import adapter as adapters
 from peftree.deltas import Delta, Reweight
 from peftree.deltas.place import read
 from peftree.errors import StoreError
 from peftree.graft import Hub
+from peftree.making import Entries
+from peftree.making import build as built
 from peftree.methods.contract import Method
 from peftree.sites import Site
 
-Entries = list[tuple[str, Site, Delta]]
+Shape = torch.Size | tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -51,30 +53,36 @@ def states(entries: Entries) -> dict[str, Tensor]:
     return out
 
 
-def expected(model: nn.Module, method: Method, head: bool, seed: int, given: set[str] | None = None) -> Draft:
+def expected(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes | None = None) -> Draft:
     """Build the adapter's deltas on the meta device: shapes without values, whatever sizes the fields ask for.
 
     Args:
-        given: the keys of a file. If they are those of the trained form that the method leaves after its `post_hoc`
-            (a folded prefix, merged experts), the draft is brought to that form.
+        given: the keys of a file and the shapes there. If they are those of the trained form that the method leaves
+            after its `post_hoc` (a folded prefix, merged experts), the draft is brought to that form; tensors whose
+            sizes training decides (`Delta.elastic`) get those of the file.
     """
     return _finished(_draft(abstract(model), method, head, seed), given)
 
 
-def real(model: nn.Module, method: Method, head: bool, seed: int, given: set[str]) -> Draft:
+def real(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes) -> Draft:
     """Build the adapter's deltas with values; the model is only read."""
     return _finished(_draft(model, method, head, seed), given)
 
 
 def _draft(model: nn.Module, method: Method, head: bool, seed: int) -> Draft:
-    entries, with_head = adapters.build(model, method, head, seed)
+    entries, with_head = built(model, method, head, seed)
     return Draft(method, entries, with_head, seed)
 
 
-def _finished(draft: Draft, given: set[str] | None) -> Draft:
-    if given is not None and set(draft.state()) != given:
+def _finished(draft: Draft, given: Shapes | None) -> Draft:
+    if given is not None and set(draft.state()) != set(given):
         with torch.no_grad():
             draft.method.post_hoc({key: delta for key, _, delta in draft.keyed})
+    for key, _, delta in draft.keyed if given else ():
+        named = {name: (given or {}).get(f"{key}/{name}") for name in delta.elastic}
+        sizes = {n: tuple(s) for n, s in named.items() if s is not None and len(s) == getattr(delta, n).dim()}
+        if any(tuple(getattr(delta, n).shape) != s for n, s in sizes.items()):
+            delta.resize(sizes)
     return draft
 
 
@@ -92,25 +100,28 @@ def abstract(model: nn.Module) -> nn.Module:
     return bare(model, hollow)
 
 
-def bare(module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
+def bare(
+    module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t, made: dict[int, nn.Module] | None = None
+) -> nn.Module:
     """Return the base model as it is without anything grafted on, sharing what it has.
 
     Args:
         module: the model.
         tensor: what takes the place of each of its parameters and buffers.
+        made: copies by the identity of their modules: what is in several places stays one module.
     """
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
     hub = module._modules.get("deltas")
     cls = hub.original if isinstance(hub, Hub) else type(module)
-    new = cls.__new__(cls)
+    new = made[id(module)] = cls.__new__(cls)
     new.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_peftree"}
     new.__dict__["_parameters"] = {k: None if p is None else tensor(p) for k, p in module._parameters.items()}
     new.__dict__["_buffers"] = {k: None if b is None else tensor(b) for k, b in module._buffers.items()}
     children = ((k, m) for k, m in module._modules.items() if m is not hub or hub is None)
-    new.__dict__["_modules"] = {k: None if m is None else bare(m, tensor) for k, m in children}
+    new.__dict__["_modules"] = {k: None if m is None else bare(m, tensor, made) for k, m in children}
     return new
-
-
-Shape = torch.Size | tuple[int, ...]
 
 
 def compare(where: str, shapes: Mapping[str, Shape], given: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,21 +1,21 @@
 """Base fingerprint: what an adapter remembers of the base model it was made for, and how a model is compared with it.
 
-It holds the model's class, the essentials of its config, a hash of all parameter names and shapes, and sampled values
-of the weights: up to eight per tensor at fixed strides, as float32. Two bases are the same if the samples agree to the
-bit; if their dtypes differ, also if they agree to the bit once both are rounded to bfloat16 or to float16, for the same
+It holds the model's class, the essentials of its config, a hash of all parameter names and shapes, and a digest of
+every parameter's bits (see `digest.py`), so a change of any one value is seen. Two bases are the same if the digests
+agree; if their dtypes differ, also if they agree once both are rounded to bfloat16 or to float16, for the same
 checkpoint loaded in another dtype is the same base. Adapters, merging, the device and buffers do not count, nor does a
 fresh task head, whose random start is not part of the pretrained model; an adapter carries its own copy.
+
+Files of format 1 hold up to eight sampled values per tensor instead of digests, and are compared by those.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from peftree import sites as site_tree
 from peftree.adapter import Record
 from peftree.errors import StoreError
 from peftree.sites.parts import inside, join, modules_of
+from peftree.store.digest import SIZE, digests
 
 PER_TENSOR, TENSORS = 8, 1024
+ROUNDED = (torch.bfloat16, torch.float16)
 ESSENTIALS = (
     "model_type", "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "num_hidden_layers", "num_layers", "n_layer",
     "n_layers", "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
@@ -44,7 +46,8 @@ class Fingerprint(BaseModel):
         parameters, tensors: how many values and tensors it has.
         shapes: SHA-256 of every parameter's name and shape.
         dtype: of its first parameter.
-        samples: base64 of little-endian float32 values, tensor by tensor.
+        digests: base64 of the digests, group by group of tensors, a tensor a group where there are not very many.
+        samples: format 1: base64 of little-endian float32 values, tensor by tensor.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +57,8 @@ class Fingerprint(BaseModel):
     tensors: int
     shapes: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     dtype: Annotated[str, Field(max_length=40)]
-    samples: Annotated[str, Field(max_length=1 << 17)]
+    digests: Annotated[str, Field(max_length=1 << 17)] = ""
+    samples: Annotated[str, Field(max_length=1 << 17)] = ""
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -63,23 +67,24 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Raises:
         StoreError: the model is on the meta device and has no values.
     """
+    return _remembered(model, ROUNDED)
+
+
+def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint:
+    """Return the fingerprint with the digests of the bits as they are and `rounded`."""
     named = list(_base(model))
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in named)
-    samples = np.concatenate([_sample(name, p) for name, p in _chosen(named)] or [np.empty(0, np.float32)])
+    digests = [_digest(group, rounded) for group in _groups(named)]
     return Fingerprint(
-        model=_class_name(model),
-        config=_essentials(model),
-        parameters=sum(p.numel() for _, p in named),
-        tensors=len(named),
-        shapes=hashlib.sha256(text.encode()).hexdigest(),
-        dtype=str(named[0][1].dtype) if named else "",
-        samples=base64.b64encode(samples.astype("<f4").tobytes()).decode(),
-    )
+        model=_class_name(model), config=_essentials(model), parameters=sum(p.numel() for _, p in named),
+        tensors=len(named), shapes=hashlib.sha256(text.encode()).hexdigest(),
+        dtype=str(named[0][1].dtype) if named else "", digests=base64.b64encode(b"".join(digests)).decode(),
+    )  # fmt: skip
 
 
 def difference(saved: Fingerprint, model: nn.Module) -> str:
     """Return how `model` differs from the base that `saved` remembers, as the rest of a sentence, or an empty text."""
-    here = fingerprint(model)
+    here = _remembered(model, ())
     if saved.model != here.model:
         return f"it was made for a {saved.model[:80]}, this is a {here.model}"
     for key in sorted(set(saved.config) | set(here.config)):
@@ -91,38 +96,55 @@ def difference(saved: Fingerprint, model: nn.Module) -> str:
             f"its base has {saved.parameters:,} parameters in {saved.tensors:,} tensors, this model "
             f"{here.parameters:,} in {here.tensors:,}, or names or shapes differ"
         )
-    return _values(saved, here, model)
+    check = _values if saved.digests else _sampled_values
+    return check(saved, here, list(_base(model)))
 
 
-def _values(saved: Fingerprint, here: Fingerprint, model: nn.Module) -> str:
-    """Compare the samples, tensor by tensor."""
-    if saved.samples == here.samples:
-        return ""
-    was, now = _decode(saved.samples), _decode(here.samples)
-    if len(was) != len(now):
+Named = list[tuple[str, Tensor]]
+
+
+def _values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
+    """Compare the digests, group by group."""
+    was, now, groups = _decode(saved.digests), _decode(here.digests), _groups(named)
+    whole = SIZE * (1 + len(ROUNDED))
+    if len(was) != whole * len(groups):
         return "its record of the base's values has another length"
-    at = 0
-    for name, p in _chosen(list(_base(model))):
-        part = slice(at, at + min(PER_TENSOR, p.numel()))
-        at = part.stop
-        if not _same(was[part], now[part], cast=saved.dtype != here.dtype):
-            return f"the values of {name} are not those of its base"
+    for number, group in enumerate(groups):
+        record = was[number * whole :][:whole]
+        if record[:SIZE] == now[number * SIZE :][:SIZE]:
+            continue
+        cast = saved.dtype != here.dtype and _digest(group, ROUNDED)
+        if not cast or all(record[at : at + SIZE] != cast[at : at + SIZE] for at in range(SIZE, whole, SIZE)):
+            more = f" (or of one of the {len(group) - 1} tensors after it)" if len(group) > 1 else ""
+            return f"the values of {group[0][0]}{more} are not those of its base"
     return ""
 
 
-def _decode(text: str) -> Tensor:
+def _sampled_values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
+    """Compare the samples that format 1 holds, tensor by tensor."""
+    chosen = [group[0] for group in _groups(named)]
+    raw = _decode(saved.samples)
+    if len(raw) != 4 * sum(min(PER_TENSOR, p.numel()) for _, p in chosen):
+        return "its record of the base's values has another length"
+    was, at = torch.frombuffer(raw or bytearray(4), dtype=torch.float32), 0
+    for name, p in chosen:
+        now = _sample(p)
+        if not _same(was[at : at + len(now)], now, cast=saved.dtype != here.dtype):
+            return f"the values of {name} are not those of its base"
+        at += len(now)
+    return ""
+
+
+def _decode(text: str) -> bytearray:
     try:
-        raw = bytearray(base64.b64decode(text, validate=True))
-        return torch.frombuffer(raw, dtype=torch.float32) if raw else torch.empty(0)
+        return bytearray(base64.b64decode(text, validate=True))
     except ValueError:
         raise StoreError("The manifest's record of the base is damaged.", "Fetch the adapter again.") from None
 
 
 def _same(was: Tensor, now: Tensor, cast: bool) -> bool:
-    def equal(dtype: torch.dtype) -> bool:
-        return torch.equal(was.to(dtype), now.to(dtype))
-
-    return equal(torch.float32) or (cast and (equal(torch.bfloat16) or equal(torch.float16)))
+    kinds = (torch.float32, *(ROUNDED if cast else ()))
+    return any(torch.equal(was.to(dtype), now.to(dtype)) for dtype in kinds)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -144,24 +166,29 @@ def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, now in module._parameters.items():
             parameter = originals.get((path, key), now)
             if parameter is not None and id(parameter) not in seen:
+                if parameter.is_meta:
+                    raise StoreError(f"{join(path, key)} is on the meta device.", "Load the base's weights first.")
                 seen.add(id(parameter))
                 yield join(path, key), parameter.detach()
 
 
-def _chosen(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Return every tensor, or an even choice of them where there are very many."""
+def _groups(named: Named) -> list[Named]:
+    """Return every tensor alone, or runs of them where there are very many."""
     step = -(-len(named) // TENSORS) or 1
-    return list(itertools.islice(named, 0, None, step))
+    return [named[at : at + step] for at in range(0, len(named), step)]
 
 
-def _sample(name: str, p: Tensor) -> Any:
-    if p.is_meta:
-        raise StoreError(f"The base's {name} is on the meta device.", "Load the base model's weights first.")
+def _digest(group: Named, rounded: Sequence[torch.dtype]) -> bytes:
+    """Return the group's digest: of the bits as they are, then of the values rounded to each of `rounded`."""
+    parts = [digests(p, rounded) for _, p in group]
+    return b"".join(hashlib.sha256(b"".join(column)).digest()[:SIZE] for column in zip(*parts, strict=True))
+
+
+def _sample(p: Tensor) -> Tensor:
     count = min(PER_TENSOR, p.numel())
     rank = torch.arange(count, device=p.device)
     at = (2 * rank + 1) * p.numel() // max(1, 2 * count)
-    flat = p.reshape(-1) if p.is_contiguous() else p.contiguous().view(-1)
-    return flat[at].to(torch.float32).cpu().numpy()
+    return p.reshape(-1)[at].to(torch.float32).cpu()
 
 
 def _essentials(model: nn.Module) -> dict[str, Scalar]:

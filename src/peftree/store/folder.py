@@ -9,20 +9,16 @@ import secrets
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftree.errors import StoreError
-from peftree.files import sync_folder
+from peftree.errors import StoreError, unwritten
+from peftree.files import stage_for, sync_folder
 
-NATIVE, PEFT, CONFIG, MANIFEST = (
-    "adapter.safetensors",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "manifest.json",
-)
+NATIVE, PEFT = "adapter.safetensors", "adapter_model.safetensors"
+CONFIG, MANIFEST = "adapter_config.json", "manifest.json"
 OURS = (NATIVE, PEFT, CONFIG, MANIFEST)
+NEXT = ".next"  # a complete newer set of files, where a process was killed before it had put them in place
 ENTRIES = 4096
 OPEN = 0o755  # a server under another user must be able to read an adapter
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".zip")
@@ -41,7 +37,7 @@ def listing(folder: str | Path) -> set[str]:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise StoreError(f"{path} is no folder.", "Name the folder that adapter.save(folder) wrote.")
+        raise StoreError(f"{path} is not a folder.", "Name the folder that peftree.save(adapter, folder) wrote.")
     found: set[str] = set()
     with os.scandir(path) as entries:
         for count, entry in enumerate(entries):
@@ -49,16 +45,29 @@ def listing(folder: str | Path) -> set[str]:
                 raise StoreError(f"{path} has more than {ENTRIES:,} entries.", "Give the adapter a folder of its own.")
             if entry.name in OURS:
                 if not entry.is_file(follow_symlinks=False):
-                    raise StoreError(
-                        f"{path / entry.name} is a link or no regular file.", "Copy the file itself into the folder."
-                    )
+                    raise StoreError(f"{entry.path} is a link or no regular file.", "Copy the file itself there.")
                 found.add(entry.name)
             elif entry.name.lower().endswith(_PICKLES) and not entry.name.startswith(_COMPANIONS):
                 raise StoreError(
                     f"{path} holds {entry.name!r}, which may be a pickle; those can run code and are never read.",
-                    "Convert it to safetensors where you trust it, and remove it from the folder.",
+                    f"Convert it to safetensors: `peftree convert {str(path)[:200]} NEW_FOLDER`."
+                    if entry.name == "adapter_model.bin"
+                    else "Convert it to safetensors where you trust it, and remove it from the folder.",
                 )
     return found
+
+
+def newest(folder: str | Path) -> Path:
+    """Return where the files of `folder` are to be read: `NEXT` in it where a save was killed at its very end."""
+    inner = Path(folder) / NEXT
+    return inner if inner.is_dir() and not inner.is_symlink() else Path(folder)
+
+
+def stamp(folder: str | Path) -> list[tuple[int, int, int] | None]:
+    """Return what changes when somebody saves into `folder`: nodes, sizes and times of it and of peftree's files."""
+    paths = [Path(folder), *(Path(folder) / name for name in (NEXT, *sorted(OURS)))]
+    found = [os.lstat(path) if os.path.lexists(path) else None for path in paths]
+    return [None if f is None else (f.st_ino, f.st_size, f.st_mtime_ns) for f in found]
 
 
 def read_file(path: Path, limit: int) -> bytearray:
@@ -70,7 +79,7 @@ def read_file(path: Path, limit: int) -> bytearray:
     with os.fdopen(handle, "rb") as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
-            raise StoreError(f"{path} is no regular file.", "Copy the file itself into the folder.")
+            raise StoreError(f"{path} is not a regular file.", "Copy the file itself into the folder.")
         if info.st_size > limit:
             raise StoreError(
                 f"{path} has {info.st_size:,} bytes; an adapter of this model has at most {limit:,}.",
@@ -85,13 +94,20 @@ def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> Path:
     """Make `folder` hold exactly these files of ours, or leave it as it was.
 
     A folder that holds nothing else is exchanged in one step for a complete new one. In a folder with other things
-    in it (a run's output folder) those stay: each file is renamed into place, the manifest last, and an error puts
-    the old files back.
+    in it those stay: the complete new files come in as the sub-folder `NEXT`, which readers prefer, then each is put
+    in its place and `NEXT` goes. An error puts the old files back.
 
     Raises:
-        StoreError: `folder` is a link or a file.
+        StoreError: `folder` is a link or a file, or the system does not let us write (BusyError: no space is left).
     """
     path = target(folder)
+    try:
+        return _write_folder(path, files)
+    except OSError as error:
+        raise unwritten(path, error) from None
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     others = path.is_dir() and (any(n not in OURS for n in os.listdir(path)) or path == Path.cwd())
     stage = stage_for(path)
     try:
@@ -124,11 +140,6 @@ def target(folder: str | Path) -> Path:
     except OSError as error:
         raise StoreError(f"{path.parent} cannot be made: {error.strerror}.", "Save to another folder.") from None
     return path
-
-
-def stage_for(path: Path) -> Path:
-    """Return a new temporary folder beside `path`."""
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -166,23 +177,43 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_in(stage: Path, path: Path, names: list[str]) -> None:
-    """Move the files of `stage` into `path`, the manifest last, and drop ours that are no longer wanted."""
-    old = stage / "old"
-    old.mkdir()
+    """Bring the files of `stage` into `path`, where other things stay; whenever it ends, old or new files are whole."""
+    if newest(path) != path:  # a save that was killed at its very end: what it brought is what is there
+        _settle(path / NEXT, path)
     kept = [name for name in OURS if (path / name).is_symlink() or (path / name).exists()]
     for name in kept:
         if (path / name).is_symlink():
             raise StoreError(f"{path / name} is a link.", "Remove it, or save to another folder.")
-        os.link(path / name, old / name)
+    old = stage.with_name(f"{stage.name}-old")
+    old.mkdir()
     try:
-        for name in sorted(names, key=OURS.index):
-            os.replace(stage / name, path / name)
-        for name in set(kept) - set(names):
-            (path / name).unlink()
-    except BaseException:
-        for name in names:
-            if name not in kept:
-                (path / name).unlink(missing_ok=True)
         for name in kept:
+            os.link(path / name, old / name)
+        os.replace(stage, path / NEXT)
+        sync_folder(path)
+        _settle(path / NEXT, path)
+    except BaseException:
+        shutil.rmtree(path / NEXT, ignore_errors=True)
+        for name in set(names) - set(kept):
+            (path / name).unlink(missing_ok=True)
+        for name in os.listdir(old):
             os.replace(old / name, path / name)
         raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(inner: Path, path: Path) -> None:
+    """Put the files of `inner` in their places in `path`, drop ours that it has not, and remove it in one step."""
+    names = [name for name in OURS if (inner / name).is_file()]
+    for name in names:
+        spare = inner / f"{name}.link"
+        spare.unlink(missing_ok=True)
+        os.link(inner / name, spare)
+        os.replace(spare, path / name)
+    for name in set(OURS) - set(names):
+        (path / name).unlink(missing_ok=True)
+    gone = inner.with_name(f"{NEXT}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(inner, gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -17,8 +17,9 @@ from peftree.files import read_json, sha256
 from peftree.methods.contract import Method
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.tensors import NAMES, Entry
+from peftree.strict import explain
 
-FORMAT = 1
+FORMAT = 2  # 1: sampled values of the base instead of digests
 LIMIT = 1 << 22
 _ADVICE = "The file is damaged or not one of ours; fetch or save the adapter again."
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -79,31 +80,17 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def describe(
-    adapter: Adapter,
-    layout: Literal["native", "peft"],
-    entries: dict[str, Entry],
-    weights: str,
-    config: str | None = None,
-    kept: dict[str, Any] | None = None,
-    rest: dict[str, list[bool]] | None = None,
-) -> Manifest:
+    adapter: Adapter, layout: Literal["native", "peft"], entries: dict[str, Entry], weights: str,
+    config: str | None = None, kept: dict[str, Any] | None = None, rest: dict[str, list[bool]] | None = None,
+) -> Manifest:  # fmt: skip
     """Return the manifest of an adapter whose weights file has these entries and this SHA-256."""
     return Manifest(
-        format=FORMAT,
-        peftree=_version(),
-        layout=layout,
-        name=adapter.name,
-        method=registry.spec(adapter.method),
-        seed=adapter.seed,
-        head=adapter.head,
+        format=FORMAT, peftree=_version(), layout=layout, name=adapter.name, method=registry.spec(adapter.method),
+        seed=adapter.seed, head=adapter.head, weights=weights, config=config, kept=kept or {}, rest=rest or {},
         sites=[f"{site.name} {site.path}" for _, site, _ in adapter.entries],
-        weights=weights,
-        config=config,
-        kept=kept or {},
         tensors={n: Stored(shape=list(e.shape), dtype=NAMES[e.dtype]) for n, e in entries.items()},
-        rest=rest or {},
         base=fingerprint(adapter.graft.model),
-    )
+    )  # fmt: skip
 
 
 def _version() -> str:
@@ -130,9 +117,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:80]
-        raise StoreError(f"{path}: {where!r}: {first['msg'][:200]}.", _ADVICE) from None
+        raise StoreError(explain(error, Manifest, str(path))[0], _ADVICE) from None
 
 
 def _printable(value: Any) -> bool:
@@ -145,7 +130,7 @@ def method_of(manifest: Manifest, path: Path) -> Method:
     """Return the method that a manifest names.
 
     Raises:
-        StoreError, MethodError, ConfigError: it is no method, unknown, or a field is out of range.
+        StoreError, MethodError, ConfigError: it is not a method, unknown, or a field is out of range.
     """
     try:
         made = registry.from_spec(manifest.method)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from peftree import adapter as adapters
 from peftree import compose
 from peftree.adapter import Adapter
-from peftree.errors import StoreError
-from peftree.files import sync_folder
+from peftree.errors import AdapterError, StoreError
+from peftree.files import stage_for, sync_folder
 from peftree.store import build, hfpeft
-from peftree.store.folder import OPEN, put_in_place, stage_for, target, write_folder
+from peftree.store.folder import OPEN, put_in_place, target, write_folder
 
 TOLERANCE, HALF = 1e-4, 5e-2
 
@@ -39,17 +39,29 @@ def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] =
         MergeError: it cannot be folded into the weights.
     """
     if to == "peft":
-        return write_folder(folder, hfpeft.files(adapter))
+        return write_folder(folder, hfpeft.files(an_adapter(adapter)))
     if to != "merged":
         raise StoreError(f"Cannot export to {to!r}.", "Use to='peft' or to='merged'.")
-    return _merged(adapter, Path(folder))
+    return _merged(an_adapter(adapter), Path(folder))
+
+
+def an_adapter(given: Adapter) -> Adapter:
+    """Return `given`; AdapterError if it is not an adapter, as the model that holds one."""
+    if not isinstance(given, Adapter):
+        raise AdapterError(
+            f"A {type(given).__name__} is not an adapter.",
+            "Pass what peftree.adapt or peftree.load returned, or peftree.adapters(model)['default'].",
+        )
+    return given
 
 
 def _merged(adapter: Adapter, folder: Path) -> Path:
     """Write the merged model to a folder beside, load it, compare, and move it into place."""
     model = adapter.model
     if model is None or "save_pretrained" not in dir(model):
-        raise StoreError("Only a transformers model can be written whole.", "Use to='peft', or adapter.save(folder).")
+        raise StoreError(
+            "Only a transformers model can be written whole.", "Use to='peft', or peftree.save(adapter, folder)."
+        )
     path = target(folder)
     if path.is_dir() and os.listdir(path):
         raise StoreError(f"{path} is not empty.", "Name a new folder for the merged model.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,8 @@ def read(model: nn.Module, folder: Path, name: str | None, allow_other_base: boo
     check_free(model, name)
     check_base(manifest, model, folder, allow_other_base)
 
-    def to_ours(draft: Draft) -> dict[str, Tensor]:
-        return {n: view(data, n, e) for n, e in entries.items()}
-
-    shapes = {n: e.shape for n, e in entries.items()}
-    draft = drafted(model, method, manifest.head, manifest.seed, path, set(shapes), shapes, to_ours)
+    tensors = {n: view(data, n, e) for n, e in entries.items()}
+    draft = drafted(model, method, manifest.head, manifest.seed, path, tensors)
     return name, draft, manifest.kept
 
 
@@ -74,19 +70,11 @@ def check_base(manifest: Manifest, model: nn.Module, folder: Path, allow_other_b
         )
 
 
-def drafted(
-    model: nn.Module,
-    method: Any,
-    head: bool,
-    seed: int,
-    path: Path,
-    keys: set[str],
-    shapes: dict[str, tuple[int, ...]],
-    tensors: Callable[[Draft], dict[str, Tensor]],
-) -> Draft:
+def drafted(model: nn.Module, method: Any, head: bool, seed: int, path: Path, tensors: dict[str, Tensor]) -> Draft:
     """Compare the file with what the method has on this model, by shapes alone; then build it and fill it in."""
-    wanted = {n: t.shape for n, t in build.expected(model, method, head, seed, keys).state().items()}
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    wanted = {n: t.shape for n, t in build.expected(model, method, head, seed, shapes).state().items()}
     build.compare(str(path), wanted, shapes)
-    draft = build.real(model, method, head, seed, keys)
-    build.fill(model, draft, tensors(draft), str(path))
+    draft = build.real(model, method, head, seed, shapes)
+    build.fill(model, draft, tensors, str(path))
     return draft

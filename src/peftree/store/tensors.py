@@ -133,7 +133,7 @@ def view(data: bytearray, name: str, entry: Entry) -> Tensor:
     if entry.dtype == torch.bool:
         raw = torch.frombuffer(data, dtype=torch.uint8, count=count, offset=entry.start)
         if int(raw.max()) > 1:
-            raise StoreError(f"{name} holds bytes that are no booleans.", _ADVICE)
+            raise StoreError(f"{name} holds bytes that are not booleans.", _ADVICE)
     aligned = entry.start % entry.dtype.itemsize == 0
     # Offsets of a foreign file may be odd; then the bytes are copied to an aligned place.
     source, offset = (data, entry.start) if aligned else (data[entry.start : entry.stop], 0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftree import store
 from peftree.adapter import Adapter
 from peftree.deltas import Sensitivity
-from peftree.errors import PeftreeError, StoreError, TrainError
-from peftree.files import atomic_write, read_bytes, read_json, sha256, sync_folder
+from peftree.errors import BusyError, PeftreeError, TrainError, unwritten
+from peftree.files import atomic_write, read_bytes, read_json, sha256, stage_for, sync_folder
+from peftree.store import native
+from peftree.store.folder import put_in_place
 from peftree.store.tensors import header, pack, view
 
 SEAL, STATE, TENSORS, TRAINER = (
@@ -52,29 +53,26 @@ def write_checkpoint(
     """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stage = stage_for(target)
     try:
         plain, tensors = _optimizer_state(optimizer)
         for index, running in enumerate(_running(adapter)):
             for kind, means in (("mean", running.mean), ("spread", running.spread)):
                 tensors |= {f"running/{index}/{kind}/{name}": t for name, t in means.items()}
         plain |= {"scheduler": scheduler.state_dict(), "random": _random_state(tensors)}
-        store.save(adapter, stage, format="native")
+        for name, data in native.files(adapter).items():
+            atomic_write(stage / name, data)
         atomic_write(stage / TENSORS, pack(tensors))
         atomic_write(stage / STATE, json.dumps(plain))
         atomic_write(stage / TRAINER, trainer_state)
         seal = {p.name: sha256(p.read_bytes()) for p in sorted(stage.iterdir())}
         atomic_write(stage / SEAL, json.dumps({"sha256": seal}, indent=1))
         stage.chmod(0o755)
-        if target.exists():  # the same step once more, after a resume
-            shutil.rmtree(target)
-        stage.replace(target)
+        put_in_place(stage, target)  # the same step may be there, after a resume
         sync_folder(target.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{target} could not be written: {error.strerror or error}.",
-            "Earlier checkpoints are whole; free space or choose another folder, then resume.",
-        ) from None
+    except (OSError, BusyError) as error:
+        cause = error if isinstance(error, OSError) else OSError(errno.ENOSPC, "no space left on device")
+        raise unwritten(target, cause, "Earlier checkpoints are whole; resume continues from them.") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return target
@@ -95,15 +93,9 @@ def newest_checkpoint(output: str | Path, say: Callable[[str], None]) -> Path | 
     if found:
         raise TrainError(
             f"All {len(found)} checkpoints in {output} are damaged.",
-            "Start anew in another output folder, or restore one of them.",
+            "Start again in another output folder, or restore one of them.",
         )
     return None
-
-
-def clear_stages(output: str | Path) -> None:
-    """Remove what a process that was killed while it wrote a checkpoint left behind."""
-    for path in Path(output).glob(".checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def damage(checkpoint: str | Path) -> str:
@@ -131,14 +123,19 @@ def fill_adapter(adapter: Adapter, checkpoint: str | Path) -> None:
     saved = _read(path)
     state = adapter.state()
     wrong = sorted(set(saved) ^ set(state))
-    wrong += sorted(k for k in set(saved) & set(state) if saved[k].shape != state[k].shape)
+    grown = {f"{key}/{name}": (delta, name) for key, delta in adapter.deltas.items() for name in delta.elastic}
+    other = [k for k in set(saved) & set(state) if saved[k].shape != state[k].shape]
+    wrong += sorted(k for k in other if k not in grown)
     if wrong:
         raise TrainError(
             f"{path} belongs to another adapter: {wrong[0]} differs, and {len(wrong) - 1} more tensors.",
             "Resume with the method and fields of the first run, or choose another output folder.",
         )
+    for key in other:  # sizes that training decides
+        delta, name = grown[key]
+        delta.resize({name: tuple(saved[key].shape)})
     with torch.no_grad():
-        for key, tensor in state.items():
+        for key, tensor in adapter.state().items():
             tensor.copy_(saved[key])
 
 
@@ -191,7 +188,7 @@ def fill_random(checkpoint: str | Path) -> None:
 
 
 def _running(adapter: Adapter) -> list[Sensitivity]:
-    """Return the running means of an adapter in a fixed order; they are no part of what a trained adapter is."""
+    """Return the running means of an adapter in a fixed order; they are not part of what a trained adapter is."""
     modules = (m for delta in adapter.deltas.values() for m in delta.modules())
     return [value for module in modules for value in vars(module).values() if isinstance(value, Sensitivity)]
 

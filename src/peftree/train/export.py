@@ -9,6 +9,7 @@ from transformers.utils.hub import cached_file
 
 from peftree import store
 from peftree.files import atomic_write
+from peftree.train.output import check_free
 from peftree.train.run import open_run
 
 # What stands beside the weights of a model and says how its inputs are made.
@@ -28,8 +29,9 @@ def export_run(run_folder: str | Path, out: str | Path, to: Literal["peft", "mer
         to: see `peftree.export`.
 
     Raises:
-        PeftreeError: as `open_run` and `peftree.export`.
+        PeftreeError: as `open_run` and `peftree.export`; BusyError: another process trains in `out`.
     """
+    check_free(out)
     opened = open_run(run_folder)
     folder = store.export(opened.adapter, out, to)
     if to == "merged":

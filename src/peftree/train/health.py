@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,7 @@ from peftree.adapter import Adapter, active, adapters, switch
 from peftree.errors import DivergedError, TrainError
 
 STEPS = 3  # a low-rank term's first factor gets a gradient only once the second moved; warm-up costs a step
-ROWS = 2  # rows on which the adapter's effect on the output is looked at
-LENIENT = ("moe", "unified", "reference")  # a router may not have reached an expert yet; `full` has unused parts
+LENIENT = ("moe", "unified")  # a router may not have reached an expert yet
 
 
 class Health:
@@ -29,8 +29,10 @@ class Health:
         self.stop = stop
         self.names = names(adapter)
         self.alive: set[str] = set()
+        self.turns: Counter[str] = Counter()  # steps in which a tensor was trained: some methods let them take turns
         self.steps = 0
         self.labels = [0, 0]
+        self._seen: tuple[int, ...] = (0, 0)
         self.stops = [0, 0]
         self.optimized = 0
         self.done = False
@@ -79,24 +81,30 @@ class Health:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
             return
-        kept = labels.ne(-100)
+        # Numbers to predict are not marks: -100 is one of them.
+        kept = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels.ne(-100)
         self.labels[0] += int(kept.sum())
         self.labels[1] += labels.numel()
-        if not bool(kept.any()):
-            raise TrainError(
-                f"All {labels.numel()} labels of a batch are masked (-100); nothing would be learned.",
-                "Raise max_length, and check that the completion column is not empty.",
-            )
         if self.stop is not None and labels.dim() == 2:
             rows = ((labels == self.stop) & kept).any(1)
             self.stops[0] += int(rows.sum())
             self.stops[1] += len(rows)
-            if self.stops[0] == 0:
-                raise TrainError(
-                    f"The stop token {self.stop} is in the loss of none of {self.stops[1]} rows; "
-                    "the model would not learn to stop.",
-                    "Raise max_length; do not mask labels by pad id, which may be the stop token.",
-                )
+
+    def _check_labels(self) -> None:
+        """Check what the passes of a step, one of which may have no label, had in the loss together."""
+        before, self._seen = self._seen, tuple(self.labels)
+        kept, labels = (new - old for new, old in zip(self._seen, before, strict=True))
+        if labels and not kept:
+            raise TrainError(
+                f"All {labels} labels of a batch are masked (-100); nothing would be learned.",
+                "Raise max_length, and check that the completion column is not empty.",
+            )
+        if self.stops[1] and not self.stops[0]:
+            raise TrainError(
+                f"The stop token {self.stop} is in the loss of none of {self.stops[1]} rows; "
+                "the model would not learn to stop.",
+                "Raise max_length; do not mask labels by pad id, which may be the stop token.",
+            )
 
     def see_loss(self, loss: Tensor) -> None:
         """Check that the loss reaches the adapter at all."""
@@ -110,6 +118,8 @@ class Health:
     def see_gradients(self) -> None:
         """Check the gradients of one step, before the optimizer uses them."""
         self.steps += 1
+        self._check_labels()
+        self.turns.update(name for name, parameter in self.names.items() if parameter.requires_grad)
         for name, parameter in self.names.items():
             gradient = parameter.grad
             if gradient is None:
@@ -122,13 +132,18 @@ class Health:
             self._judge()
 
     def _judge(self) -> None:
-        """Raise if a site is dead, or one tensor is at every site; single dead tensors are data's doing."""
+        """Raise if a site is dead, or one tensor is at every site; single dead tensors are data's doing.
+
+        Who asks for `all` parameters names no module: some have parts for other tasks (DINOv2's mask token).
+        """
         trained = list(self._trained().values())
-        dead = [n for n in trained if n not in self.alive]
+        dead = [n for n in trained if n not in self.alive and self.turns[n] >= STEPS]
         lenient = self.adapter.method.tags.branch in LENIENT and len(dead) < len(trained)
         if not dead or lenient:
             return
-        fatal = [n for part in (0, 2) for n in dead if not self._alive_like(n, part)]
+        every = {key for key, site, _ in self.adapter.entries if site.role == "all"} if self.alive else set()
+        named = [n for n in dead if n.rpartition("/")[0] not in every]
+        fatal = [n for part in (0, 2) for n in named if not self._alive_like(n, part)]
         if fatal:
             raise TrainError(
                 f"{len(dead)} of {len(trained)} trainable tensors had no gradient in {STEPS} steps, "
@@ -143,26 +158,28 @@ class Health:
         return any(other.rpartition("/")[part] == key for other in self.alive)
 
     def effect(self, model: nn.Module, batch: Mapping[str, Any]) -> float:
-        """Return the largest change of the output by the adapter on a few rows.
+        """Return the largest change of the output by the adapter on a batch.
+
+        The model is given what it was given in training, all of it: some read their labels, and not every tensor's
+        first dimension is the rows.
 
         Raises:
             TrainError: there is none.
         """
-        few = {k: v[:ROWS] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-        few.pop("labels", None)
-        few.pop("num_items_in_batch", None)
         on = active(model)
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng():
-                new = main_output(model(**few))
+                new = main_output(model(**batch))
                 switch(model, [n for n in on if n != self.adapter.name])
-                old = main_output(model(**few))
+                old = main_output(model(**batch))
         finally:
             switch(model, on)
             model.train(training)
-        change = float((new - old).abs().max()) if new.shape == old.shape else float("inf")
+        same = new.shape == old.shape and new.dim()
+        rows = zip(new, old, strict=True)  # one by one: the logits of a batch are its largest tensor
+        change = max(float((n.float() - o.float()).abs().max()) for n, o in rows) if same else float("inf")
         if change == 0:
             raise TrainError(
                 f"Adapter '{self.adapter.name}' is on and trained, but the output equals the base's.",
@@ -196,10 +213,14 @@ def names(adapter: Adapter) -> dict[str, nn.Parameter]:
 
 
 def main_output(output: Any) -> Tensor:
-    """Return the tensor that matters of a model's output: logits, or its first tensor."""
-    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
-    found: Tensor = output.logits if "logits" in output else next(iter(values))
-    return found.float()
+    """Return the tensor that matters of a model's output: logits, or its first tensor that is not a scalar loss."""
+    named = output if isinstance(output, Mapping) else {}
+    logits = named.get("logits")
+    if isinstance(logits, Tensor):
+        return logits
+    values: Iterable[Any] = named.values() or output
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return next((tensor for tensor in tensors if tensor.dim()), tensors[0])
 
 
 def not_finite(what: str) -> DivergedError:

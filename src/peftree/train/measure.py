@@ -13,10 +13,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as hf_logging
 
+from peftree.machine import machine
+from peftree.runs.record import CurvePoint
+from peftree.tasks import Items
+
 WARM_UP = 2  # first steps are left out of the median step time
-Point = dict[str, float | int | None]
 
 
 class Clock:
@@ -32,15 +36,16 @@ class Clock:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count what happens inside as `phase`."""
-        self._book()
+        self.book()
         self._running.append(phase)
         try:
             yield
         finally:
-            self._book()
+            self.book()
             self._running.pop()
 
-    def _book(self) -> None:
+    def book(self) -> None:
+        """Count the time since the last booking as the phase that runs."""
         now = (time.perf_counter(), time.process_time())
         if self._running:
             self.wall[self._running[-1]] += now[0] - self._mark[0]
@@ -60,8 +65,8 @@ class Clock:
         return statistics.median(later) if later else None
 
 
-class StepClock(TrainerCallback):
-    """Notes how long each optimizer step takes, without evaluation and saving.
+class StepClock(TrainerCallback, ExportableState):
+    """Notes how long each optimizer step takes, without evaluation and saving; a checkpoint keeps the time so far.
 
     Processor time where training runs on one thread of a CPU, so that other work on the machine does not count;
     else wall time.
@@ -71,6 +76,18 @@ class StepClock(TrainerCallback):
         self.clock = clock
         self.watch: Callable[[], float] = time.perf_counter
         self.start = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return the time of training so far, for a checkpoint."""
+        self.clock.book()
+        return {"args": {}, "attributes": {"wall": self.clock.wall["train"], "cpu": self.clock.cpu["train"]}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Add the time of the steps before a resume."""
+        if state.global_step:
+            before = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            self.clock.wall["train"] += before.get("wall", 0.0)
+            self.clock.cpu["train"] += before.get("cpu", 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Start the watch."""
@@ -83,19 +100,18 @@ class StepClock(TrainerCallback):
         self.clock.steps.append(self.watch() - self.start)
 
 
-def curve(history: Sequence[dict[str, Any]]) -> list[Point]:
+def curve(history: Sequence[dict[str, Any]]) -> tuple[CurvePoint, ...]:
     """Return the curve of a Trainer's history: step, training loss, validation score; None where not measured."""
-    points: dict[int, Point] = {}
+    points: dict[int, dict[str, Any]] = {}
     for entry in history:
         for key, ours in (("loss", "loss"), ("eval_score", "score")):
             if key in entry:
                 step = int(entry["step"])
-                point = points.setdefault(step, {"step": step, "loss": None, "score": None})
-                point[ours] = float(entry[key])
-    return [points[step] for step in sorted(points)]
+                points.setdefault(step, {})[ours] = float(entry[key])
+    return tuple(CurvePoint(step=step, **points[step]) for step in sorted(points))
 
 
-def environment() -> dict[str, str | int]:
+def environment() -> dict[str, str | int | float]:
     """Return versions, machine and threads."""
     own = "source tree"
     with contextlib.suppress(PackageNotFoundError):
@@ -105,9 +121,20 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        **machine(),
     }
+
+
+def throughput(items: Items, rows: int, step_seconds: float | None) -> dict[str, Any]:
+    """Return how much of the training rows a step of so many goes through in a second, by the mean of the first."""
+    if not step_seconds:
+        return {}
+    count = len(items)  # type: ignore[arg-type]
+    texts = "input_ids" in items[0] and "pixel_values" not in items[0]  # images are not decoded to be counted
+    each = statistics.fmean(len(items[i]["input_ids"]) for i in range(min(count, 64))) if texts else 1.0
+    unit = "tokens/s" if texts else "images/s"
+    return {"throughput": each * min(rows, count) / step_seconds, "throughput_unit": unit}
 
 
 class Saved(TrainerCallback):

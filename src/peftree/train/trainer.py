@@ -8,27 +8,40 @@ import functools
 import json
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from peftree import store
 from peftree.adapter import Adapter
-from peftree.errors import TrainError
+from peftree.errors import TrainError, plain
 from peftree.evaluate.quality import Scores
 from peftree.train import checkpoint as checkpoints
-from peftree.train.health import STEPS, Health, check_weights, first_line, names, not_finite
+from peftree.train.bar import Bar
+from peftree.train.beside import losses, optimizer
+from peftree.train.draws import Draws
+from peftree.train.health import STEPS, Health, check_weights, first_line, main_output, names, not_finite
+from peftree.train.output import held
+from peftree.train.share import check_splits, items
+from peftree.train.signals import stopping
 
 INIT_BATCHES = 32
-STOPPED = 143  # the exit code of a process that SIGTERM ended
+_Early = EarlyStoppingCallback
 _DEFAULT_LR = TrainingArguments.learning_rate
 
 
@@ -38,8 +51,8 @@ class AdapterTrainer(Trainer):
     What is added: the method's parameter groups and default learning rate, its schedule, extra loss,
     work on data before and work after training; checks that say by step 3 whether anything would
     fail silently; a stop within one step when a loss, gradient or weight is not finite; checkpoints
-    that hold the adapter and the state of training, written whole or not at all; on SIGTERM a
-    checkpoint and exit code 143.
+    that hold the adapter and the state of training, written whole or not at all; on SIGTERM or Ctrl-C a
+    checkpoint and exit code 143 or 130; and the output folder held against other processes.
 
     Args:
         adapter: on a model, and switched on.
@@ -74,26 +87,30 @@ class AdapterTrainer(Trainer):
         self.quiet = quiet
         self.score = score
         self.health = Health(adapter, stop)
-        self.stopped = False
+        self.stopped = 0  # the number of the signal that asked for it
+        self.ends = False  # whether the caller writes results, which a run may have been killed before
+        self.scored_at: int | None = None  # the step that results were written after
         self._labels = {id(p): n for n, p in names(adapter).items()}
         self._last: Mapping[str, Any] = {}
+        self.draws = Draws(args.seed)
         # A loss that is not finite stops the run; the Trainer would log it as 0.
         args.logging_nan_inf_filter = False
         super().__init__(model=adapter.model, args=args, **more)
-        # Only the causal loss is a sum over tokens that the Trainer may divide for a whole step.
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_shifts_labels
+        optimizer(adapter, self.lr, args, self.optimizer)  # what does not fit is refused now
+        # Set, the Trainer counts a step's items and does not divide by its passes; `compute_loss` weighs each of them.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.compute_loss_func is None
         self.add_callback(_Hooks(self))
         for shown in (PrinterCallback, ProgressCallback):
             if quiet or shown is PrinterCallback:
                 self.remove_callback(shown)
-        self._bar = _Bar()
+        self._bar = Bar()
         if not quiet and self.pop_callback(ProgressCallback):
             self.add_callback(self._bar)
 
     def say(self, line: str) -> None:
         """Print one line above the progress bar, unless the trainer is quiet."""
         if not self.quiet:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(plain(line), file=sys.stderr)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **more: Any) -> Any:
         """Train; see `transformers.Trainer.train`.
@@ -104,22 +121,66 @@ class AdapterTrainer(Trainer):
 
         Raises:
             TrainError: training would fail silently, or the run to resume is finished or damaged.
-            SystemExit: with code 143 after SIGTERM, once the checkpoint is written.
+            BusyError: another process holds the output folder.
+            SystemExit: with code 143 after SIGTERM or 130 after SIGINT, once the checkpoint is written.
         """
-        self.say(first_line(self._base, self.adapter))
-        source = self._resume(resume_from_checkpoint)
-        if source is None:
-            self._see_data()
-        try:
-            with _terminated(self._stop):
-                result = super().train(source, *args, **more)
-        finally:
-            self._bar.close()
-        if self.stopped:
-            self.say(f"stopped by SIGTERM at step {self.state.global_step}; resume goes on from there")
-            raise SystemExit(STOPPED)
-        self.adapter.finish()
-        return result
+        output = str(self.args.output_dir)
+        with held(output) if self.is_world_process_zero() else contextlib.nullcontext():
+            self.say(first_line(self._base, self.adapter))
+            source = self._resume(resume_from_checkpoint)
+            if source is None:
+                self._see_data()
+            try:
+                with stopping(self._stop):
+                    over = source is not None and self._over(source)
+                    result = self._restore(str(source)) if over else super().train(source, *args, **more)
+            finally:
+                self._bar.close()
+            if self.stopped:
+                name = signal.Signals(self.stopped).name
+                self.say(f"stopped by {name} at step {self.state.global_step}; resume continues from there")
+                raise SystemExit(128 + self.stopped)
+            self.adapter.finish()
+            return result
+
+    def _over(self, source: str) -> bool:
+        """Return whether a checkpoint is the last of its run, whose results were never written.
+
+        Raises:
+            TrainError: it is the last, and they were.
+        """
+        state = TrainerState.load_from_json(f"{source}/{checkpoints.TRAINER}")
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        patience = [c.early_stopping_patience for c in self.callback_handler.callbacks if isinstance(c, _Early)]
+        waited = (state.stateful_callbacks or {}).get(_Early.__name__, {}).get("attributes", {})
+        stopped = any(waited.get("early_stopping_patience_counter", 0) >= most for most in patience)
+        if state.global_step < steps and not stopped:
+            return False
+        if not self.ends or self.scored_at == state.global_step:
+            raise TrainError(
+                f"The run is finished: step {state.global_step} of {steps}.",
+                "Raise epochs or steps to continue, or train again in another output folder.",
+            )
+        return True
+
+    def _restore(self, source: str) -> TrainOutput:
+        """Put everything in the state that training ended in."""
+        state = TrainerState.load_from_json(f"{source}/{checkpoints.TRAINER}")
+        self.create_optimizer_and_scheduler(state.max_steps)
+        assert self.optimizer is not None
+        checkpoints.fill_training(source, self.adapter, self.optimizer, self.lr_scheduler)
+        checkpoints.fill_adapter(self.adapter, source)
+        checkpoints.fill_random(source)
+        self.state = state
+        self.say(f"training had ended at step {state.global_step}")
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        scored = any("eval_score" in entry for entry in state.log_history if entry["step"] == state.global_step)
+        if self.args.eval_strategy == "epoch" and self.score is not None and not scored:
+            self.evaluate()  # an epoch's end that is not a save's comes after the last save
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(state.global_step, 0.0, {})
 
     @property
     def _base(self) -> nn.Module:
@@ -127,13 +188,12 @@ class AdapterTrainer(Trainer):
         assert model is not None
         return model
 
-    def _stop(self) -> None:
-        self.stopped = True
+    def _stop(self, number: int) -> None:
+        self.stopped = number
 
     def _resume(self, wanted: str | bool | None) -> str | None:
-        """Return the checkpoint to go on from."""
+        """Return the checkpoint to continue from."""
         output = str(self.args.output_dir)
-        checkpoints.clear_stages(output)
         if not wanted:
             return None
         found = checkpoints.newest_checkpoint(output, self.say) if wanted is True else Path(wanted)
@@ -152,25 +212,26 @@ class AdapterTrainer(Trainer):
         if not any(part.tags.needs_data for part in (method, *method.parts())):
             return
         with torch.random.fork_rng():
-            batches = [
-                self._prepare_inputs(batch)
-                for _, batch in zip(range(INIT_BATCHES), self.get_train_dataloader(), strict=False)
-            ]
-            training = self._base.training
-            self._base.eval()
-            self.adapter.init([functools.partial(self._loss, batch) for batch in batches])
-            self._base.train(training)
+            self.adapter.init(list(islice(losses(self, self._base, self.draws, 0), INIT_BATCHES)))
         self._base.zero_grad()
-
-    def _loss(self, batch: Mapping[str, Any]) -> Tensor:
-        loss: Tensor = self._base(**batch).loss
-        return loss
 
     # What follows overrides steps of transformers' Trainer, under its names.
 
+    def get_train_dataloader(self) -> Any:
+        """Return batches whose random numbers depend on the seed, the epoch and their rows alone."""
+        return self.draws.on(super().get_train_dataloader())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.draws.order(super()._get_train_sampler(train_dataset))
+
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **more: Any) -> None:
+        self.draws.epoch = epoch
+        super()._run_epoch(model, epoch, *args, **more)  # type: ignore[no-untyped-call]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer from the method's parameter groups; checks one that was passed in."""
+        """Build the method's own optimizer, or the run's from its parameter groups; checks one that was passed in."""
         self.health.check_adapter(self._base)
+        self.optimizer = optimizer(self.adapter, self.lr, self.args, self.optimizer)
         if self.optimizer is None:
             base: Any = self._base
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
@@ -190,25 +251,42 @@ class AdapterTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:  # fmt: skip
-        """Return the model's loss plus the method's own term."""
+        """Return the model's loss plus the method's own term, in training as this pass's share of the step's.
+
+        A model's own loss is a mean over the labelled items of the batch; with the share that these have in the step,
+        the sum over its passes is the mean over the step, however it is split.
+        """
         watching = model.training and not self.health.done
         if watching:
             self.health.see_batch(inputs)
             self._last = inputs
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        weighed = model.training and self.compute_loss_func is None
+        own = items(inputs, self._base) if weighed else 0
+        loss, outputs = super().compute_loss(model, inputs, True, None if weighed else num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
+        if weighed and num_items_in_batch is not None:
+            world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            # The mean over no item is not a number; a pass without one has no part in the step.
+            loss = loss * (own * world / num_items_in_batch) if own else main_output(outputs).sum() * 0.0
         step, total = self.state.global_step, self.state.max_steps
         extra = self.adapter.aux_loss(step, total, outputs, functools.partial(model, **inputs))
         if extra is not None:
-            # With a count of items the loss is a share of the whole step's; the term must be one too.
-            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            loss = loss + (extra / self.current_gradient_accumulation_steps if whole else extra)
+            loss = loss + extra / self.current_gradient_accumulation_steps
         if watching:
             self.health.see_loss(loss)
         if not bool(torch.isfinite(loss.detach())):
             raise not_finite(f"The loss of step {step + 1}")
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Return how many items a step's loss is a mean over, in all processes whose gradients are averaged."""
+        if self.compute_loss_func is not None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        check_splits(batch_samples[0], len(batch_samples))
+        count = torch.tensor(sum(items(batch, self._base) for batch in batch_samples), device=device)
+        spread = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return self.accelerator.gather(count).sum() if spread else count
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Stop on a gradient that is not finite, before the optimizer uses it."""
@@ -219,14 +297,24 @@ class AdapterTrainer(Trainer):
             raise not_finite(f"The gradient of step {self.state.global_step + 1}")
         return norm
 
+    def _plain_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    def before_step(self) -> None:
+        """Let the method see and change the gradients, clipped ones where they are clipped."""
+        self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self._plain_optimizer())
+
     def after_step(self) -> None:
         """Run the method's schedule and look at the weights; gradients are still there."""
         step = self.state.global_step + 1
-        self.adapter.step(step, self.state.max_steps)
+        beside = losses(self, self._base, self.draws, step)
+        self.adapter.step(step, self.state.max_steps, self._plain_optimizer(), beside)
         check_weights([p for p in self.adapter.parameters() if p.requires_grad], self._labels)
         last = min(STEPS, self.state.max_steps)
         if not self.health.done and self.health.steps >= last:
-            self.say(self.health.report(self.health.effect(self._base, self._last)))
+            with self.compute_loss_context_manager():
+                change = self.health.effect(self._base, self._last)
+            self.say(self.health.report(change))
             self.health.done, self._last = True, {}
 
     def evaluate(
@@ -278,11 +366,6 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.optimizer is not None:
             checkpoints.fill_training(checkpoint, self.adapter, self.optimizer, self.lr_scheduler)
-            if self.state.global_step >= self.state.max_steps:
-                raise TrainError(
-                    f"The run is finished: step {self.state.global_step} of {self.state.max_steps}.",
-                    "Raise epochs or steps to go on, or train anew in another output folder.",
-                )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -295,6 +378,12 @@ class _Hooks(TrainerCallback):
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.trainer.adapter.start(state.global_step, state.max_steps, self.trainer._plain_optimizer())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.trainer.before_step()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.trainer.after_step()
 
@@ -302,31 +391,3 @@ class _Hooks(TrainerCallback):
         if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-
-class _Bar(ProgressCallback):
-    """The Trainer's progress bar with the newest figures at its end instead of a line for each."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        if self.training_bar is not None and logs:
-            shown = {k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_score")}
-            self.training_bar.set_postfix(shown)
-
-    def close(self) -> None:
-        """Leave the bar where a broken run ended."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
-
-
-@contextlib.contextmanager
-def _terminated(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM calls `stop` instead of ending the process (main thread only)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,21 +8,27 @@ The paper's equation reads the normed x; the released code reads the residual st
 64
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from peftree.deltas import Bottleneck
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class AdaptFormer(Method):
     """Parallel bottleneck that reads the residual stream before the FFN's norm."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2205.13535", True, False, lr=1e-3, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2205.13535", True, False, lr=1e-3, inference_cost="low", small={"size": 5}
+    )
     sites: str = Field("ffn", description="sub-layers that get a parallel bottleneck")
     size: int = Field(64, ge=1, le=65536, description="width of the bottleneck")
     scale: float = Field(0.1, gt=0, le=1e4, description="factor s of the branch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the bottleneck's activations in training")
     reads: Literal["residual", "input"] = Field("residual", description="the residual stream, or the FFN's input")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum((2 * self.size + 1) * s.out_features + self.size for s in sites)
 
     def build(self, place: Place) -> Bottleneck:
         return Bottleneck(place, self.size, parallel=True, scale=self.scale, reads=self.reads, dropout=self.dropout)

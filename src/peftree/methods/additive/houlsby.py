@@ -8,12 +8,13 @@ D [size, d] and U [d, size] start N(0, 1e-3) cut at two deviations, biases 0, so
 64
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import nn
 
 from peftree.deltas import Bottleneck, Offset
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 STD = 1e-3
 
@@ -21,10 +22,17 @@ STD = 1e-3
 class Houlsby(Method):
     """Sequential bottlenecks after both sub-layers of every layer, and trained layer norms."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 1902.00751", False, False, lr=3e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 1902.00751", False, False, lr=3e-4, inference_cost="low", small={"size": 5}
+    )
     sites: str = Field("attn.o ffn.down norm", description="projections that get a bottleneck; norms that train")
     size: int = Field(64, ge=1, le=65536, description="width of the bottleneck (the paper: 8 to 512)")
     start: Literal["normal", "zero"] = Field("normal", description="N(0, 1e-3), or an up-projection of zeros")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        norms = [s for s in sites if s.kind == "norm"]
+        rest = [s.out_features for s in sites if s.kind != "norm"]
+        return sum(s.size * (1 + bool(s.bias)) for s in norms) + sum((2 * self.size + 1) * d + self.size for d in rest)
 
     def build(self, place: Place) -> Bottleneck | Offset:
         if place.site.kind == "norm":

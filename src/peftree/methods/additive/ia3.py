@@ -7,10 +7,11 @@ all start at 1. The vectors fold into the weights. The paper trains with Adafact
 'attn.k attn.v xattn.k? xattn.v? ffn.down'
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from peftree.deltas import Affine, ScaledInput
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class IA3(Method):
@@ -19,6 +20,10 @@ class IA3(Method):
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2205.05638", True, True, lr=3e-3)
     sites: str = Field("attn.k attn.v xattn.k? xattn.v? ffn.down", description="weights that are rescaled")
     columns: str = Field("ffn.down", description="roles among them whose input is rescaled, not the output")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        columns = self.columns.split()
+        return sum(s.experts * (s.in_features if s.role in columns else s.out_features) for s in sites)
 
     def build(self, place: Place) -> Affine | ScaledInput:
         experts = place.frozen.weight.shape[:-2] if place.site.kind == "expert" else ()

@@ -9,23 +9,33 @@ is, as in the paper and in `peft`; the released code squashes it by tanh, equal 
 10
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
 from peftree.deltas import Attend
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class LlamaAdapter(Method):
     """A prompt in every layer, attended to by a softmax of its own behind a zero-initialised gate."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2303.16199", True, False, lr=9e-3, lengthens_sequence=True, inference_cost="tokens"
+        "additive",
+        "arXiv 2303.16199",
+        True,
+        False,
+        lr=9e-3,
+        lengthens_sequence=True,
+        inference_cost="tokens",
+        small={"length": 3},
     )
     sites: str = Field("attn", description="attention modules that get a prompt")
     length: int = Field(10, ge=1, le=10000, description="number of prompt vectors a layer")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(self.length * s.in_features + 1 for s in sites)
 
     def build(self, place: Place) -> "Adaption":
         return Adaption(place, self.length)
@@ -35,6 +45,7 @@ class Adaption(Attend):
     """P and g."""
 
     shared: ClassVar[bool] = False
+    projects = True
 
     def __init__(self, place: Place, length: int) -> None:
         super().__init__()

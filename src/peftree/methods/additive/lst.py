@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peftree.deltas import Side, SideAttention, SideBlock, rms
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class LST(Method):
@@ -29,9 +29,19 @@ class LST(Method):
     temperature: float = Field(0.1, gt=0, le=100, description="T of the gates")
     expansion: int = Field(4, ge=1, le=64, description="inner width of a block's FFN over its width")
 
+    def count(self, sites: Sequence[Site]) -> int:
+        def one(s: Site) -> int:
+            d, L, w = s.in_features, len(s.layers), max(1, s.in_features // self.reduction)
+            inner = s.heads * max(1, s.head_dim // self.reduction)
+            block = 2 * w + 4 * w * inner + 2 * self.expansion * w * w
+            cross = w * d + L * (w + 4 * w * inner) if s.tower == "decoder" else 0
+            return (L + 1) * (w * d + w) + L + w + w * d + d + L * block + cross
+
+        return sum(map(one, sites))
+
     def build(self, place: Place) -> "Ladder":
         if place.site.in_features != place.site.out_features or not place.site.heads:
-            raise place.refuse("is no transformer of one width", "Use another method here.")
+            raise place.refuse("is not a transformer of one width", "Use another method here.")
         return Ladder(place, self.reduction, self.temperature, self.expansion)
 
 

@@ -8,20 +8,26 @@ generation; for GLUE its scripts use s = 2, size = 16 and the learning rate take
 4.0
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from peftree.deltas import Bottleneck
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class ParallelAdapter(Method):
     """Bottleneck that reads a sub-layer's input and adds to its output."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2110.04366", True, False, lr=1e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2110.04366", True, False, lr=1e-4, inference_cost="low", small={"size": 5}
+    )
     sites: str = Field("ffn", description="sub-layers that get a parallel bottleneck")
     size: int = Field(512, ge=1, le=65536, description="width of the bottleneck")
     scale: float = Field(4.0, gt=0, le=1e4, description="factor s of the branch")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum((2 * self.size + 1) * s.out_features + self.size for s in sites)
 
     def build(self, place: Place) -> Bottleneck:
         return Bottleneck(place, self.size, self.activation, parallel=True, scale=self.scale)

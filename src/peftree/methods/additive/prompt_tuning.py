@@ -1,49 +1,50 @@
 """Prompt tuning: X = [P; E(x)], l trained virtual tokens before the embedded text.
 
 Lester, Al-Rfou, Constant 2021, arXiv 2104.08691, section 2. P [l, d] starts from rows of the embedding table sampled
-from its first 5,000 entries (section 2.2), or uniform in [-0.5, 0.5].
+from its first 5,000 entries (section 2.2), or uniform in [-0.5, 0.5]; or, in place of the paper's label words, from the
+rows of a phrase, one token each. Ids depend on the tokenizer: `" ".join(map(str, tokenizer("a phrase").input_ids))`.
 
 >>> PromptTuning(length=4).length
 4
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftree.deltas import Prepend
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.deltas import VirtualTokens, start_tokens
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class PromptTuning(Method):
     """Virtual tokens at the input of a text stack."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2104.08691", False, False, lr=3e-2, lengthens_sequence=True, inference_cost="tokens"
+        "additive",
+        "arXiv 2104.08691",
+        False,
+        False,
+        lr=3e-2,
+        lengthens_sequence=True,
+        inference_cost="tokens",
+        small={"length": 3},
     )
     sites: str = Field("stack", description="which stacks get virtual tokens")
     length: int = Field(20, ge=1, le=10000, description="number of virtual tokens (the paper: 1 to 150)")
     start: Literal["vocabulary", "uniform"] = Field("vocabulary", description="rows of the embedding, or U(-0.5, 0.5)")
-
-    def build(self, place: Place) -> "Prompt":
-        return Prompt(place, self.length, self.start == "vocabulary")
-
-
-class Prompt(Prepend):
-    """P, the virtual tokens of depth 0."""
-
-    def __init__(self, place: Place, length: int, vocabulary: bool) -> None:
-        super().__init__()
-        self.P = nn.Parameter(place.empty(length, place.site.in_features).detach().uniform_(-0.5, 0.5))
-        table = place.embedding
-        if vocabulary and table is not None and not place.abstract:
-            rows = torch.randint(0, min(5000, table.shape[0]), (length,))
-            self.P.data = table[rows.to(table.device)].to(self.P.dtype)
-
-    def tokens(self, depth: int) -> Tensor:
-        return self.P
+    ids: str = Field("", pattern=r"^[\d ]*$", description="ids of a phrase to start from; empty: `length` and `start`")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the virtual tokens")
 
     @property
-    def length(self) -> int:
-        return self.P.shape[0]
+    def phrase(self) -> list[int]:
+        """The ids as numbers."""
+        return [int(i) for i in self.ids.split()]
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum((len(self.phrase) or self.length) * (s.entry or s.in_features) for s in sites)
+
+    def build(self, place: Place) -> VirtualTokens:
+        length = len(self.phrase) or self.length
+        P = start_tokens(place, length, self.start == "vocabulary", self.phrase)
+        return VirtualTokens(P, nn.Dropout(self.dropout) if self.dropout else None)

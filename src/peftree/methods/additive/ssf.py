@@ -8,10 +8,11 @@ scale and no shift.
 'linear norm conv?'
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from peftree.deltas import Affine, takes_shift
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class SSF(Method):
@@ -20,6 +21,9 @@ class SSF(Method):
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2210.08823", False, True, lr=1e-3)
     sites: str = Field("linear norm conv?", description="maps and norms whose output is scaled and shifted")
     start: Literal["normal", "identity"] = Field("normal", description="N(1, 0.02) and N(0, 0.02), or 1 and 0")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * s.out_features * (1 + (s.kind != "norm" or bool(s.bias))) for s in sites)
 
     def build(self, place: Place) -> Affine:
         std = 0.02 if self.start == "normal" else 0.0

@@ -10,33 +10,37 @@ trains without it.
 4
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peftree.deltas import LINEAR, Rewrite, TokenRouter, matrix
-from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Tags
+from peftree.deltas import LINEAR, Rewrite, TokenRouter, balance, matrix
+from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
 
 class MoLoRA(Method):
     """Mixture of LoRA experts with a dense token router."""
 
-    tags: ClassVar[Tags] = Tags("moe", "arXiv 2309.05444", True, False, lr=3e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "moe", "arXiv 2309.05444", True, False, lr=3e-4, inference_cost="low", small={"experts": 3}
+    )
     sites: str = Field("linear", description="projections that get experts")
     experts: int = Field(10, ge=1, le=4096, description="number of experts")
     r: int = Field(4, ge=1, le=65536, description="rank of each expert")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     balance: float = Field(0.0, ge=0, le=1e3, description="weight of the load-balance term")
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(self.experts * (self.r * (s.in_features + s.out_features) + s.in_features) for s in sites)
+
     def build(self, place: Place) -> "Experts":
         return Experts(place, self.experts, self.r, self.alpha / self.r)
 
     def aux_loss(self, deltas: Deltas, moment: Moment) -> Tensor | None:
-        loads = [d.router.load for d in deltas.values() if isinstance(d, Experts)]
-        found = [load for load in loads if load is not None]
-        return self.balance * torch.stack(found).mean() if found and self.balance else None
+        return balance(deltas.values(), self.balance)
 
 
 class Experts(Rewrite):

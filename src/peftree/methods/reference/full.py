@@ -7,41 +7,31 @@ fine-tuning can be switched off, saved and compared like any adapter.
 'all'
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor, nn
-
-from peftree.deltas import Reweight
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.deltas import Replace
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class Full(Method):
     """Every parameter at the named sites is trained."""
 
-    tags: ClassVar[Tags] = Tags("reference", "none", True, True, lr=5e-5)
+    tags: ClassVar[Tags] = Tags(
+        "reference",
+        "none",
+        True,
+        True,
+        lr=5e-5,
+        known={
+            "side_by_side": "the last of two whole copies replaces the one before",
+            "routes": "what a stack computes once for all rows, as T5 its position bias, has no row of its own",
+        },
+    )
     sites: str = Field("all", description="which parameters are trained; `all` is every one")
 
-    def build(self, place: Place) -> "Replace":
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.size + (s.experts * s.out_features if s.bias else 0) for s in sites)
+
+    def build(self, place: Place) -> Replace:
         return Replace(place)
-
-
-class Replace(Reweight):
-    """W' = value, b' = offset; tied parameters share one value."""
-
-    def __init__(self, place: Place) -> None:
-        super().__init__()
-        W, b = place.frozen
-        tied = place.module._parameters[place.site.parameter]
-        self.value = place.once(f"value {id(tied)} {place.site.rows}", lambda: trained(W, place))
-        self.offset = None if b is None else trained(b, place)
-
-    def weight(self, W: Tensor) -> Tensor:
-        return self.value.to(W.dtype)
-
-    def bias(self, b: Tensor | None) -> Tensor | None:
-        return b if b is None or self.offset is None else self.offset.to(b.dtype)
-
-
-def trained(frozen: Tensor, place: Place) -> nn.Parameter:
-    """Return a trainable copy of a frozen tensor."""
-    return nn.Parameter(frozen.detach().to(place.dtype, copy=True))

@@ -10,13 +10,14 @@ Q Q^T - I and P^T P - I, as in the authors' code (the paper squares it).
 8.5
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from peftree.deltas import Triplets, keep_largest
-from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Tags
+from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
 
 class AdaLoRA(Method):
@@ -34,6 +35,9 @@ class AdaLoRA(Method):
     beta: float = Field(0.85, gt=0, lt=1, description="memory of the running means")
     orthogonal: float = Field(0.5, ge=0, le=1e3, description="weight of the orthogonality term")
 
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * self.r * (s.in_features + s.out_features + 1) for s in sites)
+
     def build(self, place: Place) -> Triplets:
         return Triplets(place, self.r, self.alpha / (self.r + 1e-5), self.dropout)
 
@@ -44,6 +48,8 @@ class AdaLoRA(Method):
         return self.target_r + (self.r - self.target_r) * left**3
 
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
+        if moment.start:
+            return
         found = [d for d in deltas.values() if isinstance(d, Triplets)]
         final = moment.step >= (1 - self.final) * moment.total
         for d in [] if final else found:

@@ -8,6 +8,7 @@ W + s B A: ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 B (A A^T) B^T, row b
 4
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.deltas import LINEAR, TINY, Frozen, Reweight, added_norm, lora_factors
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class DoRA(Method):
@@ -26,6 +27,9 @@ class DoRA(Method):
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank term")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * (self.r * (s.in_features + s.out_features) + s.out_features) for s in sites)
 
     def build(self, place: Place) -> "Renormed":
         return Renormed(place, self)

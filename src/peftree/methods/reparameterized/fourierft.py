@@ -8,24 +8,30 @@ is changed at the start, or at zero (`start="zero"`).
 500
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from peftree.deltas import Reweight, matrix, seeded_indices
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class FourierFT(Method):
     """Weight changes with a sparse spectrum."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2405.03003", False, True, lr=1e-2, needs_dense_weight=True)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2405.03003", False, True, lr=1e-2, needs_dense_weight=True, small={"n": 40}
+    )
     sites: str = Field("attn.q attn.v", description="which weights change")
     n: int = Field(1000, ge=1, le=10_000_000, description="number of trained coefficients of each weight")
     alpha: float = Field(150.0, gt=0, le=1e6, description="scale")
     start: Literal["normal", "zero"] = Field("normal", description="coefficients N(0, 1), or zero")
     basis_seed: int = Field(777, ge=0, lt=2**63, description="seed of the places")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * min(self.n, s.in_features * s.out_features) for s in sites)
 
     def build(self, place: Place) -> "Spectrum":
         return Spectrum(place, self)

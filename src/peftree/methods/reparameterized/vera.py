@@ -7,24 +7,30 @@ Kopiczko, Blankevoort, Asano 2023, arXiv 2310.11454, equation 2. A [r, in] and B
 256
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.deltas import LINEAR, Bases, Frozen, Reweight, matrix
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class VeRA(Method):
     """Vector-based random matrix adaptation."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2310.11454", True, True, lr=5e-3)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2310.11454", True, True, lr=5e-3, small={"r": 6, "d_initial": 1.0}
+    )
     sites: str = Field("attn.q attn.v", description="which weights get a scaled random term")
     r: int = Field(256, ge=1, le=65536, description="rank of the frozen matrices")
     d_initial: float = Field(0.1, ge=-1e3, le=1e3, description="start of d")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the term")
     basis_seed: int = Field(0, ge=0, lt=2**63, description="seed of the frozen matrices")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * (self.r + s.out_features) for s in sites)
 
     def build(self, place: Place) -> "Scaled":
         bases = place.once(f"bases {self.r} {self.basis_seed}", lambda: Bases(place, self.r, self.basis_seed))

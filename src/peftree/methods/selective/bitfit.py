@@ -8,10 +8,11 @@ that change most. Named linear maps without a bias get one (`sites="attn.v"` on 
 'bias'
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from peftree.deltas import BiasOffset
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class BitFit(Method):
@@ -19,6 +20,9 @@ class BitFit(Method):
 
     tags: ClassVar[Tags] = Tags("selective", "arXiv 2106.10199", True, True, lr=1e-3)
     sites: str = Field("bias", description="modules whose bias is trained; `bias` is every one outside heads")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.experts * s.out_features for s in sites)
 
     def build(self, place: Place) -> BiasOffset:
         return BiasOffset(place)

@@ -7,10 +7,11 @@ chosen towers, the final one included.
 'norm'
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from peftree.deltas import Offset, only
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class LayerNorm(Method):
@@ -18,6 +19,9 @@ class LayerNorm(Method):
 
     tags: ClassVar[Tags] = Tags("selective", "arXiv 2312.11420", True, True, lr=1e-3)
     sites: str = Field("norm", description="which norms are trained")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        return sum(s.size * (1 + bool(s.bias)) for s in sites)
 
     def build(self, place: Place) -> Offset:
         only(place, ("norm",))

@@ -8,23 +8,28 @@ rows I or columns J, which are stored with it. The paper takes the first ones an
 1
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
 
 from peftree.deltas import LINEAR, Frozen, Reweight, matrix, pick
-from peftree.methods.contract import Field, Method, Place, Tags
+from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class RoCoFT(Method):
     """Trained offsets of k rows or columns."""
 
-    tags: ClassVar[Tags] = Tags("selective", "arXiv 2410.10075", True, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags("selective", "arXiv 2410.10075", True, True, lr=1e-3, small={"k": 2})
     sites: str = Field("linear", description="weights of which lines are trained")
     k: int = Field(3, ge=1, le=65536, description="number of rows or columns of each weight")
     axis: Literal["rows", "columns"] = Field("rows", description="rows are output units, columns input units")
     choice: Literal["first", "random", "max", "min"] = Field("first", description="which lines, max and min by |W|")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        per = "in_features" if self.axis == "rows" else "out_features"
+        return sum(s.experts * self.k * int(getattr(s, per)) for s in sites)
 
     def build(self, place: Place) -> "Lines":
         return Lines(place, self)

@@ -8,24 +8,33 @@ detached as in the released code, averaged over all positions. After training th
 4
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
 from peftree.deltas import RandomExperts
-from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Tags
+from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
 
 class AdaMix(Method):
     """A mixture of bottlenecks with random routing, merged to one."""
 
-    tags: ClassVar[Tags] = Tags("unified", "arXiv 2205.12410", False, False, lr=4e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "unified", "arXiv 2205.12410", False, False, lr=4e-4, inference_cost="low", small={"size": 5}
+    )
     sites: str = Field("ffn.down", description="projections whose output gets a mixture")
     experts: int = Field(4, ge=1, le=256, description="number n of down- and of up-projections")
     size: int = Field(16, ge=1, le=65536, description="bottleneck width (the paper: 16 on large, 48 on base models)")
     share_up: bool = Field(False, description="one up-projection for all, as in the released GLUE scripts")
     consistency: float = Field(1.0, ge=0, le=1e4, description="factor of the divergence between two passes")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        ups = 1 if self.share_up else self.experts
+        return sum(
+            self.experts * (s.out_features + 1) * self.size + ups * s.out_features * (self.size + 1) for s in sites
+        )
 
     def build(self, place: Place) -> RandomExperts:
         return RandomExperts(place, self.size, "gelu", self.experts, 1 if self.share_up else self.experts)

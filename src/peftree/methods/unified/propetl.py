@@ -8,20 +8,27 @@ through to |score|. Scores learn at `score_lr` times the rate. After training a 
 0.5
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from peftree.deltas import MaskedBottleneck
-from peftree.methods.contract import Deltas, Field, Method, Place, Tags, trainable
+from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags, trainable
 
 
 class ProPETL(Method):
     """One prototype bottleneck, masked differently in every layer."""
 
-    tags: ClassVar[Tags] = Tags("unified", "arXiv 2305.17682", False, False, lr=1e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "unified", "arXiv 2305.17682", False, False, lr=1e-4, inference_cost="low", small={"reduction": 4}
+    )
     sites: str = Field("ffn.down", description="projections whose output gets the masked prototype")
     reduction: float = Field(12.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
     keep: float = Field(0.5, gt=0, le=1, description="share of the prototype's entries that a layer keeps")
     score_lr: float = Field(30.0, gt=0, le=1e4, description="learning rate of the scores over that of the prototype")
+
+    def count(self, sites: Sequence[Site]) -> int:
+        d, b = sites[0].out_features, max(1, round(sites[0].out_features / self.reduction))
+        return 2 * d * b + b + d + len(sites) * 2 * d * b
 
     def build(self, place: Place) -> MaskedBottleneck:
         size = max(1, round(place.site.out_features / self.reduction))

@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from peftree import registry
+from peftree import sites as site_tree
 from peftree.adapter import Adapter, check_free
-from peftree.errors import ConfigError, StoreError, did_you_mean
+from peftree.errors import ConfigError, StoreError
 from peftree.files import read_json, sha256
+from peftree.making import Entries
 from peftree.methods.contract import Method
 from peftree.store import build, native
-from peftree.store.build import Draft, Entries
+from peftree.store.build import Draft
 from peftree.store.folder import CONFIG, MANIFEST, PEFT
+from peftree.store.hfpeft import fresh, moved, whole
 from peftree.store.hfpeft.adalora import AdaLora
+from peftree.store.hfpeft.declared import declared
 from peftree.store.hfpeft.dialect import Dialect, View
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, decoded, encoded, head_links
-from peftree.store.hfpeft.lora import Dora, Lora
-from peftree.store.hfpeft.names import saved_modules, saves_heads
+from peftree.store.hfpeft.lora import Dora, Lora, LoraFields
 from peftree.store.hfpeft.scales import Ia3, Norms
 from peftree.store.hfpeft.schema import Common, kept, parse
 from peftree.store.hfpeft.spectral import Fourier, Oft, Vera
-from peftree.store.hfpeft.tokens import Adaption, Prefix, Prompt
+from peftree.store.hfpeft.tokens import Adaption, Prefix, Prompt, PTuning
 from peftree.store.manifest import describe, method_of, read_manifest
 from peftree.store.tensors import Entry, header, pack, view
 
-__all__ = ["DIALECTS", "InexpressibleError", "files", "read"]
+__all__ = ["InexpressibleError", "dialects", "files", "method_from", "read"]
 
-DIALECTS: tuple[Dialect[Any], ...] = (
-    Lora(), Dora(), AdaLora(), Vera(), Oft(), Fourier(), Norms(), Ia3(), Prompt(), Prefix(), Adaption(),
+_OWN: tuple[Dialect[Any], ...] = (
+    Lora(), Dora(), AdaLora(), Vera(), Oft(), Fourier(), Norms(), Ia3(), Prompt(), PTuning(), Prefix(), Adaption(),
 )  # fmt: skip
 _NEEDS_HEAD = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-_BASE = ".base_layer.weight"
+T = TypeVar("T")
 _KEPT: WeakKeyDictionary[Adapter, dict[str, Any]] = WeakKeyDictionary()
+
+
+def dialects() -> list[Dialect[Any]]:
+    """Return the mapping of every method that both have: those written here, and those that method files declare."""
+    return [*_OWN, *declared()]
 
 
 def files(adapter: Adapter) -> dict[str, bytes]:
@@ -47,14 +55,19 @@ def files(adapter: Adapter) -> dict[str, bytes]:
     Raises:
         InexpressibleError: it has no exact form there.
     """
-    dialect = next((d for d in DIALECTS if d.writes(adapter.method)), None)
+    _, main, _ = whole.split(adapter.method)
+    dialect = next((d for d in dialects() if d.writes(main)), None)
     if dialect is None:
         raise InexpressibleError(f"PEFT has no method that equals {adapter.method.name}")
     work = Work(dialect, adapter.graft.model, adapter.method, adapter.entries)
+    mixed = sorted(set(main.by_site) - set(main.by_site if dialect.sited is None else dialect.sited))
+    if mixed:
+        raise InexpressibleError(f"{', '.join(mixed)} differs between its sites")
     own = dialect.config(work.view)
+    own |= whole.config(work.view.model, [site.path for _, site, _ in work.heads], work.whole, work.view.paths)
     state = adapter.state()
     rest = {k: t.flatten().tolist() for k, t in state.items() if k.rpartition("/")[2] in dialect.rest}
-    weights = pack(encoded(work.links(), state) | dialect.extras(work.view))
+    weights = pack(_renamed(encoded(work.links(), state) | dialect.extras(work.view), PREFIX, dialect.root))
     config = _config(dialect, adapter, work, own)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     entries = header(bytearray(weights), PEFT)
@@ -69,12 +82,19 @@ class Work:
         self, dialect: Dialect[Any], model: nn.Module, method: Method, keyed: Entries, config: Common | None = None
     ) -> None:
         self.dialect = dialect
+        index, main, beside = whole.split(method)
         self.heads = [e for e in keyed if e[0].endswith("/head") and set(e[2].state_dict()) <= {"value", "offset"}]
-        self.view = View(model, method, [e for e in keyed if e not in self.heads], config)
+        rest = [e for e in keyed if not any(e[0] == h[0] for h in self.heads)]
+        full = [i for i, part in beside.items() if part.name != "bitfit"]
+        self.whole = [e for e in rest if e[2].part in full]
+        shifts = [e for e in rest if e[2].part in beside and e[2].part not in full]
+        mine = [e for e in rest if e[2].part == index or not beside]
+        self.view = View(model, main, mine, config, shifts)
 
     def links(self) -> list[Link]:
         """Return the links of every tensor."""
-        return self.dialect.links(self.view) + head_links(self.heads)
+        beside = whole.links(self.view.model, self.whole, self.view.paths)
+        return self.dialect.links(self.view) + beside + head_links(self.heads)
 
 
 def _config(dialect: Dialect[Any], adapter: Adapter, work: Work, own: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +108,6 @@ def _config(dialect: Dialect[Any], adapter: Adapter, work: Work, own: dict[str, 
         "task_type": _task(model, bool(heads)),
         "base_model_name_or_path": name or None,
         "inference_mode": True,
-        "modules_to_save": saved_modules(model, heads) if heads else None,
     }
     made = dialect.schema.model_validate(shared | own)
     written: dict[str, Any] = made.model_dump(exclude_unset=True)
@@ -106,6 +125,11 @@ def _task(model: nn.Module, head: bool) -> str | None:
     if head:
         return next((t for end, t in _NEEDS_HEAD.items() if any(n.endswith(end) for n in names)), None)
     return None
+
+
+def _renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
+    """Return named tensors with another start of the names that begin with `old`."""
+    return {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()}
 
 
 def _canonical(config: Mapping[str, Any]) -> str:
@@ -133,15 +157,22 @@ def read(
         )
     data, entries = native.read_weights(model, path, manifest)
     dialect = _dialect(raw, where)
+    entries = _renamed(entries, dialect.root, PREFIX)
     config = parse(dialect.schema, raw, where)
-    method = _method(dialect, config, model, where) if manifest is None else method_of(manifest, folder / MANIFEST)
-    if not dialect.writes(method):
+    try:
+        if manifest is None:
+            method, head, entries = _foreign(dialect, config, model, where, data, entries)
+        else:
+            method, head = method_of(manifest, folder / MANIFEST), manifest.head
+        main = whole.split(method)[1]
+    except InexpressibleError as error:
+        raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
+    if not dialect.writes(main):
         raise StoreError(f"{where} is of {dialect.peft_type}, not of {method.name}.", "Fetch the adapter again.")
-    name = name or (manifest.name if manifest else "default")
+    name = name if name is not None else manifest.name if manifest else "default"
     check_free(model, name)
     if manifest is not None:
         native.check_base(manifest, model, folder, allow_other_base)
-    head = saves_heads(model, config.modules_to_save, where) if manifest is None else manifest.head
     seed = manifest.seed if manifest else 0
     foreign = config if manifest is None else None
     try:
@@ -154,11 +185,13 @@ def read(
 
 
 def _dialect(raw: Mapping[str, Any], where: Path) -> Dialect[Any]:
-    known = {d.peft_type: d for d in DIALECTS}
+    every = dialects()
+    known = {d.peft_type: d for d in reversed(every)}
     asked = str(raw.get("peft_type"))[:80]
     if asked not in known:
-        raise StoreError(f"{where}: peftree reads no adapters of peft_type {asked!r}.", did_you_mean(asked, known))
-    return next((d for d in DIALECTS if d.peft_type == asked and d.reads(raw)), known[asked])
+        listed = ", ".join(sorted(known))
+        raise StoreError(f"{where}: peftree reads no adapters of peft_type {asked!r}.", f"It reads {listed}.")
+    return next((d for d in every if d.peft_type == asked and d.reads(raw)), known[asked])
 
 
 def _method(dialect: Dialect[Any], config: Common, model: nn.Module, where: Path) -> Method:
@@ -167,6 +200,48 @@ def _method(dialect: Dialect[Any], config: Common, model: nn.Module, where: Path
         return registry.make(name, fields)
     except ConfigError as error:
         raise StoreError(f"{where}: {error.what}", error.fix) from None
+
+
+def method_from(model: nn.Module, given: Any) -> tuple[Method, bool]:
+    """Return the method that a config of PEFT's means on `model`, and whether the task head is trained.
+
+    Raises:
+        StoreError: it is not a config, or asks for something that has no exact form here.
+    """
+    raw, where, from_file = fresh.plain(given)
+    dialect = _dialect(raw, where)
+    config = parse(dialect.schema, raw, where)
+    if not from_file:
+        fresh.place(config, model)
+    method = _method(dialect, config, model, where)
+    paths = [s.path for s in site_tree.resolve(model, method.sites, method.layers)]
+    return fresh.complete(dialect, config, method, model, paths, where)
+
+
+def _foreign(
+    dialect: Dialect[Any], config: Common, model: nn.Module, where: Path, data: bytearray, entries: dict[str, Entry]
+) -> tuple[Method, bool, dict[str, Entry]]:
+    """Return the method of a plain PEFT folder, whether it has the task head, and the tensors that say something.
+
+    Raises:
+        StoreError, InexpressibleError: it asks for something that has no exact form here.
+    """
+    entries = moved.renamed(model, entries)
+    contents = whole.sort(model, entries)
+    if isinstance(config, LoraFields):
+        whole.with_tokens(model, contents, config.trainable_token_indices, data, entries)
+    config._tensors = contents.method
+    method = _method(dialect, config, model, where)
+    own = whole.kept(model, contents, config.modules_to_save, data, entries)
+    entries = {n: e for n, e in entries.items() if n in own or n not in {*contents.base, *contents.idle}}
+    heads = {f"{s.path}.{n}" for s in site_tree.task_head(model) for n, p in _own(model, s.path) if p is not None}
+    head = bool(heads) and heads <= {key for name, key in own.items() if whole.BASE not in name}
+    keys = [key for key in own.values() if not (head and key in heads)]
+    return whole.joined(method, whole.parts_for(model, keys), dialect.beside(config, method)), head, entries
+
+
+def _own(model: nn.Module, path: str) -> Iterable[tuple[str, Tensor | None]]:
+    return model.get_submodule(path)._parameters.items()
 
 
 def _drafted(
@@ -181,20 +256,23 @@ def _drafted(
     config: Common | None,
 ) -> Draft:
     """Compare the file with the links' tensors, by shapes alone; then build the adapter and fill it in."""
-    draft = build.expected(model, method, head, seed)
+    draft = build.expected(model, method, head, seed, {})  # their files hold the form that post_hoc leaves
     work = Work(dialect, model, method, draft.keyed, config)
-    shapes = {n: t.shape for n, t in encoded(work.links(), draft.state()).items()}
-    entries = _without_base(model, data, entries, set(shapes))
-    known = dialect.extras(work.view)
+    # A foreign file has the trained values alone of a start that is taken out of the base.
+    derived = dialect.derived if config is not None else ()
+    state = {k: t for k, t in draft.state().items() if k.rpartition("/")[2] not in derived}
+    shapes = {n: t.shape for n, t in encoded(work.links(), state).items()}
+    known = dialect.known(work.view)
     extra = {n: view(data, n, e) for n, e in entries.items() if n in known and e.shape == known[n].shape}
     entries = {n: e for n, e in entries.items() if n not in extra}
     given = {n: e.shape for n, e in entries.items()}
     build.compare(str(path), shapes, given)
-    draft = build.real(model, method, head, seed, set(draft.state()))
+    draft = build.real(model, method, head, seed, {n: t.shape for n, t in draft.state().items()})
     tensors = {n: view(data, n, e) for n, e in entries.items()}
     work = Work(dialect, model, method, draft.keyed, config)
-    _check_extras(dialect.extras(work.view), extra, path)
-    build.fill(model, draft, decoded(work.links(), tensors), str(path))
+    _check_extras(dialect.known(work.view), extra, path)
+    start = {k: t for k, t in draft.state().items() if k.rpartition("/")[2] in derived}
+    build.fill(model, draft, start | decoded(work.links(), tensors), str(path))
     return draft
 
 
@@ -215,22 +293,6 @@ def _check_extras(known: Mapping[str, Tensor], given: Mapping[str, Tensor], path
                 f"{path}: {name} is not what the seed in the config gives.",
                 "It was drawn by another program or system; load this adapter with peft.",
             )
-
-
-def _without_base(model: nn.Module, data: bytearray, entries: dict[str, Entry], known: set[str]) -> dict[str, Entry]:
-    """Return the entries without copies of the base's own weights, which PEFT adds for embeddings."""
-    frozen = dict(model.named_parameters())
-
-    def copied(name: str) -> bool:
-        if name in known or not name.startswith(PREFIX) or not name.endswith(_BASE):
-            return False
-        weight = frozen.get(name.removeprefix(PREFIX).removesuffix(_BASE) + ".weight")
-        entry = entries[name]
-        if weight is None or weight.is_meta or entry.shape != weight.shape:
-            return False
-        return torch.equal(view(data, name, entry).to(weight.dtype), weight.detach().cpu())
-
-    return {name: entry for name, entry in entries.items() if not copied(name)}
 
 
 def remember(adapter: Adapter, keys: dict[str, Any]) -> None:

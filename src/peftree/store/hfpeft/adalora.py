@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftree.store.build import Entries
+from peftree.making import Entries
 from peftree.store.hfpeft.dialect import AtModules, View, refuse, transposes
 from peftree.store.hfpeft.links import Link, Part, links_of
 from peftree.store.hfpeft.schema import Targeted

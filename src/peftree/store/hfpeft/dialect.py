@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from peftree import registry
 from peftree.errors import StoreError
+from peftree.making import Entries
+from peftree.methods.bysite import Meaning
 from peftree.methods.contract import Method
-from peftree.store.build import Entries
-from peftree.store.hfpeft.links import InexpressibleError, Link
+from peftree.sites import Site
+from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link
 from peftree.store.hfpeft.names import query, shortest, targeted
 from peftree.store.hfpeft.schema import Common, S, Targeted
 
@@ -28,12 +32,22 @@ class View:
         method: our method.
         entries: its places without the task head.
         config: of the file it is read from, if that is foreign.
+        shifts: its places with trained biases, a part of their own here (`lora_bias`).
     """
 
     model: nn.Module
     method: Method
     entries: Entries
     config: Common | None = None
+    shifts: Entries = dataclasses.field(default_factory=list)
+
+    def at(self, site: Site) -> Any:
+        """Return the method with the fields it has at `site`."""
+        return self.method.at(site, self._means)
+
+    @cached_property
+    def _means(self) -> Meaning:
+        return Meaning(self.model, [site for _, site, _ in self.entries])
 
     def only(self, *kinds: str, whole: bool = False) -> None:
         """Raise InexpressibleError unless every site is of one of these kinds (and no slice of a fused projection)."""
@@ -58,12 +72,18 @@ class Dialect(ABC, Generic[S]):
         ours: names of our methods that it writes (recipes made from them too).
         rest: names of small tensors that PEFT has no place for and that do not change the output; the manifest keeps
             them.
+        sited: our fields that may differ between sites there; None: all.
+        root: what stands before the names of the base's modules in its file.
+        derived: names of tensors that follow from the base and the fields where a foreign file leaves them out.
     """
 
     peft_type: ClassVar[str]
     schema: type[S]
     ours: ClassVar[tuple[str, ...]]
     rest: ClassVar[tuple[str, ...]] = ()
+    root: ClassVar[str] = PREFIX
+    sited: ClassVar[tuple[str, ...] | None] = ()
+    derived: ClassVar[tuple[str, ...]] = ()
 
     def writes(self, method: Method) -> bool:
         """Return whether `method` is one of ours that has this form."""
@@ -90,9 +110,17 @@ class Dialect(ABC, Generic[S]):
     def links(self, view: View) -> list[Link]:
         """Return the links of all tensors but the task head's."""
 
+    def beside(self, config: S, method: Method) -> list[Method]:
+        """Return the parts that a config adds to its method."""
+        return []
+
     def extras(self, view: View) -> dict[str, Tensor]:
-        """Return tensors of the file that are no trained values but follow from the fields (frozen random bases)."""
+        """Return tensors of the file that are not trained values but follow from the fields (frozen random bases)."""
         return {}
+
+    def known(self, view: View) -> dict[str, Tensor]:
+        """Return tensors that a file may hold and that must then be these: what is written, and what PEFT adds."""
+        return self.extras(view)
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         """Return whether it is this mapping, among those of one `peft_type`, that reads a config."""
@@ -112,8 +140,8 @@ class AtModules(Dialect[S]):
 
 
 def transposes(view: View) -> dict[str, Any]:
-    """Return the key that says whether the base's weights lie as `[in, out]`, and that no bias is trained."""
-    return {"fan_in_fan_out": all(site.kind == "conv1d" for _, site, _ in view.entries), "bias": "none"}
+    """Return the key that says whether the base's weights lie as `[in, out]`."""
+    return {"fan_in_fan_out": bool(view.entries) and all(site.kind == "conv1d" for _, site, _ in view.entries)}
 
 
 def refuse(where: Path, what: str, fix: str = "Load this adapter with peft.") -> StoreError:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peftree.errors import StoreError
-from peftree.store.build import Entries, states
+from peftree.making import Entries
+from peftree.store.build import states
 
 PREFIX = "base_model.model."
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,10 +12,13 @@ from peftree import sites as site_tree
 from peftree.errors import SiteError, StoreError
 from peftree.sites import Site
 from peftree.sites.parts import kind_of, modules_of
+from peftree.sites.records import ROLES
 from peftree.store.hfpeft.links import InexpressibleError
 from peftree.store.hfpeft.schema import Targeted
 
-_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+T = TypeVar("T")
+_RESERVED = {*ROLES, "linear", "bias", "all"}  # terms that mean more than a module's name
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
 def matches(name: str, target: str) -> bool:
@@ -38,22 +42,67 @@ def shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def targeted(model: nn.Module, config: Targeted, where: Path) -> list[str]:
     """Return the modules that a PEFT config targets, in model order.
 
+    Where it names them by a pattern, or not at all, they are those that have tensors in the file: no pattern is run.
+
     Raises:
-        StoreError: the targets are a pattern, empty, or match nothing.
+        StoreError: the targets match nothing.
     """
     names = [name for name in modules_of(model) if name]
+    if not config.target_modules and not config.tensors():
+        raise _unset(model, where)
+    if _by_pattern(config):
+        chosen = [n for n in names if n in config.tensors()]
+        if not config.tensors():
+            raise StoreError(
+                f"{where}: the modules are named by a pattern, {str(config.target_modules)[:80]!r}, and there is no "
+                "weights file to read them off.",
+                'Write the names of modules, as ["q_proj", "v_proj"].',
+            )
+        if not chosen:
+            raise StoreError(
+                f"{where}: no tensor of the weights file belongs to a module of this model.",
+                "Check that it is the base it was made for.",
+            )
+        return chosen
     chosen = _wanted(model, names, config, where)
     excluded = literal(config.exclude_modules, "exclude_modules", where)
     saved = config.modules_to_save or []
     chosen = [n for n in chosen if not any(matches(p, s) for p in _parents(n) for s in saved)]
     chosen = [n for n in chosen if not any(matches(n, e) for e in excluded)]
-    if config.layers_to_transform is not None:
-        chosen = [n for n in chosen if _layer(n, config, where) in _numbers(config.layers_to_transform)]
+    if config.layers_to_transform is not None and config.layers_to_transform != []:
+        exact = config.target_modules or ()
+        layers = _numbers(config.layers_to_transform)
+        chosen = [n for n in chosen if n in exact or _layer(n, config, where) in layers]
     if not chosen:
         raise StoreError(
             f"{where}: target_modules matches no module of this model.", "Check that it is the base it was made for."
         )
     return chosen
+
+
+def _unset(model: nn.Module, where: Path) -> StoreError:
+    """Return the error for a config that leaves its modules to PEFT's table of model types; what would do here."""
+    attention = [
+        s.path.rpartition(".")[2] for s in site_tree.tree(model) if s.role in ("attn.q", "attn.v") and _owns(s)
+    ]
+    here = list(dict.fromkeys(attention)) or "all-linear"
+    return StoreError(
+        f"{where}: target_modules is not set, and PEFT's defaults by model type are not read.",
+        f"Set target_modules={here!r} or the names of other modules; peftree.adapt calls them sites.",
+    )
+
+
+def _by_pattern(config: Targeted) -> bool:
+    """Return whether the targets are not a list of names: a regular expression, or PEFT's defaults."""
+    targets, excluded = config.target_modules, config.exclude_modules
+    named = isinstance(targets, list) or (isinstance(targets, str) and targets.lower() == "all-linear")
+    return not named or isinstance(excluded, str) or bool(_patterns(config))
+
+
+def _patterns(config: Targeted) -> list[str]:
+    """Return the layer patterns that are not plain names."""
+    given = config.layers_pattern or []
+    return [p for p in ([given] if isinstance(given, str) else given) if not set(p) <= LETTERS]
 
 
 def _wanted(model: nn.Module, names: list[str], config: Targeted, where: Path) -> list[str]:
@@ -63,7 +112,7 @@ def _wanted(model: nn.Module, names: list[str], config: Targeted, where: Path) -
     listed = literal(targets, "target_modules", where)
     chosen = [n for n in names if any(matches(n, t) for t in listed)]
     idle = [t for t in listed if not any(matches(n, t) for n in names)]
-    if idle and chosen:
+    if idle and chosen and not config.tensors():  # else the tensors tell; lists for several families are common
         raise StoreError(
             f"{where}: target_modules names {idle[0]!r}, which this model does not have.",
             "Check that it is the base it was made for.",
@@ -75,10 +124,10 @@ def literal(value: str | Iterable[str] | None, field: str, where: Path) -> list[
     """Return a field of names as a list; patterns are refused, not run."""
     given = [value] if isinstance(value, str) else list(value or [])
     for name in given:
-        if not name or not set(name) <= _LETTERS or isinstance(value, str):
+        if not name or not set(name) <= LETTERS or isinstance(value, str):
             raise StoreError(
-                f"{where}: {field} is the pattern {name[:80]!r}; peftree runs no pattern from a file.",
-                'Replace it in the file by the list of module names, as ["q_proj", "v_proj"].',
+                f"{where}: {field} has {name[:80]!r}, which is not the name of a module.",
+                'Write the names of modules, as ["q_proj", "v_proj"].',
             )
     return given
 
@@ -120,11 +169,32 @@ def _layer_patterns(config: Targeted, where: Path) -> list[str]:
     return literal([pattern] if isinstance(pattern, str) and pattern else pattern or None, "layers_pattern", where)
 
 
+def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> list[tuple[list[str], T]]:
+    """Return names that stand for modules with each value: last names where all modules of that name share it.
+
+    Args:
+        model: the base.
+        values: by path.
+        every: all the paths of the adapter.
+    """
+    found: list[tuple[list[str], T]] = []
+    for value in dict.fromkeys(values.values()):
+        mine = [path for path, v in values.items() if v == value]
+        names: dict[str, None] = {}
+        for path in mine:
+            leaf = path.rpartition(".")[2]
+            shared = all(values.get(p) == value for p in every if p.rpartition(".")[2] == leaf)
+            around = leaf in _RESERVED or any(f".{leaf}." in f".{p}" for p in every)
+            names[leaf if shared and not around else path] = None
+        found.append((list(names), value))
+    return found
+
+
 def query(model: nn.Module, paths: Sequence[str], where: Path) -> str:
     """Return a request for sites that means exactly the modules at `paths`: roles, last names, or full paths.
 
     Raises:
-        StoreError: a module is no site of this model.
+        StoreError: a module is not a site of this model.
     """
     wanted = set(paths)
     roles = {s.role: None for s in site_tree.tree(model) if s.path in wanted and _owns(s)}
@@ -136,7 +206,7 @@ def query(model: nn.Module, paths: Sequence[str], where: Path) -> str:
         if {s.path for s in found} == wanted and all(_owns(s) for s in found) and _whole(model, found):
             return " ".join(terms)
     raise StoreError(
-        f"{where}: some of the {len(paths)} modules it targets are no sites of this model, as {paths[0]!r}.",
+        f"{where}: some of the {len(paths)} modules it targets are not sites of this model, as {paths[0]!r}.",
         "Run `peftree inspect` on the base to see what can be adapted.",
     )
 
@@ -172,7 +242,7 @@ def saved_modules(model: nn.Module, heads: Sequence[str]) -> list[str]:
 
 def saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the modules that PEFT's rule for `modules_to_save` takes: names that end so."""
-    return [path for path in modules_of(model) if path and any(path.endswith(n) for n in names)]
+    return [path for path in modules_of(model) if path and any(n and path.endswith(n) for n in names)]
 
 
 def saves_heads(model: nn.Module, names: Sequence[str] | None, where: Path) -> bool:
@@ -184,7 +254,7 @@ def saves_heads(model: nn.Module, names: Sequence[str] | None, where: Path) -> b
     if not names:
         return False
     for name in names:
-        if not name or not set(name) <= _LETTERS:
+        if not name or not set(name) <= LETTERS:
             raise StoreError(f"{where}: modules_to_save has the pattern {name[:80]!r}.", "Name modules one by one.")
     every = modules_of(model)
     meant = {id(p) for path in saved_paths(model, names) for p in every[path].parameters()}

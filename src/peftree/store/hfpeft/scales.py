@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peftree import sites as site_tree
 from peftree.deltas import ScaledInput
 from peftree.deltas.place import read
-from peftree.store.build import Entries
+from peftree.making import Entries
 from peftree.store.hfpeft.dialect import AtModules, View, refuse
 from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of
 from peftree.store.hfpeft.names import literal, shortest, targeted
@@ -90,7 +91,7 @@ class Ia3(AtModules[Ia3Fields]):
 
     def config(self, view: View) -> dict[str, Any]:
         """Return the targets, and those among them whose input is scaled."""
-        view.only("linear", "conv1d")
+        view.only("linear", "conv1d", "conv")
         inner = {site.path for _, site, delta in view.entries if isinstance(delta, ScaledInput)}
         for targets in (shortest(view.model, view.paths), sorted(view.paths)):
             chosen = [t for t in targets if any(p.endswith(t) for p in inner)]
@@ -112,10 +113,29 @@ class Ia3(AtModules[Ia3Fields]):
 
     def links(self, view: View) -> list[Link]:
         """The scale of every site."""
-        return links_of(view.entries, _scale)
+        return links_of(view.entries, lambda members: _scale(view, members))
 
 
-def _scale(members: Entries) -> Sequence[Part]:
+def _scale(view: View, members: Entries) -> Sequence[Part]:
+    _, site, delta = members[0]
+    if site.kind == "conv":
+        return [_channels(view.model.get_submodule(site.path), site.path, isinstance(delta, ScaledInput))]
     if isinstance(members[0][2], ScaledInput):
         return [Part("ia3_l", ("scale",), None, lambda t: t[0].unsqueeze(0), lambda t: [t.squeeze(0)])]
     return [Part("ia3_l", ("scale",), 0, lambda t: t[0].unsqueeze(-1), lambda t: [t.squeeze(-1)])]
+
+
+def _channels(module: nn.Module, path: str, inner: bool) -> Part:
+    """Return the part of a convolution: PEFT has one scale a channel, we have one an input of the kernel."""
+    weight: Any = module._parameters["weight"]
+    if getattr(module, "groups", 1) > 1:
+        raise InexpressibleError(f"{path} is a grouped convolution")
+    shape, area = [1, -1, *[1] * (weight.dim() - 2)], weight[0, 0].numel() if inner else 1
+
+    def encode(tensors: Sequence[Tensor]) -> Tensor:
+        rows = tensors[0].view(-1, area)
+        if not rows.is_meta and not torch.equal(rows, rows[:, :1].expand_as(rows)):
+            raise InexpressibleError(f"the scales of {path} differ within a channel")
+        return rows[:, 0].reshape(shape)
+
+    return Part("ia3_l", ("scale",), None, encode, lambda t: [t.flatten().repeat_interleave(area)])

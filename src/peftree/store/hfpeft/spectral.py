@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftree.sites.parts import kind_of, width_of
 from peftree.store.hfpeft.dialect import AtModules, View, refuse, transposes
 from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of
-from peftree.store.hfpeft.names import targeted
+from peftree.store.hfpeft.names import compact, targeted
+from peftree.store.hfpeft.pattern import valued
 from peftree.store.hfpeft.schema import Targeted
 
 
@@ -67,57 +67,60 @@ class Vera(AtModules[VeraFields]):
 
 
 class OftFields(Targeted):
-    """OFT's keys; PEFT's default, a series in place of the Cayley map, is no rotation and has no form here."""
+    """OFT's keys."""
 
     r: int = Field(8, ge=0, le=1 << 20)
     oft_block_size: int = Field(0, ge=0, le=8192)
     module_dropout: float = Field(0.0, ge=0, le=0)
-    use_cayley_neumann: Literal[False]
-    num_cayley_neumann_terms: Any = 5
-    coft: Literal[False] = False
-    block_share: Literal[False] = False
-    eps: Any = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = Field(5, ge=1, le=64)
+    coft: bool = False
+    block_share: bool = False
+    eps: float = Field(6e-5, gt=0, le=1e6, allow_inf_nan=False)
     init_weights: Any = True
 
 
 class Oft(AtModules[OftFields]):
-    """OFT with the exact Cayley map."""
+    """OFT, by the exact Cayley map or by a series, which PEFT takes by default and which turns the other way."""
 
     peft_type: ClassVar[str] = "OFT"
     schema = OftFields
     ours: ClassVar[tuple[str, ...]] = ("oft",)
 
     def config(self, view: View) -> dict[str, Any]:
-        """Return the width of the blocks."""
+        """Return the width or number of the blocks and the form of the rotation."""
         view.only("linear")
-        blocks = {int(delta.__dict__["block"]) for _, _, delta in view.entries}
-        if len(blocks) != 1:
-            raise InexpressibleError(f"its blocks have different widths ({', '.join(map(str, sorted(blocks)))})")
+        fields: Any = view.method
+        if fields.terms == 3:
+            raise InexpressibleError("PEFT takes a series of four terms where three are asked for")
         return self.targets(view) | transposes(view) | {
-            "r": 0, "oft_block_size": blocks.pop(), "use_cayley_neumann": False, "coft": False, "block_share": False,
+            "r": fields.blocks,
+            "oft_block_size": 0 if fields.blocks else fields.block,
+            "use_cayley_neumann": fields.terms > 0,
+            "num_cayley_neumann_terms": fields.terms or 5,
+            "coft": fields.eps > 0,
+            "eps": fields.eps or 6e-5,
+            "block_share": fields.shared,
             "module_dropout": 0.0,
         }  # fmt: skip
 
     def method(self, config: OftFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
-        """Return `oft`; every weight must have blocks of one width."""
-        paths = targeted(model, config, where)
-        widths = set()
-        for path in paths:
-            module = model.get_submodule(path)
-            kind = kind_of(module)
-            if kind != "linear":
-                raise refuse(where, f"{path} is no linear map")
-            wide = width_of(module, kind)[0]
-            block = config.oft_block_size or wide // max(1, config.r)
-            if not 2 <= block <= wide or wide % block:
-                raise refuse(where, f"{path} has {wide} inputs, which blocks of {block} do not divide")
-            widths.add(block)
-        if len(widths) != 1:
-            raise refuse(where, "its blocks have different widths in different modules")
-        return "oft", {"sites": self.sites(config, model, where), "block": widths.pop()}
+        """Return `oft`; one of the number of blocks and their width is 0."""
+        if (config.r == 0) == (config.oft_block_size == 0):
+            raise refuse(where, "one of r and oft_block_size must be 0 and the other not", "Correct the file.")
+        terms = {3: 4}.get(config.num_cayley_neumann_terms, config.num_cayley_neumann_terms)  # as PEFT's loop runs
+        return "oft", {
+            "sites": self.sites(config, model, where),
+            "block": config.oft_block_size or 32,
+            "blocks": config.r,
+            "terms": terms if config.use_cayley_neumann else 0,
+            "eps": config.eps if config.coft else 0.0,
+            "shared": config.block_share,
+        }
 
     def links(self, view: View) -> list[Link]:
         """The skew-symmetric entries of every block."""
+        view.only("linear")
         return links_of(view.entries, lambda _: [Part("oft_R.weight", ("q",))])
 
 
@@ -125,7 +128,7 @@ class FourierFields(Targeted):
     """FourierFT's keys."""
 
     n_frequency: int = Field(1000, ge=1, le=10_000_000)
-    n_frequency_pattern: dict[str, int] | None = Field(None, max_length=0)
+    n_frequency_pattern: dict[str, int] | None = None
     scaling: float = Field(150.0, gt=0, le=1e6, allow_inf_nan=False)
     random_loc_seed: int | None = Field(777, ge=0, lt=2**63)
     init_weights: Any = False
@@ -137,15 +140,21 @@ class Fourier(AtModules[FourierFields]):
     peft_type: ClassVar[str] = "FOURIERFT"
     schema = FourierFields
     ours: ClassVar[tuple[str, ...]] = ("fourierft",)
+    sited: ClassVar[tuple[str, ...] | None] = ("n",)
 
     def config(self, view: View) -> dict[str, Any]:
-        """Return number, scale and seed."""
+        """Return numbers, scale and seed."""
         view.only("linear", "conv1d", whole=True)
         fields: Any = view.method
-        if any(fields.n > site.in_features * site.out_features for _, site, _ in view.entries):
-            raise InexpressibleError(f"a weight has fewer than n={fields.n} entries")
+        numbers = {site.path: int(view.at(site).n) for _, site, _ in view.entries}
+        for _, site, _ in view.entries:
+            if numbers[site.path] > site.in_features * site.out_features:
+                raise InexpressibleError(f"a weight has fewer than n={numbers[site.path]} entries")
+        common = max(dict.fromkeys(numbers.values()), key=list(numbers.values()).count)
+        rest = {path: n for path, n in numbers.items() if n != common}
         return self.targets(view) | transposes(view) | {
-            "n_frequency": fields.n,
+            "n_frequency": common,
+            "n_frequency_pattern": rest,
             "scaling": fields.alpha,
             "random_loc_seed": fields.basis_seed,
             "init_weights": True,
@@ -155,9 +164,12 @@ class Fourier(AtModules[FourierFields]):
         """Return `fourierft`."""
         if config.random_loc_seed is None:
             raise refuse(where, "random_loc_seed is missing, so the places of its coefficients are unknown")
+        paths = targeted(model, config, where)
+        numbers = {p: int(valued(config.n_frequency_pattern, p, config.n_frequency)) for p in paths}
+        rest = {p: n for p, n in numbers.items() if n != config.n_frequency}
         return "fourierft", {
             "sites": self.sites(config, model, where),
-            "n": config.n_frequency,
+            "n": {"*": config.n_frequency} | {" ".join(names): n for names, n in compact(model, rest, paths)},
             "alpha": config.scaling,
             "basis_seed": config.random_loc_seed,
         }

@@ -20,70 +20,129 @@ NAME = "prompt_embeddings"
 
 
 class TokenFields(Common):
-    """Keys of both. `num_transformer_submodules` 2 stands for tokens of an encoder and of a decoder."""
+    """Keys of all. With `num_transformer_submodules` 2 tokens of a decoder lie behind the encoder's; PEFT uses none."""
 
     num_virtual_tokens: int = Field(ge=1, le=10000)
     token_dim: int | None = Field(None, ge=1)
-    num_transformer_submodules: Literal[1] | None = 1
+    num_transformer_submodules: Literal[1, 2] | None = None
     num_attention_heads: int | None = Field(None, ge=1)
     num_layers: int | None = Field(None, ge=1)
 
 
-def check_model(model: nn.Module, path: str) -> None:
-    """Raise InexpressibleError unless the model is one causal stack with an output embedding.
-
-    PEFT leaves virtual tokens in the output, so a pooler or classifier would read them; here they are taken out.
-    """
-    stacks = [s for s in site_tree.tree(model) if s.role == "stack"]
+def task_of(model: nn.Module) -> str:
+    """Return the task type under which PEFT runs a model's virtual tokens; InexpressibleError if there is none."""
+    names = [c.__name__ for c in type(model).__mro__]
+    towers = {s.tower for s in site_tree.tree(model) if s.role == "stack"}
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is None or len(stacks) != 1 or stacks[0].path != path or not stacks[0].causal:
-        raise InexpressibleError("virtual tokens mean the same there only for a generator of one stack")
+    if towers == {"encoder", "decoder"} and getattr(type(model), "main_input_name", "") == "input_ids":
+        return "SEQ_2_SEQ_LM"
+    if len(towers) == 1 and any(s.causal for s in site_tree.tree(model) if s.role == "stack") and output is not None:
+        return "CAUSAL_LM"
+    ends = {"ForTokenClassification": "TOKEN_CLS", "ForSequenceClassification": "SEQ_CLS"}
+    found = next((task for end, task in ends.items() if any(n.endswith(end) for n in names)), None)
+    if len(towers) == 1 and found is not None:
+        return found
+    raise InexpressibleError("PEFT has no virtual tokens for this class of models")
 
 
-def check_windows(model: nn.Module) -> None:
-    """Raise InexpressibleError if layers see a sliding window: PEFT's prefix slides out of it, ours stays in sight."""
+def stack_of(model: nn.Module, task: str | None, prefix: bool) -> Site:
+    """Return the stack that PEFT gives virtual tokens: the only one, or the encoder's.
+
+    Raises:
+        InexpressibleError: they would not mean the same there. PEFT leaves virtual tokens in the output, where a pooler
+            or a classifier of sequences reads them; here they are taken out. A prefix is in no output.
+    """
+    if task not in (own := task_of(model), None):
+        raise InexpressibleError(f"its task_type {task} does not fit this model, whose is {own}")
+    stacks = {s.tower: s for s in site_tree.tree(model) if s.role == "stack"}
+    if own == "SEQ_CLS" and not prefix:
+        raise InexpressibleError("PEFT pools a virtual token where the first real one is pooled here")
+    if own == "SEQ_2_SEQ_LM":
+        return stacks["encoder"]
+    (stack,) = stacks.values()
+    return stack
+
+
+def check_prefix(model: nn.Module) -> None:
+    """Raise InexpressibleError if a prefix means something else in PEFT.
+
+    There it slides out of a sliding window, and has positions of its own in the decoder behind an encoder; here it
+    stays in sight, with no position. A classifier gets the backbone's second output, which must be the pooled token.
+    """
     config = model.__dict__.get("config")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if getattr(config, "sliding_window", None) and "sliding_attention" in kinds:
         raise InexpressibleError("a prefix means something else there in layers with a sliding window")
+    if task_of(model) == "SEQ_2_SEQ_LM":
+        raise InexpressibleError("a prefix has positions of its own in the decoder there, and none here")
+    if task_of(model) == "SEQ_CLS" and not any(n.endswith("pooler") for n, _ in model.named_modules()):
+        raise InexpressibleError("PEFT gives this classifier something else than its own forward does")
 
 
-def task(view: View) -> dict[str, Any]:
-    """Return the keys that both methods write alike."""
-    return {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1, "inference_mode": True}
+def task(view: View, own: str) -> dict[str, Any]:
+    """Return the keys that all write alike."""
+    return {"task_type": own, "num_transformer_submodules": 2 if own == "SEQ_2_SEQ_LM" else 1, "inference_mode": True}
+
+
+def doubled(view: View) -> bool:
+    """Return whether the file has as many tokens again, of a decoder, which PEFT does not use."""
+    config = view.config
+    own = task_of(view.model)
+    given = config.num_transformer_submodules if isinstance(config, TokenFields) else None
+    return (given or (2 if own == "SEQ_2_SEQ_LM" else 1)) == 2
 
 
 class Prompt(Dialect[TokenFields]):
-    """Prompt tuning: the virtual tokens `[length, d]` as they are."""
+    """Prompt tuning: the virtual tokens `[length, d]` as they are; PEFT has no dropout on them."""
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     schema = TokenFields
     ours: ClassVar[tuple[str, ...]] = ("prompt_tuning",)
+    root: ClassVar[str] = "base_model."
 
     def config(self, view: View) -> dict[str, Any]:
         """Return length and width."""
-        if len(view.entries) != 1:
-            raise InexpressibleError("it has prompts for several stacks")
-        _, site, _ = view.entries[0]
-        check_model(view.model, site.path)
-        fields: Any = view.method
-        return task(view) | {
-            "num_virtual_tokens": fields.length,
-            "token_dim": site.in_features,
+        stack = stack_of(view.model, None, False)
+        if [site.path for _, site, _ in view.entries] != [stack.path]:
+            raise InexpressibleError(f"PEFT has virtual tokens in {stack.tower}:stack alone")
+        _, site, delta = view.entries[0]
+        tokens: Any = delta
+        return task(view, task_of(view.model)) | {
+            "num_virtual_tokens": tokens.length,
+            "token_dim": site.entry or site.in_features,
             "num_layers": len(site.layers),
             "num_attention_heads": site.heads,
             "prompt_tuning_init": "RANDOM",
         }
 
     def method(self, config: TokenFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
-        """Return `prompt_tuning` at the model's only stack."""
-        check_readable(model, where)
-        return "prompt_tuning", {"length": config.num_virtual_tokens}
+        """Return `prompt_tuning` at the stack that PEFT takes."""
+        stack = readable(model, config, where, prefix=False)
+        return "prompt_tuning", {"length": config.num_virtual_tokens, "sites": _at(model, stack, "stack")}
 
     def links(self, view: View) -> list[Link]:
-        """One tensor, the same."""
+        """One tensor, the same; behind it, for an encoder and a decoder, rows that PEFT does not use."""
+        if len(view.entries) != 1:
+            raise InexpressibleError("it has prompts for several stacks")
         ((key, _, _),) = view.entries
-        return [Link(NAME, (f"{key}/P",), lambda t: t[0], lambda t: [t])]
+        n = 2 if doubled(view) else 1
+        return [Link(NAME, (f"{key}/P",), lambda t: t[0].repeat(n, 1), lambda t: [t[: len(t) // n]])]
+
+
+class PTuningFields(TokenFields):
+    """P-tuning's keys; the file holds what its network made, and the network is folded away."""
+
+    encoder_reparameterization_type: Any = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+
+class PTuning(Prompt):
+    """P-tuning, whose finished form is prompt tuning's."""
+
+    peft_type: ClassVar[str] = "P_TUNING"
+    schema = PTuningFields
 
 
 class PrefixFields(TokenFields):
@@ -100,23 +159,25 @@ class Prefix(Dialect[PrefixFields]):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     schema = PrefixFields
     ours: ClassVar[tuple[str, ...]] = ("prefix_tuning",)
+    root: ClassVar[str] = "base_model."
 
     def config(self, view: View) -> dict[str, Any]:
         """Return length and the shape of a layer's keys."""
-        stack = next(s for s in site_tree.tree(view.model) if s.role == "stack")
-        check_model(view.model, stack.path)
-        check_windows(view.model)
+        stack = stack_of(view.model, None, True)
+        check_prefix(view.model)
         sites = [site for _, site, _ in view.entries]
         fields: Any = view.method
-        if [s.layer for s in sites] != list(range(len(stack.layers))):
-            raise InexpressibleError("it does not have one prefix for every layer")
-        if len({(s.kv_heads, s.head_dim) for s in sites}) != 1:
-            raise InexpressibleError("the layers' keys differ in shape")
+        if [(s.tower, s.layer) for s in sites] != [(stack.tower, i) for i in range(len(stack.layers))]:
+            raise InexpressibleError(
+                f"it does not have one prefix for every layer of {stack.tower}:stack, and no other"
+            )
+        if len({(s.kv_heads, s.head_dim) for s in sites}) != 1 or any(s.value_dim for s in sites):
+            raise InexpressibleError("the layers' keys and values differ in shape")
         if any("P" not in delta._parameters or delta._parameters["P"] is None for _, _, delta in view.entries):
             raise InexpressibleError("its network is not folded away yet; call adapter.finish() after training")
         if not fields.shift:
             raise InexpressibleError("its text keeps its positions (shift=False)")
-        return task(view) | {
+        return task(view, task_of(view.model)) | {
             "num_virtual_tokens": fields.length,
             "token_dim": sites[0].kv_heads * sites[0].head_dim,
             "num_layers": len(sites),
@@ -127,8 +188,10 @@ class Prefix(Dialect[PrefixFields]):
 
     def method(self, config: PrefixFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `prefix_tuning` at every layer."""
-        check_readable(model, where, windows=True)
-        return "prefix_tuning", {"length": config.num_virtual_tokens}
+        stack = readable(model, config, where, prefix=True)
+        hidden = (config.encoder_hidden_size or stack.in_features) if config.prefix_projection else 0
+        sites = _at(model, stack, "attn")
+        return "prefix_tuning", {"length": config.num_virtual_tokens, "hidden": hidden, "sites": sites}
 
     def links(self, view: View) -> list[Link]:
         """One tensor for all layers: key of layer 0, value of layer 0, key of layer 1, ..."""
@@ -144,12 +207,16 @@ class Prefix(Dialect[PrefixFields]):
         return [Link(NAME, tuple(f"{key}/P" for key, _, _ in view.entries), encode, decode)]
 
 
-def check_readable(model: nn.Module, where: Path, windows: bool = False) -> None:
-    """Raise StoreError unless virtual tokens of a PEFT file mean the same on this model."""
+def _at(model: nn.Module, stack: Site, role: str) -> str:
+    return role if sum(s.role == "stack" for s in site_tree.tree(model)) == 1 else f"{stack.tower}:{role}"
+
+
+def readable(model: nn.Module, config: TokenFields, where: Path, prefix: bool) -> Site:
+    """Return the stack that gets a PEFT file's tokens; raise StoreError unless they mean the same on this model."""
     try:
-        check_model(model, next(s.path for s in site_tree.tree(model) if s.role == "stack"))
-        if windows:
-            check_windows(model)
+        if prefix:
+            check_prefix(model)
+        return stack_of(model, config.task_type, prefix)
     except InexpressibleError as error:
         raise refuse(where, error.reason) from None
 

@@ -1,0 +1,191 @@
+"""Readers of data files: rows of CSV, JSON and Parquet, and images in folders; every fault is one clear error."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO, cast
+
+from peftree.data.layouts import folder_error, unread
+from peftree.errors import DataError, did_you_mean
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS[:-1])
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
+
+
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `file:line` and the record of every row of a CSV, TSV, JSONL, JSON or Parquet file, text also with `.gz`.
+
+    Raises:
+        DataError: unknown format, not UTF-8, malformed, or without a row.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+        ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet,
+    }  # fmt: skip
+    name = path.name.lower()
+    reader = readers.get(Path(name.removesuffix(".gz")).suffix)
+    if reader is None or (reader is _parquet and name.endswith(".gz")):
+        raise unread(path, FORMATS)
+    empty = True
+    try:
+        for item in reader(path):
+            empty = False
+            yield item
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}).", "Save it as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a readable gzip file: {error}.", "Pack it again, or unpack it.") from None
+    if empty:
+        raise DataError(f"{path} has no rows.", "It needs a header and one row at least.")
+
+
+def _open(path: Path) -> TextIO:
+    """Open a text file, packed or not, so that line ends inside cells stay as they are."""
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", newline=""))
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(1 << 24)
+    with _open(path) as file:
+        delimiter = "\t" if Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv" else _delimiter(file)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = [name.strip() for name in next(filter(None, reader), [])]
+            if len(set(header)) != len(header):
+                raise DataError(f"{path}:1: a column is named twice.", "Rename one.")
+            for cells in filter(None, reader):
+                where = f"{path}:{reader.line_num}"
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{where}: {len(cells)} cells for {len(header)} columns.",
+                        "Put cells with commas or line breaks into double quotes.",
+                    )
+                yield where, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}.", "Mend the quotes.") from None
+
+
+def _delimiter(file: TextIO) -> str:
+    """Return what separates cells: a comma, or the sign that alone stands in the header, as some programs write it."""
+    header = next((line for line in iter(file.readline, "") if line.strip()), "")
+    file.seek(0)
+    return next((sign for sign in (",", ";", "\t") if sign in header), ",")
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: {error}.", "Write one JSON object a line.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{number} is not a JSON object.", "Write one object a line.")
+            yield f"{path}:{number}", record
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read an array of objects, or one object a line."""
+    with _open(path) as file:
+        text = file.read()
+    if not text.lstrip().startswith("["):
+        yield from _jsonl(path)
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}.", "Write an array of JSON objects.") from None
+    for number, record in enumerate(found, 1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path} item {number} is not a JSON object.", "Write an array of objects.")
+        yield f"{path} item {number}", record
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"Reading {path} needs pyarrow.", "Run: pip install 'peftree[data]'.") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", record
+    except (ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{path} is not a readable Parquet file: {first}.", "Write it again.") from None
+
+
+def images(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return path and class of the images of `<class>/*`, each decoded once as a check, and what was left out.
+
+    Raises:
+        DataError: there is none, or one cannot be read.
+    """
+    classes = sorted(p for p in path.glob("*") if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+    inside = {folder: [f for f in sorted(folder.iterdir()) if not f.name.startswith(".")] for folder in classes}
+    rows = [
+        (str(file), folder.name) for folder, files in inside.items() for file in files if file.suffix.lower() in IMAGES
+    ]
+    if not rows:
+        raise folder_error(path, FORMATS, IMAGES)
+    for file, _ in rows:
+        check_image(file)
+    skipped = [f for files in inside.values() for f in files if f.suffix.lower() not in IMAGES]
+    skipped += [f for f in sorted(path.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    notes = []
+    if skipped:
+        kinds = ", ".join(sorted({f.suffix or "folders" for f in skipped}))
+        notes.append(
+            f"{path}: {len(skipped)} files and folders that are not read ({kinds}) are left out, as {skipped[0]}; "
+            f"images are {', '.join(IMAGES)} in one folder a class"
+        )
+    counts = {name for _, name in rows}
+    if empty := [folder.name for folder in classes if folder.name not in counts]:
+        notes.append(f"{path}: {len(empty)} folders without an image are not classes: {', '.join(empty[:5])}")
+    return rows, notes
+
+
+def image_in(folder: Path, name: str, where: str) -> str:
+    """Return the path of the image `name` of a metadata file in `folder`, decoded once as a check.
+
+    Raises:
+        DataError: the name leaves the folder, or there is no readable image of that name.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise DataError(f"{where}: file_name '{name}' leaves {folder}.", "Name images relative to the metadata file.")
+    file = folder / path
+    if not file.is_file():
+        near = [p.name for p in file.parent.iterdir()][:500] if file.parent.is_dir() else []
+        raise DataError(f"{where}: there is no image '{name}'.", did_you_mean(file.name, near[:50], "In its folder"))
+    check_image(str(file))
+    return str(file)
+
+
+def check_image(path: str) -> None:
+    """Decode an image.
+
+    Raises:
+        DataError: it cannot be read, or Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError("Reading images needs Pillow.", "Run: pip install 'peftree[data]'.") from None
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (32, 32))  # a JPEG is then decoded small, but read to its end
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not a readable image: {error}.", "Replace or remove it.") from None

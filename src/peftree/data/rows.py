@@ -1,0 +1,359 @@
+"""Data files of a user, read and checked before any work: CSV, JSON, Parquet, or folders of images."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peftree.catalogue import task_facts, tasks
+from peftree.data.layouts import renamed, rows_advice
+from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records
+from peftree.errors import DataError, did_you_mean
+from peftree.files import sha256
+
+SPLITS = ("train", "valid", "test")
+# What tables hold where a label or score is missing; as a text each is itself.
+MISSING = {"nan", "-nan", "NaN", "None", "null", "NULL", "<NA>", "NA", "N/A", "n/a", "#N/A", "NaT"}
+MANY = 20  # more classes than this, and than half of the rows, are hardly classes
+HELD_OUT = 0.1  # share of the training rows that validates when there is no validation file
+
+
+class Example(NamedTuple):
+    """One row: a text, prompt or image path; its label, number, completion or text; and where it was read."""
+
+    source: str
+    target: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Checked rows of one task.
+
+    Attributes:
+        task: see `catalogue.tasks`.
+        train, valid, test: the rows; `test` is empty if no test file was given.
+        labels: class names in order; empty where there are no classes.
+        warnings: sentences the user should see.
+    """
+
+    task: str
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def scored(self) -> tuple[str, tuple[Example, ...]]:
+        """The split that results are reported on and its rows: test, or valid without one."""
+        return ("test", self.test) if self.test else ("valid", self.valid)
+
+
+def load_data(
+    train: str | Path,
+    valid: str | Path | None = None,
+    test: str | Path | None = None,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+    skip_empty: bool = False,
+) -> Data:
+    """Read and check the splits.
+
+    Args:
+        train: a file (`.csv .tsv .jsonl .json .parquet`), a folder `<class>/*.png|jpg`, a folder of images
+            with a `metadata.jsonl` of `{"file_name": .., "text": ..}`, or a folder that holds the
+            splits as `train.csv`, `valid.csv` .. or `train/`, `valid/` ..
+        valid: as `train`; None: a tenth of the training rows is held out, the same share per class.
+        test: as `train`; None: results are reported on the validation rows.
+        task: None: `text` and `label` columns mean text-classification, `text` and `score`
+            text-regression, `prompt` and `completion` generation, a folder of images for each class
+            image-classification.
+        columns: the file's names of our columns, `{"text": "review"}`.
+        seed: which rows are held out.
+        skip_empty: leave out rows that lack what is given or what is wanted; they are counted.
+
+    Strings are those of the files, to the character.
+
+    Raises:
+        DataError: missing or unreadable file, column, value or image; a label that training lacks.
+    """
+    paths = _paths(Path(train), valid, test)
+    kind = task or _infer(paths["train"], columns or {})
+    warnings: list[str] = []
+    rows = {split: _read(path, kind, columns or {}, skip_empty, warnings) for split, path in paths.items()}
+    least = 2 if task_facts(kind).kind == "understanding" else 1
+    labels = _labels(rows["train"], least) if task_facts(kind).classes else ()
+    if labels and task_facts(kind).modality == "language":
+        _check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
+    warnings += _shared_rows(rows, task_facts(kind).modality != "language")
+    if "valid" not in rows:
+        rows["train"], rows["valid"] = _hold_out(rows["train"], bool(labels), seed)
+        warnings.append(f"no validation file: {len(rows['valid'])} of the training rows are held out for it")
+    if "test" not in rows:
+        warnings.append("no test file: results are on the validation rows")
+    for split in set(rows) - {"train"} if labels else ():
+        _check_labels(rows[split], labels, split)
+    return Data(
+        kind, tuple(rows["train"]), tuple(rows["valid"]), tuple(rows.get("test", ())),
+        labels, tuple(warnings),
+    )  # fmt: skip
+
+
+def _paths(train: Path, valid: str | Path | None, test: str | Path | None) -> dict[str, Path]:
+    """Return the path of every split that is given, or found in one folder."""
+    given = {"train": train} | {k: Path(p) for k, p in (("valid", valid), ("test", test)) if p is not None}
+    if train.is_dir():
+        found = {s: p for s in SPLITS if (p := _split_in(train, s)) is not None}
+        if "train" in found:
+            given = found | {split: path for split, path in given.items() if split != "train"}
+    for split, path in given.items():
+        if not path.exists():
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(
+                f"{split}: {path} does not exist.",
+                did_you_mean(path.name, near[:50], f"In {path.parent}"),
+            )
+    return given
+
+
+def _split_in(folder: Path, split: str) -> Path | None:
+    """Return the file or sub-folder of `folder` that holds `split`."""
+    for name in (split, "validation" if split == "valid" else split):
+        for path in (folder / name, *(folder / f"{name}{s}" for s in (*FORMATS, *PACKED))):
+            if path.exists():
+                return path
+    return None
+
+
+def _infer(path: Path, columns: Mapping[str, str]) -> str:
+    if path.is_dir() and (path / METADATA).is_file():
+        paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
+        raise DataError(f"{path / METADATA} does not tell the task.", f"Set task to one of {', '.join(paired)}.")
+    if path.is_dir():
+        return "image-classification"
+    record = next(iter(records(path)))[1]
+    names = list(record)
+    fits = [t for t in tasks() if _fits(t, columns, names)]
+    if len(fits) != 1:
+        raise _columns_error(path, names, record)
+    return fits[0]
+
+
+def _columns_error(path: Path, names: Sequence[str], record: Mapping[str, Any]) -> DataError:
+    """Return the error for columns that do not tell the task, by what they may have been meant for."""
+    if advice := rows_advice(names, record):
+        return DataError(f"{path}: {advice[0]} are not read.", advice[1])
+    for task in (t for t in tasks() if task_facts(t).modality == "language"):
+        ours = task_facts(task).columns
+        other = renamed(ours, names)
+        if other and all(name in names or name in other for name in ours):
+            return DataError(
+                f"{path}: the columns {', '.join(names)} differ from {' and '.join(ours)} in case or outer space.",
+                f"Set {' '.join(f'data.columns.{k}={v!r}' for k, v in other.items())}, or rename them.",
+            )
+    return DataError(
+        f"{path}: the columns {', '.join(names)} do not tell the task.",
+        "Use columns text and label, text and score, or prompt and completion; or name yours: "
+        "data.columns.text=your_column data.columns.label=your_other_column.",
+    )
+
+
+def _fits(task: str, columns: Mapping[str, str], names: Sequence[str]) -> bool:
+    ours = task_facts(task).columns if task_facts(task).modality == "language" else ()
+    return bool(ours) and set(columns) <= set(ours) and all(columns.get(n, n) in names for n in ours)
+
+
+def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
+    """Return the rows of one split; `warnings` gets what was left out."""
+    facts = task_facts(task)
+    if not facts.columns:
+        found, notes = images(path)
+        warnings += notes
+        return [Example(file, label, file) for file, label in found]
+    if facts.modality == "language":
+        if path.is_dir():
+            raise DataError(f"{path} is a folder.", f"{task} reads {', '.join(FORMATS)} files.")
+        return _rows(path, task, columns, skip_empty, warnings)
+    if not (path / METADATA).is_file():
+        raise DataError(
+            f"{path} has no {METADATA}.", f'{task} reads a folder of images with lines {{"file_name": .., "text": ..}}.'
+        )
+    rows = _rows(path / METADATA, task, columns, skip_empty, warnings)
+    rows = [row._replace(source=image_in(path, row.source, row.where)) for row in rows]
+    named = {Path(row.source) for row in rows}
+    if unnamed := [f for f in path.rglob("*") if f.suffix.lower() in IMAGES and f not in named]:
+        warnings.append(f"{path}: {len(unnamed)} images that {METADATA} does not name are left out, as {unnamed[0]}")
+    return rows
+
+
+def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
+    """Return the rows of a file with the columns of the task."""
+    ours = task_facts(task).columns
+    unknown = set(columns) - set(ours)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise DataError(f"columns: {task} has no column '{name}'.", did_you_mean(name, ours))
+    theirs = {name: columns.get(name, name) for name in ours}
+    rows: list[Example] = []
+    empty: list[str] = []
+    for where, record in records(path):
+        for our, name in theirs.items():
+            if name not in record:
+                raise _lacks(where, our, name, record)
+        source, target = (_cell(our, record[name], name, where) for our, name in theirs.items())
+        if source.strip() and target.strip():
+            rows.append(Example(source, target, where))
+        else:
+            empty.append(where)
+    given, wanted = theirs.values()
+    if empty and skip_empty:
+        warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are left out, as {empty[0]}")
+    elif empty:
+        raise DataError(
+            f"{len(empty)} of {len(rows) + len(empty)} rows lack {given} or {wanted}: {', '.join(empty[:5])}.",
+            "Fill in or remove them (a label or score of NaN, None or NA is missing too), or leave them out: "
+            "data.skip_empty=true.",
+        )
+    if not rows:
+        raise DataError(f"{path}: every row lacks {given} or {wanted}.", "Fill them in.")
+    return rows
+
+
+def _lacks(where: str, our: str, name: str, record: Mapping[str, Any]) -> DataError:
+    """Return the error for a row without the column `name`, which is our `our`."""
+    if advice := rows_advice(record, record):
+        return DataError(f"{where}: no column '{name}': {advice[0]} are not read.", advice[1])
+    if other := renamed([name], record).get(name):
+        return DataError(f"{where}: no column '{name}', but '{other}'.", f"Set data.columns.{our}={other!r}.")
+    return DataError(
+        f"{where}: no column '{name}'.", f"{did_you_mean(name, record, 'Columns')} Name yours: data.columns.{our}=..."
+    )
+
+
+def _cell(our: str, value: Any, name: str, where: str) -> str:
+    """Return a cell of our column `our` as text, to the character; empty if it is missing."""
+    lacks = value is None or (isinstance(value, float) and math.isnan(value))
+    if lacks or (our in ("label", "score") and isinstance(value, str) and value.strip() in MISSING):
+        return ""
+    if our == "score":
+        return _number(value, name, where)
+    if isinstance(value, float) and value.is_integer() and our == "label":
+        value = int(value)  # a column of whole numbers with a gap is one of fractions in Parquet
+    if isinstance(value, str | bool | int | float):
+        text = str(value)
+        if any("\ud800" <= sign <= "\udfff" for sign in text):  # JSON can say it, no tokenizer reads it
+            raise DataError(f"{where}: {name} holds half of a surrogate pair, {text!r:.80}.", "Write it as UTF-8 text.")
+        return text
+    fix = "Labels are classes: names or whole numbers." if our == "label" else f"Write {our} as one string."
+    raise DataError(f"{where}: {name} is {str(value)[:200]}, not text.", fix)
+
+
+def _number(value: Any, name: str, where: str) -> str:
+    """Return a cell that holds a finite number, as text that `float` reads."""
+    if isinstance(value, str) and not value.strip():
+        return ""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {name} is {value!r}, not a finite number.", "Scores are numbers such as 2.5 or -1.")
+    return repr(number)
+
+
+def _check_classes(
+    labels: Sequence[str], rows: Sequence[Example], inferred: bool, name: str, warnings: list[str]
+) -> None:
+    """Refuse numbers that were hardly meant as classes, unless the task is set; tell of what else looks wrong."""
+    many = len(labels) > max(MANY, len(rows) / 2)
+    numbers = [number for label in labels if (number := _finite(label)) is not None]
+    if len(numbers) == len(labels) and (many or not all(number.is_integer() for number in numbers)):
+        odd = next((label for label in labels if not float(label).is_integer()), labels[0])
+        what = f"{name} holds numbers such as {odd}: {len(labels)} different ones in {len(rows)} rows, a class each."
+        if inferred:
+            raise DataError(
+                what,
+                f"For numbers to predict set task=text-regression data.columns.score={name}; "
+                "if they are classes, set task=text-classification.",
+            )
+        warnings.append(f"{what} For numbers to predict there is the task text-regression")
+    elif many:
+        warnings.append(f"{name} has {len(labels)} classes in {len(rows)} rows: most have too few to learn from")
+    plain: dict[str | float, str] = {}
+    for label in labels:
+        number = _finite(label)
+        first = plain.setdefault(" ".join(label.split()).casefold() if number is None else number, label)
+        if first != label:
+            how = "space or case alone" if number is None else "the way that one number is written"
+            warnings.append(f"the classes {first!r} and {label!r} differ in {how}; they are two classes")
+
+
+def _finite(label: str) -> float | None:
+    """Return the finite number that a label is; None if it is none."""
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _labels(rows: Iterable[Example], least: int) -> tuple[str, ...]:
+    """Return the class names: whole numbers in their order, else by the alphabet."""
+    found = {row.target for row in rows}
+    if len(found) < least:
+        raise DataError(f"All training rows have the label {sorted(found)}.", "Classification needs two at least.")
+    numbers = all(name.removeprefix("-").isdecimal() for name in found)
+    return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else str))
+
+
+def _check_labels(rows: Iterable[Example], labels: Sequence[str], split: str) -> None:
+    for row in rows:
+        if row.target not in labels:
+            raise DataError(
+                f"{row.where}: {split} has the label {row.target!r}, which no training row has.",
+                did_you_mean(row.target, labels, "Labels"),
+            )
+
+
+def _hold_out(rows: list[Example], classes: bool, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split `rows` into training and validation rows; every class keeps a training row."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.target if classes else "", []).append(index)
+    held: set[int] = set()
+    for group in groups.values():
+        random.Random(seed).shuffle(group)  # noqa: S311  (no secret)
+        held.update(group[: min(len(group) - 1, max(1, round(len(group) * HELD_OUT)))])
+    if not held:
+        what = "every label stands in one training row alone" if len(rows) > 1 else "there is one training row"
+        raise DataError(f"No rows can be held out for validation: {what}.", "Give a validation file: data.valid=...")
+    keep = [row for i, row in enumerate(rows) if i not in held]
+    return keep, [row for i, row in enumerate(rows) if i in held]
+
+
+def _shared_rows(rows: Mapping[str, Sequence[Example]], pictures: bool) -> list[str]:
+    """Return a warning for each held-out split that repeats sources of the training rows."""
+    seen = {_key(row, pictures): row.where for row in rows["train"]} if len(rows) > 1 else {}
+    warnings = []
+    for split in ("valid", "test"):
+        twice = [row for row in rows.get(split, ()) if _key(row, pictures) in seen]
+        if twice:
+            warnings.append(
+                f"{len(twice)} of {len(rows[split])} {split} rows are training rows too, "
+                f"so scores on {split} are too good: {twice[0].where} repeats {seen[_key(twice[0], pictures)]}"
+            )
+    return warnings
+
+
+def _key(row: Example, picture: bool) -> str:
+    """Return what makes two sources the same: an image's bytes, or a text but for case and spaces."""
+    if picture:
+        return sha256(Path(row.source).read_bytes())
+    return " ".join(row.source.casefold().split())

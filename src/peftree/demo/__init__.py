@@ -1,1 +1,0 @@
-"""The demo: real models, real data, methods of every branch beside full fine-tuning."""

@@ -1,0 +1,217 @@
+"""What one run of a model knows, apart from other threads, asyncio tasks and later runs of the same model.
+
+`switch` sets what a model runs with. A `route` or `disabled` block overrides that for the thread or task it is opened
+in. A run of the whole model looks once and keeps to what it saw, and what its parts tell each other on the way is kept
+for each thread. A layer that gradient checkpointing runs again sees all of it as it was (`carry`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from peftree.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peftree.graft.program import Route
+
+
+class Choice(NamedTuple):
+    """Which adapters are on, and what else a run keeps to.
+
+    Attributes:
+        active: the adapters that are on; those of a route come before.
+        route: the routing of rows, if there is one.
+        unseen: where the run notes what it used: see `Shared`.
+        labels: those that the model was called with, where a delta looks.
+        task: the number of each row's task.
+    """
+
+    active: tuple[str, ...] = ()
+    route: Route | None = None
+    unseen: set[str] | None = None
+    labels: Tensor | None = None
+    task: Tensor | None = None
+
+    @property
+    def stacks(self) -> list[tuple[str, ...]]:
+        """The adapters that are on together, for all rows or for some."""
+        return [self.active] if self.route is None else [g.names for g in self.route.groups]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every adapter that is on for some row."""
+        return frozenset(name for stack in self.stacks for name in stack)
+
+    def used(self, path: str) -> None:
+        """Note that the deltas at `path` are in effect."""
+        if self.unseen is not None and not torch.compiler.is_compiling():
+            self.unseen.discard(path)
+
+
+class PerThread(threading.local):
+    """Attributes that every thread has for itself; class attributes are their start. Copies start afresh.
+
+    They are there from the start: a compiled run may not depend on whether there was a run before.
+    """
+
+    def __init__(self) -> None:
+        vars(self).update({name: getattr(type(self), name) for name in type(self).__annotations__})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), ()
+
+
+class _Run(PerThread):
+    """The choice that the run in progress in this thread keeps to; None outside."""
+
+    choice: Choice | None = None
+
+
+_blocks: ContextVar[Mapping[Shared, Choice]] = ContextVar("peftree_blocks")
+_live: dict[int, weakref.ref[Shared]] = {}
+
+
+class Shared:
+    """What all hubs of one model look at.
+
+    Attributes:
+        default: the adapters that `switch` turned on.
+        run: what the run in progress in this thread keeps to.
+        open: one token for every `route` or `disabled` block that is open in any thread or task.
+        parts: what the parts of the graft keep for each thread.
+        unseen: paths of modules whose deltas were not in effect yet in any run outside of torch.compile.
+        looks: a delta reads the scene.
+        sizes: adapted modules, or their parents, with an attribute that was set again, and its first value.
+    """
+
+    def __init__(self) -> None:
+        self.default = Choice()
+        self.run = _Run()
+        self.open: set[object] = set()
+        self.parts: list[PerThread] = []
+        self.unseen: set[str] = set()
+        self.looks = False
+        self.sizes: dict[tuple[Any, str], Any] = {}
+        self._enlist()
+
+    def _enlist(self) -> None:
+        key = id(self)
+        _live[key] = weakref.ref(self, lambda _: _live.pop(key, None))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"open": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._enlist()
+
+    @property
+    def now(self) -> Choice:
+        """What a module that runs now in this thread runs with."""
+        choice = self.run.choice
+        return self.chosen() if choice is None else choice
+
+    def chosen(self) -> Choice:
+        """What a run that starts now in this thread or task runs with."""
+        return _blocks.get({}).get(self, self.default) if self.open else self.default
+
+    def switch(self, active: tuple[str, ...]) -> None:
+        """Turn on these adapters for every run that starts from now on, and in the block that this is called in."""
+        self.default = Choice(active)
+        if self in (blocks := _blocks.get({})):
+            _blocks.set({**blocks, self: self.default._replace(task=blocks[self].task)})
+        if self.run.choice is not None:
+            self.run.choice = self.default._replace(task=self.run.choice.task)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise AdapterError if an adapted module of `model` was resized or replaced."""
+        for (module, name), was in self.sizes.items():
+            now = getattr(module, name)
+            inside = isinstance(now, nn.Module) and any(m is was for m in now.modules())  # itself, or in a wrapper
+            if not inside and now != was:
+                path = next((p for p, m in model.named_modules() if m is module), "")
+                raise AdapterError(
+                    f"{name} of {path or 'the model'} was {was!s:.60} when it was adapted and is {now!s:.60} now.",
+                    "Call peftree.detach(model), then adapt it again: resize a model before it gets an adapter.",
+                )
+
+    @contextlib.contextmanager
+    def block(self, choice: Choice) -> Iterator[None]:
+        """Run with `choice` inside, in this thread or task."""
+        token, blocks = object(), _blocks.get({})
+        self.open.add(token)
+        _blocks.set({**blocks, self: choice})
+        try:
+            with self.keep(None if self.run.choice is None else choice):
+                yield
+        finally:
+            _blocks.set(blocks)
+            self.open.discard(token)
+
+    @contextlib.contextmanager
+    def keep(self, choice: Choice | None) -> Iterator[None]:
+        """Let this thread's run keep to `choice` inside."""
+        before, self.run.choice = self.run.choice, choice
+        try:
+            yield
+        finally:
+            self.run.choice = before
+
+
+def carry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` as gradient checkpointing may run it later, in another thread: with what is known now."""
+    models = [shared for ref in list(_live.values()) if (shared := ref()) is not None]
+    known = [(s, s.now, [(p, dict(vars(p))) for p in s.parts]) for s in models]
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for shared, choice, parts in known:
+                stack.enter_context(shared.keep(choice))
+                for part, values in parts:
+                    stack.enter_context(_values(part, values))
+            return function(*args, **kwargs)
+
+    return again
+
+
+@contextlib.contextmanager
+def _values(part: PerThread, values: dict[str, Any]) -> Iterator[None]:
+    mine = vars(part)
+    before = dict(mine)
+    mine.clear()
+    mine.update(values)
+    try:
+        yield
+    finally:
+        mine.clear()
+        mine.update(before)
+
+
+def _install() -> None:
+    """Let torch's gradient checkpointing, of both kinds, carry what is known when a checkpointed function starts."""
+    later: Any = checkpoint
+    generator, forward = later._checkpoint_without_reentrant_generator, later.CheckpointFunction.forward
+
+    def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(carry(function), *args, **kwargs)
+
+    def carrying_forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        again = carry(function)
+        out = forward(ctx, function, *args)
+        ctx.run_function = again
+        return out
+
+    later._checkpoint_without_reentrant_generator = carrying
+    later.CheckpointFunction.forward = staticmethod(carrying_forward)
+
+
+_install()

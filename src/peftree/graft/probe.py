@@ -1,0 +1,126 @@
+"""A run of the model or of a tower: looks once at what is on, and the first time tells where an adapter did nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from peftree.errors import PeftreeWarning, plain
+from peftree.graft.call import Choice
+from peftree.graft.hub import Hub
+from peftree.graft.patched import PatchedHub
+from peftree.graft.swap import Adapted
+
+_SHOWN = 5  # modules that the warning names
+
+
+class Door:
+    """The outer part of what a user calls, the whole model or a tower of it: a run looks once at what is on.
+
+    Attributes:
+        whole: it is the whole model.
+        fresh: adapters that were put on since their last run.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.fresh: set[str] = set()
+
+    def __call__(self, hub: Hub, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int) -> Any:
+        shared = hub.shared
+        if shared.run.choice is not None:
+            return hub.run(module, args, kwargs, at)
+        if self.whole:
+            shared.check(module)
+        choice, watch = shared.chosen(), None
+        if not torch.compiler.is_compiling() and shared.unseen:  # in this order: a compiled model does not depend on it
+            choice = choice._replace(unseen=shared.unseen)
+            watch = Watch(module, hub, self.whole, choice) if choice.names & self.fresh else None
+        if self.whole and shared.looks:
+            choice = choice._replace(labels=kwargs.get("labels"))
+        with shared.keep(choice), watch.mode if watch is not None and watch.mode.owners else contextlib.nullcontext():
+            out = hub.run(module, args, kwargs, at)
+        if watch is not None:
+            self.fresh -= choice.names
+            watch.tell()
+        return out
+
+
+class Watch:
+    """Looks, in one run, for modules that were passed over although the run needed them.
+
+    That a module did not run is not a sign: experts without a token, dropped layers and towers without an input are
+    idle too. Signs are a weight that other code computed with, a forward that was replaced behind our back, and a
+    module that is not in the model any more.
+    """
+
+    def __init__(self, model: nn.Module, hub: Hub, whole: bool, choice: Choice) -> None:
+        self.unseen, self.whole = hub.shared.unseen, whole
+        found = [(m, h) for m in model.modules() if isinstance(h := m._modules.get("deltas"), Hub)]
+        self.modules = {h.path: m for m, h in found if h.shared is hub.shared}
+        waiting = {h.path: h for _, h in found if h.path in self.unseen and choice.names & h._modules.keys()}
+        times = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        owners = {
+            id(p): path
+            for path, each in waiting.items()
+            if _acts(each, choice)
+            for name, p in self.modules[path].named_parameters()
+            if times[id(p)] == 1 and "deltas" not in name.split(".")
+        }
+        compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+        self.mode = _Reads({} if compiled else owners)
+        self.waiting = set(waiting)
+
+    def _reason(self, path: str) -> str:
+        module = self.modules.get(path)
+        if module is None:
+            return "was replaced or taken out after it was adapted" if self.whole else ""
+        if path not in self.waiting:
+            return ""
+        if not isinstance(module, Adapted) or ("forward" in vars(module) and not isinstance(module.deltas, PatchedHub)):
+            return "has another forward or class than when it was adapted"
+        return "has weights that other code than its own forward computes with" if path in self.mode.read else ""
+
+    def tell(self) -> None:
+        """Warn of the modules that were passed over, if there are any."""
+        found = [f"{path or 'the model'} {why}" for path in sorted(self.unseen) if (why := self._reason(path))]
+        if found:
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            warnings.warn(
+                plain(
+                    f"An adapter is on, and has no effect here: {'; '.join(found[:_SHOWN])}{more}. Adapt the model "
+                    "after all other changes to it, or choose other sites. Adapter.unused() lists what no run has used."
+                ),
+                PeftreeWarning,
+                stacklevel=2,
+            )
+
+
+def _acts(hub: Hub, choice: Choice) -> bool:
+    """Return whether something here acts whenever the module runs: virtual tokens enter in some passes only."""
+    return any(not p.empty or p.attends for p in map(hub.program, choice.stacks))
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some parameters are computed with, in this thread. Looks at a dtype or a shape do not count."""
+
+    def __init__(self, owners: dict[int, str]) -> None:
+        super().__init__()
+        self.owners, self.read = owners, set[str]()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        for given in _pytree.tree_leaves((args, kwargs)) if made else ():
+            if type(given) in (Tensor, nn.Parameter) and not any(given is t for t in made):
+                owner = self.owners.get(id(given)) or self.owners.get(id(given._base))
+                self.read |= {owner} if owner is not None else set()
+        return out

@@ -1,0 +1,33 @@
+"""The method that settings name, made with its fields; an error says where the wrong name or value stands."""
+
+from __future__ import annotations
+
+from peftree import registry
+from peftree.errors import ConfigError, MethodError, did_you_mean
+from peftree.methods.contract import Method
+from peftree.settings import RunConfig, renamed
+
+
+def make_method(config: RunConfig) -> Method:
+    """Return the method of `config` with its fields.
+
+    Raises:
+        MethodError, ConfigError: an unknown method or field, or a value out of range, with file and line.
+    """
+    name, fields = config.method.name, config.method.fields
+    try:
+        known = registry.get(name).model_fields
+    except MethodError as error:
+        where = config.where("method.name") or config.where("method")
+        raise MethodError(where + error.what, error.fix) from None
+    for key in fields:
+        if key not in known:
+            where = config.where(f"method.{key}") or config.where(f"method.fields.{key}")
+            hint = did_you_mean(key, [*known, *type(config).model_fields], f"Fields of {name} and settings")
+            new = renamed(key, type(config))
+            raise ConfigError(f"{where}{name} has no field '{key}'.", f"Write {new}." if new else hint)
+    try:
+        return registry.make(name, fields)
+    except ConfigError as error:
+        places = (config.where(f"method.{key}") for key in fields if f": {key}" in error.what)
+        raise ConfigError(next(places, "") + error.what, error.fix) from None

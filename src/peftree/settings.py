@@ -1,0 +1,293 @@
+"""A run's configuration: typed fields, strict YAML with file:line, `key=value` overrides. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from peftree.catalogue import tasks
+from peftree.errors import ConfigError, did_you_mean
+from peftree.files import atomic_write
+from peftree.strict import explain, read_yaml
+
+
+def _task(name: str) -> str:
+    if name not in tasks():
+        raise ValueError(f"there is no task '{name}'. {did_you_mean(name, tasks(), 'Tasks')}")
+    return name
+
+
+class _Known:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(tasks())}
+
+
+TaskName = Annotated[str, AfterValidator(_task), _Known()]
+
+
+class DataConfig(BaseModel):
+    """Where the rows are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    train: str = Field(description="training file, folder of images, or folder with all splits")
+    valid: str | None = Field(None, description="validation file; none: a tenth is held out")
+    test: str | None = Field(None, description="test file; none: results are on validation rows")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the file's names of text, label, score, prompt, completion"
+    )
+    skip_empty: bool = Field(False, description="leave out rows that lack a text, label, score, prompt or completion")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use, the same rows for a share")
+    label_noise: float = Field(0.0, ge=0, le=1, description="share of the training labels replaced by another label")
+
+
+class MethodConfig(BaseModel):
+    """Which method, and those of its fields that differ from its defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = Field("lora", description="a method or recipe, see `peftree methods`")
+    fields: dict[str, Any] = Field(default_factory=dict, description="the method's fields")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """Read `lora`, `{name: lora, r: 8}` and `{name: lora, fields: {r: 8}}`."""
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "fields" not in value:
+            name = {"name": value["name"]} if "name" in value else {}
+            return name | {"fields": {k: v for k, v in value.items() if k != "name"}}
+        return value
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a training run. `None` means: chosen by the method, model or data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model: str = Field(description="folder of a transformers model, or a packaged or a hub name", min_length=1)
+    config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's own config to change")
+    data: DataConfig = Field(description="where the rows are")
+    task: TaskName | None = Field(None, description="none: told from the data's columns")
+    method: MethodConfig = Field(MethodConfig(), description="the method and its fields")
+    adapter: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="the adapter's name")
+    head: bool | None = Field(None, description="train a copy of the task head; none: if it is new")
+    output: str = Field("runs/default", description="folder of everything the run writes")
+    epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(16, ge=1, le=65536, description="rows of one forward pass")
+    eval_batch_size: int = Field(32, ge=1, le=65536, description="rows of one scoring pass")
+    accumulation: int = Field(
+        1,
+        ge=1,
+        le=65536,
+        description="forward passes of one step, whose loss is the mean over all their labelled items",
+    )
+    lr: float | None = Field(None, gt=0, le=1e3, description="none: the method's own default")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decay")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="course of the learning rate after the warm-up"
+    )
+    warmup: float = Field(0.06, ge=0, description="share of the steps (< 1) or their number")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: not")
+    max_length: int | None = Field(
+        None,
+        ge=4,
+        le=1 << 20,
+        description="tokens of a row, the rest is cut and told; none: 256 or what the model takes",
+    )
+    image_size: int | None = Field(None, ge=8, le=8192, description="side in pixels; none: the model's")
+    generate: int = Field(
+        0, ge=0, le=1 << 20, description="rows to complete by greedy decoding for exact match, ROUGE-L, chrF"
+    )
+    chat: bool = Field(False, description="put prompts into the tokenizer's chat template")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="of head, adapter, data order and dropout")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of the base model, auto: its own; adapters stay float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations, compute them again: less memory, more time"
+    )
+    eval_every: int | None = Field(None, ge=0, description="steps; none: each epoch; 0: never")
+    save_every: int | None = Field(None, ge=0, description="steps; none: each epoch; 0: never")
+    keep: int = Field(2, ge=1, description="how many checkpoints stay")
+    early_stopping: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
+    log_every: int = Field(10, ge=1, description="steps between two points of the loss curve")
+    base_score: bool = Field(True, description="score the model without the adapter first")
+    resume: bool = Field(False, description="continue from the newest complete checkpoint")
+    quiet: bool = Field(False, description="print nothing but errors")
+    _lines: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """Read `data: reviews.csv` as `data: {train: reviews.csv}`."""
+        if isinstance(value, Mapping) and isinstance(value.get("data"), str):
+            return {**value, "data": {"train": value["data"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.early_stopping and self.eval_every == 0:
+            raise ValueError("early_stopping needs evaluations, but eval_every is 0")
+        return self
+
+    def where(self, key: str) -> str:
+        """Return `file:line: ` where `key` (dotted) was set, or an empty string."""
+        found = self._lines.get(key)
+        return f"{found}: " if found else ""
+
+    def resolved(self, fields: Mapping[str, Any], lr: float) -> dict[str, Any]:
+        """Return the configuration with the method's `fields` and rate filled in, as plain data."""
+        plain = self.model_dump(mode="json")
+        return plain | {"lr": lr, "method": {"name": self.method.name, "fields": dict(fields)}}
+
+
+S = TypeVar("S", bound=RunConfig)
+DEFAULT_LENGTH = 256  # tokens of a row where none are named, or what the model takes
+# What settings were called before, or are elsewhere.
+RENAMED = {
+    "batch": "batch_size", "length": "max_length", "image": "image_size", "checkpointing": "gradient_checkpointing",
+    "base": "quantize", "fields": "method.FIELD", "column": "data.columns.text", "columns": "data.columns",
+}  # fmt: skip
+
+
+def renamed(old: str, kind: type[BaseModel]) -> str:
+    """Return what the setting `old` of a kind is called now; empty if it is not an old name of one."""
+    new = RENAMED.get(old, "")
+    return new if new.partition(".")[0] in kind.model_fields else ""
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the settings of a run from a YAML file and `key=value` words; see `read_settings`."""
+    return read_settings(RunConfig, path, overrides)
+
+
+def read_settings(kind: type[S], path: str | Path | None = None, words: Sequence[str] = (), **values: Any) -> S:
+    """Read a YAML file, apply `key=value` words, and check everything but the method's fields.
+
+    Args:
+        kind: a run's settings, or those with more beside them.
+        path: the file; None: the words say it all.
+        words: `epochs=5`, `data.test=t.csv`, `method=dora`, `method.r=32`; a key that a run does
+            not have, `r=32`, is one of the method's fields.
+        values: settings as they are, which count most.
+
+    Raises:
+        ConfigError: naming file, line, key, value and the closest known key.
+    """
+    lines: dict[str, str] = {}
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = read_yaml(path, lines)
+    for text in words:
+        _override(kind, tree, text, lines)
+    config = checked(kind, tree | values, str(path or "run"), lines)
+    config._lines.update(lines)
+    return config
+
+
+def checked(kind: type[S], values: Mapping[str, Any], source: str = "run", lines: Mapping[str, str] | None = None) -> S:
+    """Return settings of a kind; ConfigError if a key or value is wrong, an old name answered with the new one."""
+    for old in values:
+        if new := renamed(old, kind):
+            raise ConfigError(f"{(lines or {}).get(old, source)}: {old}: was renamed.", f"Write {new}.")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(*explain(error, kind, source, lines)) from None
+
+
+def spoken(first: str, others: Sequence[str], kind: type[BaseModel]) -> tuple[Path | None, list[str], dict[str, str]]:
+    """Return what the words of a command line are: a run file or none, `key=value` words, and a model named first.
+
+    Raises:
+        ConfigError: an option that is none of the command's; that of a setting is answered with the setting.
+    """
+    for word in (first, *others):
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            new = renamed(name, kind) or name
+            known = new if new.partition(".")[0] in kind.model_fields else "r" if name == "set" else ""
+            fix = f"Settings are key=value: {known}=..." if known else "--help lists the options."
+            raise ConfigError(f"There is no option {word.partition('=')[0]}.", fix)
+    if first.endswith((".yaml", ".yml")):
+        return Path(first), list(others), {}
+    if "=" in first and not Path(first).exists():
+        return None, [first, *others], {}
+    return None, list(others), {"model": first}
+
+
+def write_resolved(path: str | Path, resolved: Mapping[str, Any]) -> Path:
+    """Write `resolved` (see `RunConfig.resolved`) as YAML that `load_config` reads, atomically."""
+    text = yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True)
+    return atomic_write(path, "# Every setting of this run, defaults included.\n" + text)
+
+
+def _override(kind: type[BaseModel], tree: dict[str, Any], text: str, lines: dict[str, str]) -> None:
+    """Apply one `key=value` to the tree."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not an override.", "Write key=value, as in epochs=5 or r=32.")
+    value = _value(raw)
+    steps = key.split(".")
+    if steps[0] not in kind.model_fields:
+        _check_stray(kind, key, text)
+        steps = ["method", *steps]
+    if steps[0] == "method" and len(steps) == 1 and isinstance(value, str):
+        # Another method's fields mean nothing to this one.
+        old = tree.get("method")
+        same = (old if isinstance(old, str) else (old or {}).get("name", "lora")) == value
+        tree["method"] = old if same and isinstance(old, dict) else {"name": value}
+        if not same:
+            for stale in [k for k in lines if k.startswith("method.")]:
+                del lines[stale]
+    else:
+        _put(tree, steps, value)
+    lines[".".join(steps)] = f"'{text}'"
+
+
+def _value(raw: str) -> Any:
+    """Return what YAML reads; a colon in bare words (`layers=-4:`, `layers=1:3`) is text, no mapping and no time."""
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
+    bare = raw.lstrip()[:1] not in ("{", "[", '"', "'")
+    return raw.strip() if bare and ":" in raw and not isinstance(value, str) else value
+
+
+def _check_stray(kind: type[BaseModel], key: str, text: str) -> None:
+    """Refuse a key that is not a method's field but plainly a misspelt key of a run."""
+    close = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.85)
+    if close:
+        raise ConfigError(
+            f"'{text}': a run has no key '{key}'.",
+            f"Did you mean '{close[0]}'? A method's field of that name is method.{key}.",
+        )
+
+
+def _put(tree: dict[str, Any], steps: Sequence[str], value: Any) -> None:
+    for step in steps[:-1]:
+        inner = tree.get(step)
+        if isinstance(inner, str) and step in ("method", "data"):
+            inner = {"name" if step == "method" else "train": inner}
+        tree[step] = dict(inner) if isinstance(inner, dict) else {}
+        tree = tree[step]
+    if "fields" in tree and steps[0] == "method" and len(steps) == 2 and steps[1] != "name":
+        tree["fields"] = {**tree["fields"], steps[1]: value}
+        return
+    tree[steps[-1]] = value

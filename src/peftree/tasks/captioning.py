@@ -1,0 +1,107 @@
+"""Captioning: a LLaVA model, a vision encoder before a causal language model, writes the text of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from peftree.data.images import Look
+from peftree.data.rows import Data, Example
+from peftree.errors import ConfigError
+from peftree.evaluate import quality
+from peftree.tasks.base import Batch, Items, Options, Task
+from peftree.tasks.completions import Completions
+from peftree.tasks.loading import length, load, read_config, tokenizer
+from peftree.tasks.pairs import Pairs, image_features, pair_look
+
+PROMPT = "Caption:"
+
+
+class Captioning(Completions):
+    """A LLaVA model; the loss is on the caption and its stop token.
+
+    A row is the image's tokens, the words "Caption:", and the caption; `max_length` counts all of them, and a
+    caption that is too long is cut at its end and then has no stop token.
+    """
+
+    name = "captioning"
+    modality = "vision-language"
+    kind = "generation"
+    metric = "perplexity"
+    higher_is_better = False
+    aggregate = "exp_mean"
+    columns = ("file_name", "text")
+    auto = "AutoModelForImageTextToText"
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, look: Look, image: Sequence[int], length: int, generate: int = 0
+    ) -> None:
+        super().__init__(model, tokenizer, length, generate)
+        self.look = look
+        self.notes.append(look.told())
+        self.front = [*image, *self.ids(PROMPT)]
+        self.fixed = len(self.front)
+        if length <= self.fixed + 1:
+            raise ConfigError(
+                f"max_length={length}: the image and its prompt take {self.fixed} tokens.", "Raise max_length."
+            )
+
+    @classmethod
+    def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
+        """Load a LLaVA model.
+
+        Raises:
+            ConfigError: the model is another one, or its vision tower does not take images of that size.
+        """
+        config = read_config(model, options.config, ())
+        if config.model_type != "llava":
+            raise ConfigError(
+                f"model: {model} is of type {config.model_type}, not llava.",
+                "Use a LLaVA model (llava-smollm2-8-dinov2).",
+            )
+        tokens, look = tokenizer(model), pair_look(model, config, options.image_size)
+        net: Any
+        net, fresh = load(LlavaForConditionalGeneration, model, config, options)
+        image = [config.image_token_id] * len(image_features(net, look)[0])
+        fit = length(net.model.language_model, tokens, options.max_length)
+        return cls(net, tokens, look, image, fit, options.generate), fresh
+
+    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+        """Return the tokens of image and prompt, and those of the caption with its stop token."""
+        return self.front, self.ids(f" {row.target}") + self.ending
+
+    def items(self, rows: Sequence[Example]) -> Pairs:
+        """Tokenize the captions; labels are -100 before them; small sets of images are decoded once."""
+        return Pairs(rows, self.features(rows), self.look)
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad at the right, stack the images `[batch, 3, size, size]`, and leave out the logits of the image's tokens.
+
+        `labels` are `[batch, kept]`: those of the last `kept` tokens, for which alone the model computes logits.
+        """
+        batch = super().collate(features)
+        kept = (
+            batch["labels"].shape[1] - self.fixed + 1
+        )  # the last token of the prompt predicts the first of the caption
+        batch["labels"] = batch["labels"][:, -kept:]
+        batch["pixel_values"] = torch.stack([f["pixel_values"] for f in features])
+        batch["logits_to_keep"] = kept  # type: ignore[assignment]
+        return batch
+
+    def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
+        """Scores of the captions as in `Generation`, and the control `shuffled_perplexity`.
+
+        The control gives each caption the image of another row. A model that does not look at the image has
+        the same perplexity there. It is left out for a single row.
+        """
+        scores = super().score(items, batch_size)
+        assert isinstance(items, Pairs)
+        if len(items) < 2:
+            return scores
+        control = quality.complete(self.model, self.batches(items.shuffled(), batch_size))
+        return replace(scores, values={**scores.values, "shuffled_perplexity": control.score})

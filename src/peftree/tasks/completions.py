@@ -1,0 +1,133 @@
+"""What tasks share in which a model writes: rows of prompt and completion, the loss on the latter."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from peftree.data.rows import Example
+from peftree.errors import ConfigError, DataError
+from peftree.evaluate import quality, text_metrics
+from peftree.tasks.base import IGNORED, Batch, Items, Rows, Task, pad
+from peftree.tasks.decoding import greedy
+from peftree.tasks.loading import pad_id
+
+
+class Completions(Task):
+    """A causal language model with the loss on completions and their stop token.
+
+    Attributes:
+        length: tokens of a row at most.
+        fixed: tokens at the beginning of every prompt that are never cut.
+        generate: how many of the scored rows are completed by greedy decoding; see `score`.
+        ending: the tokens that end every completion.
+    """
+
+    fixed = 0
+
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int, generate: int = 0) -> None:
+        super().__init__(model)
+        self.tokenizer = tokenizer
+        self.length = length
+        self.generate = generate
+        self.pad = pad_id(tokenizer)
+        self.ending = self.find_ending()
+        self.stop = self.ending[0]
+
+    @abstractmethod
+    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+        """Return the tokens of a row's prompt, and those of its completion with its ending."""
+
+    def find_ending(self) -> list[int]:
+        """Return the tokenizer's end-of-sequence token; ConfigError if it has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError("The tokenizer has no end-of-sequence token.", "Set eos_token in it.")
+        return [int(self.tokenizer.eos_token_id)]
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text alone."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return token ids, labels that are -100 on the prompt, and the text that is wanted.
+
+        Raises:
+            DataError: a completion has no token.
+        """
+        features: list[dict[str, Any]] = []
+        cut: tuple[list[Example], list[Example]] = ([], [])
+        head, tail = self.frame
+        room = self.length - max(1, head + tail)  # a first token is not predicted
+        if room < 2:
+            raise ConfigError(
+                f"max_length={self.length}: {head + tail} stand around every prompt.", "Raise max_length."
+            )
+        for row in rows:
+            prompt, completion = self.encode_row(row)
+            if len(completion) == len(self.ending):
+                raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
+            if len(completion) > room:
+                completion = completion[:room]
+                cut[1].append(row)
+            if len(prompt) + len(completion) > self.length:
+                prompt = shortened(prompt, self.length - len(completion), head, tail)
+                cut[0].append(row)
+            labels = [IGNORED] * len(prompt) + completion
+            features.append({"input_ids": prompt + completion, "labels": labels, "target": row.target})
+        limit = f"so that rows have max_length={self.length} tokens"
+        self.note_cut(cut[0], len(rows), "prompts", f"in their middle {limit}")
+        self.note_cut(cut[1], len(rows), "completions", f"at their end {limit}, and have no stop token")
+        return features
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """How many tokens at the beginning and at the end of a prompt are never cut."""
+        return self.fixed, 0
+
+    def items(self, rows: Sequence[Example]) -> Items:
+        """Tokenize; labels are -100 on the prompt."""
+        return Rows(self.features(rows))
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad at the right; padding is masked by place, so a pad token that equals eos is not a label."""
+        batch = pad([f["input_ids"] for f in features], self.pad)
+        labels = pad([f["labels"] for f in features], IGNORED)["input_ids"]
+        return batch | {"labels": labels.masked_fill(batch["attention_mask"] == 0, IGNORED)}
+
+    def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
+        """Perplexity of the completions, token accuracy, exact match of all tokens.
+
+        If `generate` is set, that many of the first rows are completed by greedy decoding, with as many tokens as
+        their longest completion has, and `exact`, `rouge_l` and `chrf` compare the texts; see `text_metrics`.
+        """
+        scores = quality.complete(self.model, self.batches(items, batch_size))
+        first = [items[i] for i in range(min(self.generate, len(scores.items)))]
+        if not first:
+            return scores
+        with quality.evaluating(self.model):
+            written = self.write(first, batch_size)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        found = text_metrics.compare(texts, [f["target"] for f in first])
+        return replace(scores, values={**scores.values, **found})
+
+    def read(self, batch: Batch) -> object:
+        """Read the completions of a batch as `score` does."""
+        return quality.completed(self.model, batch)
+
+    def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
+        """Return the tokens that greedy decoding writes after each row's prompt."""
+        return greedy(self.model, features, self.pad, self.ending[0], batch_size, self.bar)
+
+
+def shortened(prompt: list[int], room: int, head: int, tail: int) -> list[int]:
+    """Return `room` tokens of a prompt, taken from its middle: `head` and `tail`, and of the rest as much at both ends.
+
+    Instructions stand at the beginning of a prompt or at its end.
+    """
+    before = head + (room - head - tail) // 2
+    return prompt[:before] + prompt[len(prompt) - (room - before) :]

@@ -1,0 +1,204 @@
+"""Generation: a causal language model, or an encoder-decoder, completes prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from peftree.data.rows import Data, Example
+from peftree.errors import ConfigError, DataError
+from peftree.evaluate import quality
+from peftree.tasks.base import IGNORED, Batch, Options, Task, pad
+from peftree.tasks.completions import Completions
+from peftree.tasks.decoding import greedy
+from peftree.tasks.loading import length, load, read_config, tokenizer
+
+
+class Generation(Completions):
+    """A causal language model that completes prompts; the loss is on the completion and its stop token.
+
+    A prompt is cut in its middle so that prompt and completion fit into `max_length` tokens: the token that begins
+    every text and what a chat template puts around a prompt stay, and the rest at both ends. A completion that alone
+    is longer is cut at its end and then has no stop token.
+    """
+
+    name = "generation"
+    modality = "language"
+    kind = "generation"
+    metric = "perplexity"
+    higher_is_better = False
+    aggregate = "exp_mean"
+    columns = ("prompt", "completion")
+    auto = "AutoModelForCausalLM"
+    auto_pair = "AutoModelForSeq2SeqLM"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int, chat: bool, generate: int = 0) -> None:
+        self.chat = chat
+        super().__init__(model, tokenizer, length, generate)
+
+    @classmethod
+    def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
+        """Load a causal language model, or an encoder-decoder.
+
+        Raises:
+            ConfigError: the model does not load, or its tokens see those after them.
+        """
+        config = read_config(model, options.config, data.labels)
+        if config.is_encoder_decoder:
+            return SequenceToSequence.load(model, data, options)
+        tokens = tokenizer(model)
+        net, fresh = load(AutoModelForCausalLM, model, config, options)
+        if not next(net.parameters()).is_meta:
+            _check_causal(net, model)
+        return cls(net, tokens, length(net, tokens, options.max_length), options.chat, options.generate), fresh
+
+    def find_ending(self) -> list[int]:
+        """Return the tokens with which the chat template, if it is used, ends an answer."""
+        if not self.chat:
+            return super().find_ending()
+        if not self.tokenizer.chat_template:
+            raise ConfigError("chat is on, but the tokenizer has no chat template.", "Set chat: false.")
+        marked = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self.tokenizer.apply_chat_template(marked, tokenize=False)
+        ending = text.rpartition("ANSWER")[2].rstrip()
+        return self.ids(ending) or super().find_ending()
+
+    @functools.cached_property
+    def frame(self) -> tuple[int, int]:
+        """How many tokens stand before and after what the user wrote: a mark, or what the template adds."""
+        if not self.chat:
+            return len(self.begun("")), 0
+        before, _, after = self.written("\0PROMPT\0").partition("\0PROMPT\0")
+        return len(self.ids(before)), len(self.ids(after))
+
+    def begun(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt with those that begin every text, but not those that end it."""
+        start: list[int] = self.tokenizer(prompt)["input_ids"]
+        return start[:-1] if start and start[-1] == self.tokenizer.eos_token_id else start
+
+    def written(self, prompt: str) -> str:
+        """Return a prompt in the chat template, up to where the answer begins."""
+        turn = [{"role": "user", "content": prompt}]
+        text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+        """Return the tokens of prompt and completion; see `encode`."""
+        return self.encode(row.source, row.target)
+
+    def encode(self, prompt: str, completion: str = "") -> tuple[list[int], list[int]]:
+        """Return the token ids of the prompt, and of the completion with its stop token.
+
+        Both are the strings they are, to the character; nothing is put between them but what the chat template does.
+        """
+        if self.chat:
+            text = self.written(prompt)
+            start = self.ids(text)
+            return start, self.continued(start, text, completion) + self.ending
+        return self.begun(prompt), self.continued(self.ids(prompt), prompt, completion) + self.ending
+
+    def continued(self, start: list[int], before: str, text: str) -> list[int]:
+        """Return the tokens of `text` behind `before`, whose tokens are `start`, and not as at a text's beginning.
+
+        Tokenizers with a mark for word beginnings put one before a text that stands alone: a space that is not there.
+        Where tokens would join across the seam, some character that joins nothing stands for what is before.
+        """
+        for other in (before, "\n", ".", "0"):
+            head = start if other == before else self.ids(other)
+            both = self.ids(other + text)
+            if both[: len(head)] == head:
+                return both[len(head) :]
+        return self.ids(text)
+
+
+class SequenceToSequence(Completions):
+    """An encoder-decoder; the loss is on the completion and its stop token.
+
+    Prompt and completion have `max_length` tokens each; what is longer is cut at its end, a prompt before the token
+    that ends it, and a completion then has no stop token.
+    """
+
+    name, metric, higher_is_better = Generation.name, Generation.metric, Generation.higher_is_better
+
+    def __init__(self, model: nn.Module, tokenizer: Any, length: int, generate: int = 0) -> None:
+        super().__init__(model, tokenizer, length, generate)
+        net: Any = model
+        start = net.config.decoder_start_token_id
+        if start is None:
+            raise ConfigError(
+                "The model does not say with which token its decoder starts.", "Set config.decoder_start_token_id."
+            )
+        self.start = int(start)
+
+    @classmethod
+    def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
+        """Load an encoder-decoder.
+
+        Raises:
+            ConfigError: the model does not load, or has no tokenizer or a length that does not fit.
+        """
+        if options.chat:
+            raise ConfigError("chat is on, but an encoder-decoder has no chat template.", "Set chat: false.")
+        config, tokens = read_config(model, options.config, data.labels), tokenizer(model)
+        net, fresh = load(AutoModelForSeq2SeqLM, model, config, options)
+        return cls(net, tokens, length(net, tokens, options.max_length), options.generate), fresh
+
+    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+        """Return the tokens of prompt and completion, each with the special tokens that its tokenizer adds.
+
+        A prompt of no token is the stop token: an encoder needs one at least.
+        """
+        source: list[int] = self.tokenizer(row.source)["input_ids"]
+        target: list[int] = self.tokenizer(text_target=row.target)["input_ids"]
+        return source or self.ending, target if target[-1:] == self.ending else target + self.ending
+
+    def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return token ids of the prompt, those of the completion as labels, and the text that is wanted.
+
+        Raises:
+            DataError: a completion has no token.
+        """
+        features: list[dict[str, Any]] = []
+        cut: tuple[list[Example], list[Example]] = ([], [])
+        for row in rows:
+            source, target = self.encode_row(row)
+            if not self.ids(row.target):
+                raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
+            for side, part in zip(cut, (source, target), strict=True):
+                side.extend([row] if len(part) > self.length else [])
+            source = source if len(source) <= self.length else [*source[: self.length - 1], source[-1]]
+            features.append({"input_ids": source, "labels": target[: self.length], "target": row.target})
+        for what, side in zip(("prompts", "completions"), cut, strict=True):
+            self.note_cut(side, len(rows), what, f"at their end, to max_length={self.length} tokens")
+        return features
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad both sides at the right; the decoder reads the labels one place later."""
+        batch = pad([f["input_ids"] for f in features], self.pad)
+        labels = pad([f["labels"] for f in features], IGNORED)["input_ids"]
+        net: Any = self.model
+        return batch | {
+            "decoder_input_ids": net.prepare_decoder_input_ids_from_labels(labels=labels),
+            "labels": labels,
+        }
+
+    def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
+        """Return the tokens that greedy decoding writes for each row."""
+        return greedy(self.model, features, self.pad, self.ending[0], batch_size, self.bar, self.start)
+
+
+def _check_causal(net: nn.Module, model: str) -> None:
+    """Refuse a model whose first token sees the second: it would learn to copy what it is to predict."""
+    mask = torch.ones(1, 2, dtype=torch.long)
+    with quality.evaluating(net):
+        first, other = (net(input_ids=torch.tensor([[0, i]]), attention_mask=mask).logits[0, 0].float() for i in (1, 2))
+    if float((first - other).abs().max()) > 1e-4 * max(1.0, float(first.abs().max())):
+        raise ConfigError(
+            f"model: {model}: its tokens see those after them, which they are to predict.",
+            "Use a decoder such as Llama or GPT-2; some encoders are one with config.is_decoder=true.",
+        )

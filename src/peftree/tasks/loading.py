@@ -1,0 +1,169 @@
+"""Loads a model, its config and its tokenizer for a task, from a folder or a hub name; errors are sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from peftree.errors import ConfigError, DataError, did_you_mean
+from peftree.settings import DEFAULT_LENGTH
+from peftree.tasks.base import Options
+from peftree.trusted import SAFE, cleared
+
+_WEIGHTLESS = ContextVar("weightless", default=False)
+
+
+def is_local(model: str) -> bool:
+    """Return True for a folder; a name that looks like a path must exist."""
+    if Path(model).expanduser().is_dir():
+        return True
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or Path(model).exists():
+        raise ConfigError(f"model: {model} is not a folder.", "Name the folder with config.json.")
+    return False
+
+
+def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -> Any:
+    """Return the model's config with `changes` and the labels in the order the model knows, if it does."""
+    path = str(Path(model).expanduser()) if is_local(model) else model
+    try:
+        config = cleared(AutoConfig.from_pretrained(path, local_files_only=is_local(model), **SAFE))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {model}: {_first(error)}", "Check the folder or hub name.") from None
+    changed(config, changes)
+    if labels:
+        known = [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
+        order = known if set(known) == set(labels) else list(labels)
+        config.id2label = dict(enumerate(order))
+        config.label2id = {name: i for i, name in enumerate(order)}
+    return config
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a model's config with `changes` made in it.
+
+    Raises:
+        ConfigError: it has no such field, or refuses the value.
+    """
+    known = config.to_dict()
+    for key, value in changes.items():
+        if key not in known:
+            raise ConfigError(f"config.{key}: {type(config).__name__} has none.", did_you_mean(key, known, "It has"))
+        own = known[key]
+        try:
+            if isinstance(own, dict | list) and not isinstance(value, type(own)):
+                raise TypeError(f"it is not a {type(own).__name__}")
+            setattr(config, key, value)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            what = f"config.{key}={value!r} is refused by {type(config).__name__}: {_first(error.__cause__ or error)}"
+            raise ConfigError(what, f"Leave it out, or write a value like the model's own, {own!r}.") from None
+    return config
+
+
+def label_order(config: Any) -> list[str]:
+    """Return the class names in the order of the model's outputs."""
+    return [config.id2label[i] for i in sorted(config.id2label)]
+
+
+@contextlib.contextmanager
+def weightless() -> Iterator[None]:
+    """Inside, `load` builds models on the meta device: for what a task makes of rows, which needs no weights."""
+    token = _WEIGHTLESS.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTLESS.reset(token)
+
+
+def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Module, list[str]]:
+    """Load the weights; return the model and the names of its new tensors, drawn with the run's seed."""
+    path = str(Path(model).expanduser()) if is_local(model) else model
+    try:
+        if _WEIGHTLESS.get():
+            with torch.device("meta"):
+                return (getattr(auto, "from_config", None) or auto._from_config)(config), []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            net, info = auto.from_pretrained(
+                path, config=config, dtype=getattr(torch, options.dtype, "auto"), use_safetensors=True,
+                local_files_only=is_local(model), ignore_mismatched_sizes=True,
+                output_loading_info=True, **SAFE,
+            )  # fmt: skip
+    except Exception as error:
+        if options.config and not isinstance(error, OSError):  # layers are made of them, with any error of Python's
+            changed = ", ".join(f"config.{key}={value!r}" for key, value in options.config.items())
+            fix = f"Leave {changed} out, or write values that fit the model's other sizes."
+        elif isinstance(error, OSError | ValueError | RuntimeError):
+            fix = "It must hold safetensors weights."
+        else:
+            raise
+        raise ConfigError(f"model: {model}: {_first(error)}", fix) from None
+    mismatched = {m[0] if isinstance(m, tuple) else m for m in info.get("mismatched_keys", ())}
+    return net, sorted({*info["missing_keys"], *mismatched})
+
+
+def tokenizer(model: str) -> Any:
+    """Return the tokenizer of a folder or hub name; ConfigError if there is none."""
+    local = is_local(model)
+    path = str(Path(model).expanduser()) if local else model
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=local, **SAFE)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {model} has no tokenizer: {_first(error)}", "Add tokenizer.json.") from None
+
+
+def cut_texts(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[list[list[int]], list[int]]:
+    """Return the token ids of texts, `length` at most, special ones among them, and which texts were longer."""
+    if not texts:
+        return [], []
+    ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    full = [i for i, row in enumerate(ids) if len(row) == length]
+    whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"] if full else []
+    return ids, [i for i, row in zip(full, whole, strict=True) if len(row) > length]
+
+
+def _first(error: BaseException) -> str:
+    return f"{str(error).strip().splitlines()[0].rstrip('.') if str(error).strip() else type(error).__name__}."
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return an id to pad with; what it is does not matter, because padding is masked by place."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
+    """Return how many tokens a row may have.
+
+    Raises:
+        ConfigError: `wanted` is more than the model takes.
+        DataError: the tokenizer knows tokens that the model has no embedding for.
+    """
+    config: Any = model.config
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"The tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}.",
+            "Resize the model's embeddings and train them first, or use the model's own tokenizer.",
+        )
+    limits = [int(v) for v in (getattr(config, "max_position_embeddings", None),) if v]
+    limits += [tokenizer.model_max_length] if tokenizer.model_max_length < 1 << 30 else []
+    most = min(limits, default=1 << 30)
+    if wanted is not None and wanted > most:
+        raise ConfigError(f"max_length={wanted}: the model takes {most} tokens.", "Lower max_length.")
+    return wanted or min(DEFAULT_LENGTH, most)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Return True if the model's forward has an argument `name`."""
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,67 @@
+"""Rows of an image with a text, and what the tasks on them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from peftree.data.images import Images, Look, read_look
+from peftree.data.rows import Example
+from peftree.errors import ConfigError
+from peftree.tasks.loading import is_local
+
+
+class Pairs(Dataset[dict[str, Any]]):
+    """Features of texts, each with the pixels of its image.
+
+    Args:
+        rows: whose sources are paths of images.
+        features: of the texts, in the same order.
+        look: how the model wants images.
+    """
+
+    def __init__(self, rows: Sequence[Example], features: Sequence[dict[str, Any]], look: Look) -> None:
+        self.images = Images([(row.source, 0) for row in rows], look)
+        self.features = list(features)
+        self.order = list(range(len(rows)))
+
+    def shuffled(self, seed: int = 0) -> Pairs:
+        """Return the same texts, each with the image of another row; which one is drawn with `seed`."""
+        other = Pairs((), self.features, self.images.look)
+        other.images = self.images
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        other.order = [0] * len(self)
+        for here, there in zip(drawn, drawn[1:] + drawn[:1], strict=True):  # one cycle: no row keeps its image
+            other.order[here] = there
+        return other
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.features[index], "pixel_values": self.images[self.order[index]]["pixel_values"]}
+
+
+def pair_look(model: str, config: Any, wanted: int | None) -> Look:
+    """Return how the vision tower of a model of two towers wants images; see `read_look`."""
+    return read_look(model, is_local(model), config.vision_config, wanted)
+
+
+def image_features(model: Any, look: Look) -> Tensor:
+    """Return what the model makes of one grey image: its features, `[1, ...]` or a list of one.
+
+    Raises:
+        ConfigError: its vision tower does not take images of that size.
+    """
+    weight = next(model.parameters())
+    pixels = torch.zeros(1, 3, look.size, look.size, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            found: Tensor = model.get_image_features(pixel_values=pixels).pooler_output
+    except ValueError as error:
+        raise ConfigError(f"image_size={look.size}: {str(error).rstrip('.')}.", "Leave image_size unset.") from None
+    return found

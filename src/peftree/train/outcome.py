@@ -1,0 +1,32 @@
+"""What a run says of its scores: beside the model without the adapter, and beside one answer for all rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftree.evaluate.quality import Scores
+from peftree.runs.record import Run
+
+
+def scored(scores: Scores, base: Scores | None, split: str) -> dict[str, Any]:
+    """Return scores under the names of a run's result."""
+    return {
+        "metric": scores.metric, "higher_is_better": scores.higher_is_better, "aggregate": scores.aggregate,
+        "split": split, "score": scores.score, "values": dict(scores.values), "items": scores.items,
+        "base_score": base.score if base else None, "base_values": dict(base.values) if base else {},
+        "base_items": base.items if base else (), "constant_score": scores.constant,
+        "no_better_than": scores.unbeaten(base.score if base else None),
+    }  # fmt: skip
+
+
+def last_lines(result: Run) -> list[str]:
+    """Return what is said at the end of a run with the result `result`."""
+    beside = {"without the adapter": result.base_score, "one answer for all rows": result.constant_score}
+    known = ", ".join(f"{who} {score:.4g}" for who, score in beside.items() if score is not None)
+    lines = [
+        f"{result.metric} {result.score:.4g}{f' ({known})' if known else ''} on {len(result.items)} {result.split} "
+        f"rows; {result.steps} steps in {result.train_seconds:.1f} s; adapter in {result.output}/adapter"
+    ]
+    if result.no_better_than:
+        lines.append(f"note: this is no better than {result.no_better_than}: nothing shows that it learned")
+    return lines

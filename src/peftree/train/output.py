@@ -1,0 +1,218 @@
+"""A run's output folder: held by one process, gone on with only by the run that began it, cleared of dead stages."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+from torch import nn
+
+from peftree.catalogue import task_facts
+from peftree.data.rows import Data
+from peftree.errors import BusyError, ConfigError, PeftreeError
+from peftree.files import atomic_write, read_json, sha256
+from peftree.runs.read import METRICS, SETTINGS
+from peftree.settings import RunConfig
+from peftree.store.fingerprint import Fingerprint, difference, fingerprint
+from peftree.strict import read_yaml
+from peftree.tasks import Options
+
+LOCK, INPUTS = ".lock", "inputs.json"
+# Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
+_FREE = (
+    *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
+    *("log_every", "data", "model"),
+)
+# What scoring a finished run depends on.
+_SCORING = (*(f.name for f in fields(Options)), "model", "data", "task", "eval_batch_size")
+_STAGE = re.compile(r"\.+(checkpoint-\d+|adapter|metrics\.json|resolved\.yaml|inputs\.json)\.")
+_BESIDE = (".json", ".txt", ".model", ".jinja")  # what tells how a model's inputs are made
+
+
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` against other processes and threads; made if need be, and removed again if nothing is written.
+
+    The system lets go of a lock when its process ends, however it ends. The same thread may hold a folder twice.
+
+    Raises:
+        BusyError: another process or thread holds it.
+    """
+    path = Path(os.path.abspath(folder))
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _busy(path) from None
+    try:
+        _clear(path)
+        yield
+    finally:
+        if made and set(os.listdir(path)) == {LOCK}:
+            (path / LOCK).unlink()
+        lock.release()
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
+def check_free(folder: str | Path) -> None:
+    """Raise BusyError if a run is under way in `folder` or in one that it lies in."""
+    path = Path(os.path.abspath(folder))
+    for place in (path, *path.parents):
+        if (place / LOCK).is_file() and os.access(place / LOCK, os.W_OK):
+            lock = FileLock(place / LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise _busy(place) from None
+            lock.release()
+
+
+def _busy(path: Path) -> BusyError:
+    return BusyError(
+        f"{path} is in use: another run trains there.", "Wait until it has ended, or name another output folder."
+    )
+
+
+def _clear(path: Path) -> None:
+    """Remove what killed processes left half-written; whoever holds the folder knows that they are dead."""
+    for name in os.listdir(path):
+        if _STAGE.match(name):
+            left = path / name
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def check_place(config: RunConfig) -> None:
+    """Raise ConfigError if the output folder cannot be made or written to."""
+    output = Path(config.output)
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"{config.where('output')}output: {output}: {there} is not a folder that can be written to.",
+            "Name another output folder.",
+        )
+
+
+def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
+    """Return whether the output folder holds a run to continue.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is off, or a run with other settings or without a record of them.
+    """
+    output = Path(config.output)
+    used = (output / METRICS).exists() or any(output.glob("checkpoint-*"))
+    if used and not config.resume:
+        raise ConfigError(
+            f"{output} holds a run already.", "Set resume: true to continue, or name another output folder."
+        )
+    if used:
+        old = _record(output, SETTINGS, lambda path: read_yaml(path, {}))
+        changed = [k for k, v in resolved.items() if k not in _FREE and old.get(k) != v]
+        if changed:
+            raise ConfigError(
+                f"{output} is a run with other settings: {', '.join(changed)}.",
+                f"Resume with the settings in its {SETTINGS}, or name another output folder.",
+            )
+    return used
+
+
+def check_scoring(config: RunConfig, ran: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """Refuse `config`, which is `ran` with overrides, where it differs in what scoring a finished run does not read."""
+    changed = [k for k in RunConfig.model_fields if k not in _SCORING and getattr(config, k) != getattr(ran, k)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} of {folder} cannot be changed: its adapter is scored as it was trained.",
+            f"Leave that out, or train another: peftree train {folder / SETTINGS} {shlex.join(overrides)} output=NEW.",
+        )
+
+
+def _record(output: Path, name: str, read: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read(output / name)
+    except PeftreeError as error:
+        raise ConfigError(
+            f"{output} holds a run, but its {name} is missing or damaged, so it cannot be compared: {error.what}",
+            f"Put {name} back, or name another output folder and train again.",
+        ) from None
+    return found
+
+
+def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) -> None:
+    """Compare what a run is made of with what the first part of it was made of, or note it for later.
+
+    Rows are compared by what they hold and the base by its fingerprint, wherever the files lie now.
+
+    Raises:
+        ConfigError: rows, base or the base's tokenizer differ, or the record of them is missing or damaged.
+    """
+    path = Path(config.output) / INPUTS
+    rows = {split: _rows(data, split) for split in ("train", "valid", "test")}
+    beside = _beside(config.model)
+    if not used:
+        base = fingerprint(model).model_dump()
+        atomic_write(path, json.dumps({"rows": rows, "beside": beside, "base": base}, indent=1) + "\n")
+        return
+    old = _record(path.parent, INPUTS, lambda p: read_json(p, 1 << 22))
+    advice = "Resume with what the run began with, or name another output folder and train again."
+    try:
+        base_differs = difference(Fingerprint.model_validate(old.get("base")), model)
+    except ValidationError:
+        raise ConfigError(f"{path} is damaged.", advice) from None
+    for split, found in rows.items():
+        if old.get("rows", {}).get(split) != found:
+            raise ConfigError(f"The {split} rows are not those that the run in {config.output} began with.", advice)
+    if base_differs:
+        what = f"The run in {config.output} began with another base model: {base_differs}."
+        raise ConfigError(what, advice)
+    known: dict[str, Any] = old.get("beside", {})
+    changed = sorted(name for name in {*known, *beside} if known.get(name) != beside.get(name))
+    if known and beside and changed:
+        raise ConfigError(f"{config.model}: {changed[0]} has changed since the run began.", advice)
+
+
+def _rows(data: Data, split: str) -> str:
+    """Return a hash of the rows of a split: of their texts, and of the content of files they name."""
+    seen = hashlib.sha256()
+    files = task_facts(data.task).modality != "language"
+    for row in getattr(data, split):
+        for name, value in row._asdict().items():
+            if name != "where":
+                content = files and name == "source" and Path(value).is_file()
+                text = sha256(Path(value).read_bytes()) if content else repr(value)
+                seen.update(f"{len(text)}:{text}".encode())
+    return seen.hexdigest()
+
+
+def _beside(model: str) -> dict[str, str]:
+    """Return the hashes of the small files in a model's folder; nothing for a hub name."""
+    folder = Path(model).expanduser()
+    found = sorted(p for p in folder.iterdir() if p.suffix in _BESIDE and p.is_file()) if folder.is_dir() else []
+    return {p.name: sha256(p.read_bytes()) for p in found}
+
+
+def done_steps(output: str | Path) -> int | None:
+    """Return after how many steps the results in `output` were written; None without any."""
+    path = Path(output) / METRICS
+    if not path.exists():
+        return None
+    with contextlib.suppress(PeftreeError):
+        steps = read_json(path, 1 << 28).get("steps")
+        return steps if isinstance(steps, int) else None
+    return None

@@ -1,0 +1,25 @@
+"""Nothing that a model's files name is fetched or run: what every loading of a folder or hub name passes and clears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SAFE: dict[str, Any] = {"trust_remote_code": False}  # code beside the weights is neither run nor asked about
+_BUILT_IN = (None, "eager", "sdpa", "flex_attention")
+
+
+def cleared(config: Any) -> Any:
+    """Return a config that asks for no kernel of a hub: what it names beyond torch's own is left to transformers.
+
+    A kernel changes how attention or experts are computed and not what; transformers fetches one that `config.json`
+    names, and one for `flash_attention_2` where the package is missing.
+    """
+    from transformers import PretrainedConfig
+
+    if config._attn_implementation not in _BUILT_IN:
+        config._attn_implementation = None
+    if "/" in (config._experts_implementation or ""):
+        config._experts_implementation = None
+    for part in [v for v in vars(config).values() if isinstance(v, PretrainedConfig)]:
+        cleared(part)
+    return config

@@ -1,0 +1,119 @@
+"""Checks on what training leaves: a trained adapter comes back, tensors move with the model, the base is untouched."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import peftree
+from contract.case import Case, close, shake
+from peftree.deltas import LINEAR, Delta, Frozen, Reweight, read
+from peftree.methods.contract import own
+
+STEPS = 4
+
+
+def train(case: Case, model: nn.Module, adapter: Any, steps: int = STEPS, rate: float = 1e-2) -> None:
+    """Train as `AdapterTrainer` does, every hook in its place."""
+    optimizer = case.optimizer(adapter, rate)
+    adapter.start(0, steps, optimizer)
+    model.train()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        out = model(**case.batch)
+        extra = adapter.aux_loss(step - 1, steps, outputs=out, again=lambda: model(**case.batch))
+        assert extra is None or torch.isfinite(extra), f"aux_loss is not finite in step {step}"
+        (case.loss(model) if extra is None else case.loss(model) + extra).backward()
+        adapter.before_step(step, steps, optimizer)
+        optimizer.step()
+        adapter.step(step, steps, optimizer, [lambda: case.loss(model)])
+    model.eval()
+
+
+def comes_back(case: Case, model: nn.Module, adapter: Any, when: str) -> None:
+    want = case.run(model)
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "x"
+        peftree.save(adapter, where, format="native")
+        with safe_open(where / "adapter.safetensors", "pt") as file:
+            assert set(file.keys()) == set(adapter.state()), "the file must hold the adapter's tensors and nothing else"
+        fresh = case.base()
+        peftree.load(fresh, where)
+        assert torch.equal(case.run(fresh.eval()), want), (
+            f"save and load change the output {when}; what it depends on must be a parameter or a buffer"
+        )
+
+
+def round_trip(case: Case) -> None:
+    """Some steps with every hook, saved and loaded; then finished, saved and loaded."""
+    model, adapter = case.adapted(shaken=True)
+    train(case, model, adapter)
+    comes_back(case, model, adapter, "after training")
+    want = case.run(model)
+    adapter.finish()
+    got = case.run(model)
+    assert close(got, want), f"post_hoc changes the output by {float((got - want).abs().max()):.1e}"
+    comes_back(case, model, adapter, "after post_hoc")
+
+
+def _loose(module: nn.Module) -> list[str]:
+    """Names of tensors that a module holds beside its parameters and buffers; those with a graph are of one pass."""
+    return [n for n, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is None]
+
+
+def registered(case: Case) -> None:
+    model, adapter = case.adapted(shaken=True)
+    case.loss(model).backward()
+    loose = [f"{type(m).__name__}.{n}" for d in adapter.deltas.values() for m in d.modules() for n in _loose(m)]
+    assert not loose, f"{loose[0]} is a plain tensor, which does not move, save or copy with the model; register it"
+
+
+def _facts(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The plain attributes of every base module."""
+    base = {n: m for n, m in model.named_modules() if ".deltas" not in f".{n}"}
+    simple = int | float | str | bool | tuple | None
+    return {n: {k: v for k, v in vars(m).items() if isinstance(v, simple) and k != "training"} for n, m in base.items()}
+
+
+def base_untouched(case: Case) -> None:
+    before = _facts(case.base())
+    model, adapter = case.adapted()
+    train(case, model, adapter, steps=1)
+    after = _facts(model)
+    changed = [
+        f"{n}.{k}" for n in before for k in before[n] | after[n] if before[n].get(k, ...) != after[n].get(k, ...)
+    ]
+    assert not changed, f"{changed[0]} of the base is changed; a delta keeps what it needs in itself"
+
+
+def _reads(delta: Delta, frozen: Frozen) -> bool:
+    """Whether the delta needs the values of the dense weight, which are not there."""
+    assert isinstance(delta, Reweight)
+    out, width = frozen.weight.shape[-2:]
+    try:
+        if not delta.quick:
+            return delta.weight(frozen.weight.to("meta")).is_meta
+        y = delta.fast(torch.ones(1, 2, width), torch.ones(1, 2, out), Frozen(frozen.weight.to("meta"), frozen.bias))
+    except (RuntimeError, NotImplementedError):
+        return True
+    return y.is_meta
+
+
+def dense_weight(case: Case) -> None:
+    model, adapter = case.adapted()
+    shake(adapter)
+    for index, part in enumerate(case.method.parts()):
+        sites = {key: site for key, site, _ in adapter.entries}
+        mine = {k: d for k, d in own(adapter.deltas, index).items() if isinstance(d, Reweight)}
+        linear = {k: d for k, d in mine.items() if sites[k].kind in LINEAR}
+        module = {k: model.get_submodule(sites[k].path) for k in linear}
+        reads = [k for k, d in linear.items() if _reads(d, read(module[k], sites[k]))]
+        said = type(part).tags.needs_dense_weight
+        assert said or not reads, (
+            f"{reads[0]} reads the dense weight, which a quantised base has not; say needs_dense_weight, or give `fast`"
+        )

@@ -1,0 +1,3 @@
+"""LoRA+: LoRA's forward; only the rates differ."""
+
+from reference.lora import weight as weight

@@ -1,0 +1,3 @@
+"""RoseLoRA: LoRA's forward; which entries are zero is a matter of training."""
+
+from reference.lora import weight as weight
