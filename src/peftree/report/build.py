@@ -260,7 +260,10 @@ def _headline(task: Task) -> str:
         memory = f" at {percent(row.peak_share)} of the memory" if row.peak_share is not None else ""
         ends = f"[{whole_percent(kept.low)}, {whole_percent(kept.high)}]" if kept.known else "no interval"
         parts.append(f"{row.label} {whole_percent(kept.value)} % {ends}{memory} ({SHOWN[row.retained]})")
-    return f"{task.name}: of full fine-tuning's gain are kept: {'; '.join(parts)}." if parts else ""
+    if parts:
+        return f"{task.name}: of full fine-tuning's gain are kept: {'; '.join(parts)}."
+    compared = any(row.retained for row in task.rows)
+    return f"{task.name}: full fine-tuning's own gain is not shown, so no share of it is." if compared else ""
 
 
 def _failure(r: RunRecord) -> Failure:
