@@ -434,10 +434,10 @@ def test_real_model(name: str) -> None:
     import torch
     import transformers
 
-    from peftree.assets import dit
+    from peftree.tasks import diffusion
 
     folder = models.model_folder(name, quiet=True)
-    own = {"dit-fashion": dit}
+    own = {"dit-fashion": diffusion}
     kind = getattr(own.get(name, transformers), str(models.describe(name)["architecture"]))
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     new = set(getattr(model.config, "fresh_modules", ()))

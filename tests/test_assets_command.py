@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from peftree import resolver
 from peftree.assets.data import SOURCES
 from peftree.assets.fetch import make_folder
-from peftree.assets.models import MODELS, located
+from peftree.assets.models import MODELS
 from peftree.cli import app
 from peftree.errors import AssetError, DataError
+from peftree.resolver import located
 
 
 def shown(*words: str) -> str:
@@ -47,6 +50,17 @@ def test_a_model_is_made_once_and_its_folder_printed(own_cache: Path) -> None:
 def test_what_is_no_packaged_model_stays_as_it_is(own_cache: Path) -> None:
     (own_cache / "minilm-l6").mkdir()
     assert [located(name) for name in ("minilm-l6", "org/model", "./x")] == ["minilm-l6", "org/model", "./x"]
+
+
+def test_another_package_brings_models_by_name(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_cache / "zoo_of_theirs.py").write_text(
+        "from pathlib import Path\ndef find(name, quiet):\n    return Path('/models/theirs') if name == 'theirs' else None"
+    )
+    monkeypatch.syspath_prepend(str(own_cache))
+    theirs = EntryPoint("theirs", "zoo_of_theirs:find", resolver.GROUP)
+    monkeypatch.setattr(resolver, "entry_points", lambda group: [*entry_points(group=group), theirs])
+    assert (located("theirs"), located("org/model")) == ("/models/theirs", "org/model")
+    assert Path(located("dit-fashion", quiet=True)).is_dir()
 
 
 def test_inspect_and_plan_take_the_name() -> None:

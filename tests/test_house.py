@@ -18,6 +18,8 @@ ROOT = REPOSITORY / "src" / "peftree"
 Check = Callable[[Path], list[str]]
 CHECKS: list[Check] = [
     house.lengths,
+    house.rooms,
+    house.shadows,
     house.first_lines,
     house.duplicates,
     house.undocumented,
@@ -65,6 +67,9 @@ BAD: list[tuple[Check, dict[str, str], str]] = [
     (house.lengths, {"train/loop.py": lines(401)}, "401 lines, at most 400"),
     (house.lengths, {"report/page.css": "a {}\n" * 401}, "401 lines, at most 400"),
     (house.lengths, {"train/loop.py": function(51)}, "f has 51 lines"),
+    (house.rooms, {"cellar/wine.py": lines(1)}, "cellar: 1 lines, at most 0"),
+    (house.rooms, {"runs/a.py": lines(400), "runs/b.py": lines(400)}, "runs: 800 lines, at most"),
+    (house.shadows, {"plan/trace.py": lines(1)}, "Python has a module trace"),
     (house.first_lines, {"files.py": "import os\n"}, "line 1"),
     (house.first_lines, {"files.py": '"""\nLate."""\n'}, "line 1"),
     (house.first_lines, {"files.py": '# A comment.\n"""Late."""\n'}, "line 1"),

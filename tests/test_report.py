@@ -63,7 +63,7 @@ def test_a_report_of_few_tasks_opens_with_what_each_method_keeps(
         told = f"lora {text.score(100 * row.relative.value, 0)} % [{text.score(100 * row.relative.low, 0)}, "
         verdict = {"yes": "(at least 90 % is shown)", "no": "(refuted)", "not shown": "(open)"}[row.retained]
         assert told in line and verdict in line[line.index(told) :].split(";")[0]
-    assert built.headlines[0] in report.html.render(built).replace("&#39;", "'")
+    assert built.headlines[0] in report.page.render(built).replace("&#39;", "'")
     many = [r.model_copy(update={"task": f"{r.task} {n}"}) for r in records for n in range(2)]
     assert len(report.build(many).tasks) > 4 and not report.build(many).headlines
 
@@ -99,7 +99,7 @@ def test_failures_are_rows_and_a_method_that_always_failed_stays_in_the_table() 
     assert len(built.failures) == 6 and "6 failed" in built.summary
     row = built.tasks[0].rows[-1]
     assert (row.label, row.verdict, row.failed) == ("mam", "failed", 2)
-    page = report.html.render(built)
+    page = report.page.render(built)
     assert "out of memory" in page and "2 of 2 runs failed" in page
 
 
@@ -119,7 +119,7 @@ def test_without_full_or_items_the_report_says_so() -> None:
     assert "No finished run of full" in alone.tasks[0].notes[0]
     assert all(row.difference is None for row in alone.tasks[0].rows)
     for each in (built, alone):
-        assert report.html.render(each) and report.to_json(each) and report.to_markdown(each)
+        assert report.page.render(each) and report.to_json(each) and report.to_markdown(each)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_odd_but_valid_records_still_give_every_output(change: dict[str, Any], s
         if r.method in ("full", "head_only", "lora") and r.metric == "accuracy"
     ]
     built = report.build(found)
-    page = report.html.render(built)
+    page = report.page.render(built)
     assert "nan" not in re.sub(r"<script.*?</script>", "", page, flags=re.S).lower().split()
     assert not re.search(r'="[^"]*\b(?:nan|inf)\b', page)
     assert report.to_markdown(built) and json.loads(report.to_json(built))
@@ -189,13 +189,13 @@ def test_variants_of_a_method_are_told_apart() -> None:
 
 
 def test_the_report_does_not_depend_on_the_order_of_records(records: list[RunRecord]) -> None:
-    page = report.html.render(report.build(records))
-    assert page == report.html.render(report.build(list(reversed(records))))
+    page = report.page.render(report.build(records))
+    assert page == report.page.render(report.build(list(reversed(records))))
 
 
 def test_hostile_text_is_harmless_everywhere() -> None:
     built = report.build(hostile())
-    page = report.html.render(built)
+    page = report.page.render(built)
     assert "<script>alert" not in page and page.count("<script") == 1
     assert "\x1b" not in page and "\u202e" not in page and "&lt;script&gt;alert" in page
     stream = io.StringIO()
@@ -212,7 +212,7 @@ def test_hostile_text_is_harmless_everywhere() -> None:
 
 
 def test_the_page_is_small_whole_and_asks_for_nothing(built: report.Report) -> None:
-    page = report.html.render(built)
+    page = report.page.render(built)
     assert len(page.encode()) < 300_000
     assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", page)
     assert "url(" not in page and "@import" not in page and "http://" not in page

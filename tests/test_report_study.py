@@ -39,7 +39,7 @@ def built(records: list[RunRecord]) -> report.Report:
 @pytest.fixture(scope="module")
 def page(built: report.Report) -> str:
     """Its page."""
-    return report.html.render(built)
+    return report.page.render(built)
 
 
 def further(built: report.Report, name: str, task: int = 0) -> Table:
@@ -130,7 +130,7 @@ def test_tasks_that_differ_in_data_alone_are_drawn_as_curves(records: list[RunRe
     assert wrong is not None and "text-classification (0%) and noisy (40%)" in wrong.caption
     assert len(share.panels) == len(base.scored) and "lora" in "".join(share.panels)
     assert all(panels.series(task, built, name) is None for task in others for name in ("share", "wrong"))
-    assert "accuracy against share of wrong training labels" in report.html.render(built)
+    assert "accuracy against share of wrong training labels" in report.page.render(built)
 
 
 def test_tasks_that_differ_in_the_model_are_a_curve_over_its_size(records: list[RunRecord]) -> None:
@@ -161,7 +161,7 @@ def test_tasks_that_differ_in_the_model_are_a_curve_over_its_size(records: list[
     assert curve is not None and curve.caption.startswith("Over quarter (")
     assert "half (" in curve.caption and "else" not in curve.caption
     assert all(panels.series(by_name[name], built, "parameters") is None for name in change)
-    assert "accuracy against parameters of the base" in report.html.render(built)
+    assert "accuracy against parameters of the base" in report.page.render(built)
 
 
 def test_a_sheet_shows_every_panel_in_a_place_of_its_own(records: list[RunRecord]) -> None:
@@ -235,7 +235,7 @@ def test_trials_alone_are_shown_and_said_to_be_unfinished(records: list[RunRecor
     built = report.build([r for r in records if r.phase == "trial"])
     task = built.tasks[0]
     assert task.rows == () and "no final run yet" in " ".join(task.notes) and task.tuning
-    page = report.html.render(built)
+    page = report.page.render(built)
     assert "against learning rate" in page and "There is no final run yet" in page
     for out in (report.to_markdown(built), report.to_latex(built), report.to_json(built)):
         assert out
@@ -371,7 +371,7 @@ def test_figures_are_there_where_the_records_hold_them(page: str) -> None:
         "expected best accuracy against time of tuning", "severity of image corruptions", "severity of text noise",
     ):  # fmt: skip
         assert title in page
-    plain = report.html.render(report.build(fabricated()))
+    plain = report.page.render(report.build(fabricated()))
     assert "against learning rate" not in plain and "Retention against gain" not in plain and "Tuning" not in plain
 
 
@@ -402,7 +402,7 @@ def test_the_page_on_two_thousand_records_stays_below_one_and_a_half_megabytes()
     twice = [*METHODS, *((f"{m[0]}@b", *m[1:]) for m in METHODS[2:])]
     found = study(tasks=many, methods=twice, seeds=5, trials=4)
     assert len(found) == 1980 and len(STUDY) == 6
-    page = report.html.render(report.build(found))
+    page = report.page.render(report.build(found))
     assert len(page.encode()) < 1.5 * 2**20 and all(record.key in page for record in found)
 
 

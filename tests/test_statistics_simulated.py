@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peftree.bench import expected, paired, ranks, statistics
-from peftree.bench.statistics import Array
+from peftree.bench import expected, intervals, paired, ranks
+from peftree.bench.intervals import Array
 
 ROUNDS = 2000  # a coverage of .95 then has a standard error of .005
 pytestmark = pytest.mark.slow
@@ -29,9 +29,9 @@ def covered(seeds: int, items: int, between: float, item: float = 1.0, noise: fl
     t, bootstrap = [], []
     for number in range(ROUNDS):
         data = crossed(rng, seeds, items, between, item, noise)
-        t.append(statistics.mean_interval(data).holds(0.0))
+        t.append(intervals.mean_interval(data).holds(0.0))
         if number < ROUNDS // 4:
-            bootstrap.append(statistics.bootstrap([data], np.positive, draws=400).holds(0.0))
+            bootstrap.append(intervals.bootstrap([data], np.positive, draws=400).holds(0.0))
     return float(np.mean(t)), float(np.mean(bootstrap))
 
 
@@ -60,7 +60,7 @@ def test_proportions_are_covered(level: float) -> None:
     for _ in range(ROUNDS):
         # The chance of each item, the same for all seeds, and a shift of each seed, averaging to `level`.
         chance = np.clip(rng.beta(4 * level, 4 * (1 - level), (1, 250)) + rng.normal(0, 0.005, (5, 1)), 0, 1)
-        held.append(statistics.mean_interval(rng.random((5, 250)) < chance).holds(level))
+        held.append(intervals.mean_interval(rng.random((5, 250)) < chance).holds(level))
     assert 0.93 <= np.mean(held) <= 0.97
 
 
@@ -75,8 +75,8 @@ def test_differences_and_relative_scores_are_covered(between: float, exponential
     for _ in range(ROUNDS):
         shared = rng.normal(0, 0.5, (1, 120))
         base, method, full = (level + shared + crossed(rng, 5, 120, between, 0.3, 0.3) for level in levels)
-        held.append(statistics.difference(method, full, exponential=exponential).holds(float(gap)))
-        part = statistics.relative_score(method, base, full, exponential=exponential)
+        held.append(intervals.difference(method, full, exponential=exponential).holds(float(gap)))
+        part = intervals.relative_score(method, base, full, exponential=exponential)
         assert part is not None
         parts.append(part.holds(float(share)))
     assert 0.93 <= np.mean(held) <= 0.97 and 0.93 <= np.mean(parts) <= 0.97
@@ -107,7 +107,7 @@ def test_a_test_over_items_alone_takes_luck_with_seeds_for_a_difference_and_the_
     for _ in range(ROUNDS // 4):
         one, two = (crossed(rng, 5, 100, 3.0, 0.3, 0.3) for _ in range(2))
         rejected.append(paired.permutation_test(one, two, draws=400) <= 0.05)
-        shown.append(not statistics.difference(one, two).holds(0.0))
+        shown.append(not intervals.difference(one, two).holds(0.0))
     assert np.mean(rejected) > 0.15 and np.mean(shown) <= 0.09
 
 

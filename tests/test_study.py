@@ -150,7 +150,7 @@ def test_figures_are_files_of_their_own(tool: ModuleType) -> None:
 @pytest.mark.slow
 def test_what_is_committed_is_what_the_pack_gives(tool: ModuleType) -> None:
     records = read_packed(tool.PACK)
-    made = tool.files(records, load_suite("small")) | {"study/report.html": report.html.render(report.build(records))}
+    made = tool.files(records, load_suite("small")) | {"study/report.html": report.page.render(report.build(records))}
     for name, content in made.items():
         assert (tool.PAGE.parent / name).read_text("utf-8") == content, f"{name}: run `make study`"
     there = {f"study/{file.name}" for file in tool.PACK.parent.iterdir()}

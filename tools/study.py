@@ -408,7 +408,7 @@ def main() -> None:
     for old in PACK.parent.glob("*.svg"):
         if f"study/{old.name}" not in made:
             old.unlink()
-    for name, content in {**made, "study/report.html": report.html.render(report.build(records))}.items():
+    for name, content in {**made, "study/report.html": report.page.render(report.build(records))}.items():
         atomic_write(PAGE.parent / name, content)
 
 

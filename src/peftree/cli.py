@@ -258,7 +258,7 @@ def report(
     if html:
         from peftree.files import atomic_write
 
-        typer.echo(f"Wrote {atomic_write(html, reports.html.render(built))}", err=True in forms)
+        typer.echo(f"Wrote {atomic_write(html, reports.page.render(built))}", err=True in forms)
 
 
 _GRAMMAR = {"ignore_unknown_options": True}  # an option of old is answered with the setting that it is now

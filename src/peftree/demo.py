@@ -104,7 +104,7 @@ def show(suite: Suite, records: Sequence[RunRecord], out: Path, console: Console
     built = report.build(records)
     tasks = [dataclasses.replace(task, notes=(*task.notes, *NOTES)) for task in built.tasks]
     built = dataclasses.replace(built, tasks=tuple(tasks))
-    page = atomic_write(out / "report.html", report.html.render(built))
+    page = atomic_write(out / "report.html", report.page.render(built))
     text = io.StringIO()
     Console(file=text, width=200).print(report.terminal.render(built))
     atomic_write(out / "table.txt", text.getvalue())

@@ -71,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for name, records in (("plain", fabricated()), ("hostile", hostile()), ("study", study())):
         out[name] = folder / f"{name}.html"
-        out[name].write_text(report.html.render(report.build(records)), encoding="utf-8")
+        out[name].write_text(report.page.render(report.build(records)), encoding="utf-8")
     return out
 
 

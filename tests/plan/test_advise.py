@@ -23,10 +23,10 @@ from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.command import seconds
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate
-from peftree.advise.profile import data_profile, model_profile
 from peftree.advise.rank import Estimate
 from peftree.advise.serve import serving
 from peftree.advise.settings import run_settings, write_run
+from peftree.advise.situation import data_profile, model_profile
 from peftree.advise.table import Context, Measured, Table
 from peftree.cli import app
 from peftree.data.rows import load_data

@@ -31,7 +31,7 @@ from peftree.advise.rank import (
     shown,
 )
 from peftree.advise.table import FOLDER, Context, Measured, Table, known, read_table
-from peftree.bench import statistics
+from peftree.bench import intervals
 from peftree.errors import DataError
 from peftree.runs.record import RunRecord
 
@@ -95,7 +95,7 @@ def test_the_relative_score_is_the_gain_in_units_of_the_best_gains(records: list
         unit = float(np.mean(sorted((r.gain or 0.0 for r in rows), reverse=True)[:3]))
         final = [r for r in records if r.task == task and r.phase == "final"]
         m, b = (np.array([r.items for r in final if r.method == n]) for n in ("ia3", "head_only"))
-        gap = statistics.difference(m, b)
+        gap = intervals.difference(m, b)
         ends = sorted((sign * gap.low / unit, sign * gap.high / unit))
         found = next(r for r in rows if r.method == "ia3")
         assert found.relative == pytest.approx(sign * gap.value / unit, rel=1e-2) and 0.5 < found.relative < 0.95

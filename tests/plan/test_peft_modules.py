@@ -17,8 +17,8 @@ import zoo
 from peftree.errors import ConfigError, MethodError
 from peftree.plan import skeleton
 from peftree.plan.hfpeft import modules
+from peftree.plan.ledger import Ledger, record
 from peftree.plan.question import read_adapter
-from peftree.plan.trace import Ledger, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of PEFT's own code
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from peftree.plan.ledger import Timeline
 from peftree.plan.reserved import WORKSPACE, Allocator, Beside, adamw, reserved
-from peftree.plan.trace import Timeline
 
 KIB, MIB = 1 << 10, 1 << 20
 

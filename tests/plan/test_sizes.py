@@ -12,7 +12,7 @@ import transformers as tf
 from peftree import registry
 from peftree.errors import SiteError
 from peftree.plan import estimate, fit, plan, request, sizes
-from peftree.plan.trace import Timeline
+from peftree.plan.ledger import Timeline
 from plan.test_fit import BERT, LLAMA
 from sampled import quick
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from tools.train_dit import ABOUT, FOLDER, HELD_OUT
 from torch import Tensor
 
 import peftree
 from peftree import registry, sites
 from peftree.adapter import adapt, detach, disabled
 from peftree.assets.data import write_data
-from peftree.assets.dit import ABOUT, FOLDER, HELD_OUT, DiffusionConfig, DiffusionTransformer, flow, sample
 from peftree.data.rows import Data, load_data
 from peftree.errors import ConfigError, DataError, DivergedError, TrainError
 from peftree.settings import RunConfig
 from peftree.tasks import Options, build_task
+from peftree.tasks.diffusion import DiffusionConfig, DiffusionTransformer, flow, sample
 from peftree.tasks.image_generation import LEVELS, ImageGeneration, compare_images, frechet
 from peftree.train.health import names
 from peftree.train.run import open_run, run

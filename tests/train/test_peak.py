@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 
 from peftree.advise import cost
-from peftree.assets.dit import DiffusionConfig, DiffusionTransformer
 from peftree.errors import ConfigError
 from peftree.plan import fit, plan, show, ways
 from peftree.plan.question import Request
 from peftree.runs.record import Run
 from peftree.settings import load_config, read_settings
+from peftree.tasks.diffusion import DiffusionConfig, DiffusionTransformer
 from peftree.train import peak
 from peftree.train.run import run
 from train.tiny import PIXELS, SHAPE, reviews, save, tokenizer, write_csv, write_jsonl

@@ -11,7 +11,7 @@ import numpy as np
 
 from peftree import registry
 from peftree.advise.table import Context, Measured, Table
-from peftree.bench import statistics
+from peftree.bench import intervals
 from peftree.bench.grouping import FULL, HEAD_ONLY, Sample, aligned, comparisons, labelled, sample
 from peftree.bench.suite import known_suites, load_suite
 from peftree.errors import DataError
@@ -108,7 +108,7 @@ def _unit(
     pair = aligned(top, base) if base is not None else [top.matrix, np.full_like(top.matrix, level)]
     if pair is None:
         return None
-    gap = statistics.difference(*pair)
+    gap = intervals.difference(*pair)
     if not gap.known or gap.holds(0.0) or gains[0][0] <= 0:
         return None
     return max(float(np.mean([gain for gain, _ in gains[:TOP]])), gains[0][0] / TOP)
@@ -144,16 +144,16 @@ def _measured(runs: list[RunRecord], one: Sample | None, scale: _Scale) -> Measu
     return Measured(**found)
 
 
-def _relative(one: Sample, scale: _Scale, sign: float) -> statistics.Interval | None:
+def _relative(one: Sample, scale: _Scale, sign: float) -> intervals.Interval | None:
     """Return the gain over the baseline in units, better being more."""
     if scale.unit is None or scale.level is None:
         return None
     pair = aligned(one, scale.base) if scale.base else [one.matrix, np.full_like(one.matrix, scale.level)]
     if pair is None:
         return None
-    gap = statistics.difference(*pair)
+    gap = intervals.difference(*pair)
     low, value, high = sorted(sign * end / scale.unit for end in (gap.low, gap.value, gap.high))
-    return statistics.Interval(value, low, high)
+    return intervals.Interval(value, low, high)
 
 
 def _step(groups: dict[str, list[RunRecord]], full: str | None) -> float | None:

@@ -13,11 +13,11 @@ from peftree.advise import cost as costs
 from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
-from peftree.advise.profile import DataProfile, ModelProfile, data_profile, model_profile
 from peftree.advise.rank import Estimate, Evidence, Query, against, shown
 from peftree.advise.rules import Case, Rule, apply
 from peftree.advise.serve import Serving, serving
 from peftree.advise.settings import run_settings
+from peftree.advise.situation import DataProfile, ModelProfile, data_profile, model_profile
 from peftree.advise.table import known
 from peftree.data.rows import Data
 from peftree.data.thinning import rows_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from peftree.advise.profile import DataProfile, ModelProfile
+from peftree.advise.situation import DataProfile, ModelProfile
 from peftree.errors import ConfigError
 from peftree.plan import Plan, Request, largest, plan
 from peftree.settings import MethodConfig

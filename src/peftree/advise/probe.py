@@ -23,7 +23,7 @@ from peftree.advise.advice import Advice, Asked, Judged
 from peftree.advise.candidates import Candidate
 from peftree.advise.settings import run_settings
 from peftree.advise.subset import Subset, write_subset
-from peftree.bench import statistics
+from peftree.bench import intervals
 from peftree.bench.grouping import sample
 from peftree.bench.pool import Cell, finished, run_cells
 from peftree.catalogue import task_facts
@@ -354,11 +354,11 @@ def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
     if one is None or record.score is None or best is None:
         why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
         return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=record.seconds)
-    interval = statistics.mean_interval(one.matrix, exponential=one.exponential)
+    interval = intervals.mean_interval(one.matrix, exponential=one.exponential)
     verdict = "best" if record is best else "fewer steps"
     top = sample([best])
     if record is not best and top is not None and best.steps == record.steps:
-        gap = statistics.difference(one.matrix, top.matrix, exponential=one.exponential)
+        gap = intervals.difference(one.matrix, top.matrix, exponential=one.exponential)
         verdict = "no difference shown" if gap.holds(0.0) else "worse"
     text = f"measured on your data: {record.metric} {record.score:.4g} after {steps} steps; {verdict}"
     return Tried(

@@ -12,7 +12,7 @@ from peftree import registry
 from peftree.advise.candidates import Candidate
 from peftree.advise.cost import LEAST_LENGTH, Cost, Setting
 from peftree.advise.measures import Rate
-from peftree.advise.profile import DataProfile, folder_of
+from peftree.advise.situation import DataProfile, folder_of
 from peftree.errors import ConfigError
 from peftree.files import atomic_write
 from peftree.plan import Request

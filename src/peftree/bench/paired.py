@@ -1,7 +1,7 @@
 """Paired tests of two methods on the same seeds and items, and of several tests at once.
 
 All are about the null hypothesis that two methods are exchangeable. Samples as in
-`peftree.bench.statistics`: matrices ``[seeds, items]``.
+`peftree.bench.intervals`: matrices ``[seeds, items]``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from peftree.bench.statistics import matrices
+from peftree.bench.intervals import matrices
 
 Test = Literal["McNemar", "permutation"]
 CHUNK = 1 << 21  # numbers held at once while permuting

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from peftree.bench import paired, statistics
+from peftree.bench import intervals, paired
 from peftree.bench.grouping import aligned, comparisons, labelled, sample
-from peftree.bench.statistics import Interval
+from peftree.bench.intervals import Interval
 from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.runs.record import RunRecord
 
@@ -159,7 +159,7 @@ def _duel(one: Sequence[RunRecord], two: Sequence[RunRecord]) -> Duel | str:
         return "no seed in common, or other test items"
     seeds = [s for s in first.seeds if s in second.seeds]
     exponential = first.exponential
-    gap = statistics.difference(*pair, exponential=exponential)
+    gap = intervals.difference(*pair, exponential=exponential)
     means = [float(each.mean()) for each in pair]
     score_a, score_b = (math.exp(mean) for mean in means) if exponential else means
     p, test = paired.paired_p(*pair)
@@ -168,7 +168,7 @@ def _duel(one: Sequence[RunRecord], two: Sequence[RunRecord]) -> Duel | str:
     return Duel(
         task=one[0].task, metric=one[0].metric, a=score_a, b=score_b, difference=gap,
         share=sign * gap.value / abs(score_b) if score_b else sign * gap.value,
-        detectable=statistics.detectable(*pair, exponential=exponential), p=p, p_holm=p, test=test,
+        detectable=intervals.detectable(*pair, exponential=exponential), p=p, p_holm=p, test=test,
         seeds=len(seeds), items=pair[0].shape[1] if first.note == "" else 0,
         judged="better" if sign * gap.value > 0 else "worse", costs=_costs(*shared),
         runs=tuple(r.key for runs in shared for r in runs),

@@ -37,7 +37,7 @@ from peftree.deltas.prompt import VirtualTokens, start_tokens
 from peftree.deltas.replace import Replace
 from peftree.deltas.route import TokenRouter, balance
 from peftree.deltas.scene import Scene, scene
-from peftree.deltas.select import BiasOffset, Sensitivity, keep_largest, pick, turn
+from peftree.deltas.selection import BiasOffset, Sensitivity, keep_largest, pick, turn
 from peftree.deltas.side import LayerNormBlock, SideBlock, attended, quick_gelu, rms
 from peftree.deltas.sparse import Entries, Sparse, Watched, quantiles, squared_gradients
 from peftree.deltas.steps import Steps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftree.deltas.place import Place
-from peftree.deltas.select import Sensitivity
+from peftree.deltas.selection import Sensitivity
 from peftree.deltas.sparse import Entries, Watched
 
 

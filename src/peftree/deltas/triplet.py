@@ -8,7 +8,7 @@ from torch import Tensor
 from peftree.deltas.lowrank import LowRank
 from peftree.deltas.matrix import matrix
 from peftree.deltas.place import Place
-from peftree.deltas.select import Sensitivity
+from peftree.deltas.selection import Sensitivity
 
 
 class Triplets(LowRank):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from peftree.plan.batch import inputs, open_images
+from peftree.plan.ledger import faking
 from peftree.plan.question import Request
-from peftree.plan.trace import faking
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from peftree.named_method import make_method
 from peftree.plan import caches, formulas, sizes, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.hfpeft import configs
+from peftree.plan.ledger import Timeline, supported
 from peftree.plan.question import Request
 from peftree.plan.reserved import WORKSPACE
 from peftree.plan.result import Plan, Whole
 from peftree.plan.step import PARTS, Traced, adapted, trace
 from peftree.plan.step import traced as described
-from peftree.plan.trace import Timeline, supported
 from peftree.settings import DEFAULT_LENGTH, MethodConfig
 from peftree.tasks.loading import changed
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from peftree.plan.ledger import Ledger, record
 from peftree.plan.question import Request
-from peftree.plan.trace import Ledger, record
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
 _SMALL, _CHUNK = 4096, 256  # tensors below keep 32-bit state; values of one scale in 8-bit state

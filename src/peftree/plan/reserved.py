@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from peftree.plan.trace import Timeline
+from peftree.plan.ledger import Timeline
 
 _BLOCK, _SMALL, _LARGE = 512, 1 << 20, 10 << 20
 _SEGMENTS, _WHOLE = (2 << 20, 20 << 20), 2 << 20

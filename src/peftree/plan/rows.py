@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftree.assets.models import located
 from peftree.data.rows import Data
 from peftree.plan.question import Feed, Request
+from peftree.resolver import located
 from peftree.settings import RunConfig
 from peftree.tasks import Batch, Items, Options, Task, build_task
 from peftree.tasks.loading import weightless

@@ -11,7 +11,6 @@ from typing import Any
 
 import typer
 
-from peftree.assets.models import located
 from peftree.errors import ConfigError
 from peftree.plan import fit
 from peftree.plan.calibrate import Calibration, calibrate
@@ -19,6 +18,7 @@ from peftree.plan.estimate import model_of, plan, settled
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
 from peftree.plan.rows import fed_by
+from peftree.resolver import located
 from peftree.tasks.loading import tokenizer
 
 GIB, MIB = 2**30, 2**20

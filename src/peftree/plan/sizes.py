@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from peftree.plan.ledger import Timeline
 from peftree.plan.question import Request
-from peftree.plan.trace import Timeline
 
 KEPT = 6  # settings whose traces are held
 

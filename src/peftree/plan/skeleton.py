@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftree.assets import dit  # noqa: F401  (makes its model known to transformers' auto classes)
-from peftree.assets.models import located
 from peftree.catalogue import task_facts
 from peftree.errors import ConfigError
+from peftree.resolver import located
+from peftree.tasks import diffusion  # noqa: F401  (makes its model known to transformers' auto classes)
 from peftree.trusted import SAFE, cleared
 
 # How configs call their number of layers; the first of a row that a config has is the one that counts.

@@ -19,8 +19,8 @@ from peftree.evaluate.quality import token_scores
 from peftree.named_method import make_method
 from peftree.plan import skeleton
 from peftree.plan.batch import inputs, open_images, scored
+from peftree.plan.ledger import Ledger, Timeline, faking, record
 from peftree.plan.question import Request
-from peftree.plan.trace import Ledger, Timeline, faking, record
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
 

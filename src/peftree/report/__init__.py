@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftree.files import atomic_write
-from peftree.report import html, terminal
+from peftree.report import page, terminal
 from peftree.report.build import build
 from peftree.report.data import Report
 from peftree.report.markup import to_json, to_latex, to_markdown
 from peftree.runs.read import read_records
 
-__all__ = ["Report", "build", "html", "terminal", "to_json", "to_latex", "to_markdown", "write"]
+__all__ = ["Report", "build", "page", "terminal", "to_json", "to_latex", "to_markdown", "write"]
 
 
 def write(folder: str | Path, out: str | Path) -> Path:
@@ -20,4 +20,4 @@ def write(folder: str | Path, out: str | Path) -> Path:
     Raises:
         DataError: the folder holds no records, or a bad one (file and field are named).
     """
-    return atomic_write(out, html.render(build(read_records(folder))))
+    return atomic_write(out, page.render(build(read_records(folder))))

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from peftree.bench import paired, statistics
+from peftree.bench import intervals, paired
 from peftree.bench.grouping import FULL, HEAD_ONLY, Sample, aligned, sample
-from peftree.bench.statistics import Interval
+from peftree.bench.intervals import Interval
 from peftree.report.data import Curve, Origin, Row
 from peftree.report.probes import probes
 from peftree.report.shift import shifted, stages
@@ -38,13 +38,13 @@ def compare(row: Row, one: Sample, full: Sample, higher_is_better: bool) -> Row:
     pair = aligned(one, full)
     if pair is None:
         return replace(row, verdict="not comparable")
-    gap = statistics.difference(*pair, exponential=one.exponential)
+    gap = intervals.difference(*pair, exponential=one.exponential)
     if not gap.known:
         return replace(row, difference=gap, verdict="not enough data")
-    says = statistics.verdict(gap)
+    says = intervals.verdict(gap)
     better = None if says == "no difference shown" else (says == "higher") == higher_is_better
     p, test = paired.paired_p(*pair)
-    least = statistics.detectable(*pair, exponential=one.exponential)
+    least = intervals.detectable(*pair, exponential=one.exponential)
     return replace(row, difference=gap, verdict=says, better=better, p=p, test=test, detectable=least)
 
 
@@ -66,7 +66,7 @@ def relative(one: Sample, full: Sample, base: Sample | None, start: float | None
     gain = float(np.mean(three[2]) - np.mean(three[1]))
     if (gain > 0) is not higher:
         return None
-    return statistics.relative_score(*three, exponential=one.exponential)
+    return intervals.relative_score(*three, exponential=one.exponential)
 
 
 def rows(groups: dict[str, list[RunRecord]], full: str | None) -> list[Row]:
@@ -85,7 +85,7 @@ def rows(groups: dict[str, list[RunRecord]], full: str | None) -> list[Row]:
         if one is not None and reference is not None:
             row = replace(row, relative=relative(one, reference, base, start, higher))
             if label not in (full, head) and (base is not None or start is not None):
-                row = replace(row, retained=statistics.retained(row.relative))
+                row = replace(row, retained=intervals.retained(row.relative))
         row = replace(row, shifted=shifted(records, groups[full] if full and label != full else []))
         out.append(row)
     out = with_holm(with_peak_share(out, full))
@@ -132,7 +132,7 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
 
 def score_interval(one: Sample) -> Interval:
     """Return the interval of the score."""
-    return statistics.mean_interval(one.matrix, exponential=one.exponential)
+    return intervals.mean_interval(one.matrix, exponential=one.exponential)
 
 
 def settings(record: RunRecord) -> str:

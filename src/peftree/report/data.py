@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peftree.bench.expected import Expected
+from peftree.bench.intervals import Interval
 from peftree.bench.ranks import Ranks
-from peftree.bench.statistics import Interval
 from peftree.bench.transfer import Transfer
 from peftree.evaluate.subject import Result
 from peftree.runs.record import Costs, CurvePoint

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from peftree import text
-from peftree.bench.statistics import Interval
+from peftree.bench.intervals import Interval
 from peftree.probes.noise import Damaged
 from peftree.report import svg
 from peftree.report.data import Report, Row, Task

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from peftree.bench import statistics
+from peftree.bench import intervals
 from peftree.bench.grouping import Sample, aligned, sample
 from peftree.bench.transfer import transfer
 from peftree.errors import DataError
@@ -46,8 +46,8 @@ def shifted(records: Sequence[RunRecord], full: Sequence[RunRecord]) -> tuple[Sh
     out = []
     for name, one in mine.items():
         pair = aligned(one, theirs[name]) if name in theirs else None
-        gap = statistics.difference(*pair, exponential=one.exponential) if pair else None
-        out.append(Shifted(name, statistics.mean_interval(one.matrix, exponential=one.exponential), gap))
+        gap = intervals.difference(*pair, exponential=one.exponential) if pair else None
+        out.append(Shifted(name, intervals.mean_interval(one.matrix, exponential=one.exponential), gap))
     return tuple(out)
 
 

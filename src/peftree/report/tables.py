@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peftree import text
-from peftree.bench.statistics import Interval
+from peftree.bench.intervals import Interval
 from peftree.evaluate.subject import Unmeasured
 from peftree.report.data import Overview, Report, Row, Task
 from peftree.table import Cell, Head, Line, Table

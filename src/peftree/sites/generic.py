@@ -9,7 +9,7 @@ from torch import nn
 
 from peftree.errors import SiteError
 from peftree.sites.parts import Modules, experts_at, inside, join, kind_of, site_at
-from peftree.sites.site import Site
+from peftree.sites.places import Site
 
 ROLE_OF = {"conv": "conv", "norm": "norm", "embedding": "embed"} | dict.fromkeys(
     ("linear", "conv1d", "expert"), "linear"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from peftree.errors import SiteError
 from peftree.sites.generic import number_of
 from peftree.sites.parts import inside
-from peftree.sites.site import Site
+from peftree.sites.places import Site
 from peftree.sites.survey import Survey
 
 _PART = re.compile(r"(?P<first>\d+)-(?P<last>\d+)|(?P<one>-?\d+)|(?P<start>-?\d+)?:(?P<stop>-?\d+)?")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftree.errors import SiteError
-from peftree.sites.site import Kind, Site
+from peftree.sites.places import Kind, Site
 
 Modules = dict[str, nn.Module]
 

@@ -14,8 +14,8 @@ from peftree.errors import SiteError, did_you_mean
 from peftree.sites.generic import number_of, parameter_at
 from peftree.sites.layers import in_layers, spans
 from peftree.sites.parts import glob, inside, join, site_at
+from peftree.sites.places import Site
 from peftree.sites.records import ROLES, TOWERS
-from peftree.sites.site import Site
 from peftree.sites.survey import Survey, survey
 
 WEIGHTS = ("linear", "conv1d", "expert")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from peftree.sites.parts import Heads, Modules, cut, expand, experts_at, field, inside, join, site_at
+from peftree.sites.places import Site
 from peftree.sites.records import Attention, Place
-from peftree.sites.site import Site
 from peftree.sites.stacks import Stack
 
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")

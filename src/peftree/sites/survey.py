@@ -11,9 +11,9 @@ from peftree.errors import SiteError
 from peftree.sites.generic import ROLE_OF, generic_sites, modality, outputs_of
 from peftree.sites.infer import infer, no_stack
 from peftree.sites.parts import Modules, aliases_of, expand, inside, modules_of, site_at
+from peftree.sites.places import Site
 from peftree.sites.reader import StackReader
 from peftree.sites.records import Record, records
-from peftree.sites.site import Site
 from peftree.sites.stacks import Stack, find_composites, find_stacks
 
 # Outer linears that come with the pretrained weights, by the first name on their path.

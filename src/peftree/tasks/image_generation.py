@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from peftree.assets.dit import FOLDER, DiffusionConfig, DiffusionTransformer, flow, sample
 from peftree.data.images import Images, read_look
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError, DivergedError, TrainError
 from peftree.evaluate import quality
 from peftree.tasks.base import Batch, Items, Options, Task
+from peftree.tasks.diffusion import DiffusionConfig, DiffusionTransformer, flow, sample
 from peftree.tasks.loading import is_local, load, read_config
 
 NO_CLASS = 0.1  # share of the training rows whose class is hidden, for guidance without a class
@@ -53,7 +53,7 @@ class ImageGeneration(Task):
         config = read_config(model, options.config, ())
         if not isinstance(config, DiffusionConfig):
             raise ConfigError(
-                f"model: {model} is a {type(config).__name__}.", f"Use a diffusion transformer, as {FOLDER}."
+                f"model: {model} is a {type(config).__name__}.", "Use a diffusion transformer, as model=dit-fashion."
             )
         look = read_look(model, is_local(model), config, options.image_size)
         if look.size != config.image_size:

@@ -14,7 +14,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
-from peftree.assets.models import located
 from peftree.data.rows import Data, Example
 from peftree.data.thinning import rows_of
 from peftree.errors import ConfigError
@@ -30,6 +29,7 @@ from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
+from peftree.resolver import located
 from peftree.runs.read import METRICS, SETTINGS
 from peftree.runs.record import Run
 from peftree.settings import RunConfig, load_config, write_resolved

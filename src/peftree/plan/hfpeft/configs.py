@@ -13,12 +13,12 @@ from peftree.errors import ConfigError, StoreError, did_you_mean
 from peftree.plan import formulas, sizes, skeleton
 from peftree.plan.batch import inputs, open_images
 from peftree.plan.hfpeft import modules
+from peftree.plan.ledger import Timeline
 from peftree.plan.question import FILE, Request
 from peftree.plan.reserved import Beside, adamw, reserved
 from peftree.plan.result import Whole
 from peftree.plan.step import recompute
 from peftree.plan.step import traced as described
-from peftree.plan.trace import Timeline
 from peftree.store.hfpeft import dialects
 from peftree.store.hfpeft.names import saves_heads
 from peftree.store.hfpeft.schema import Targeted, parse

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from peftree.errors import ConfigError, MethodError
+from peftree.plan.ledger import Ledger, Timeline, faking, record
 from peftree.plan.question import Request, read_adapter
 from peftree.plan.step import Fused
-from peftree.plan.trace import Ledger, Timeline, faking, record
 
 _SMALL = 1 << 16  # elements of a tensor whose values are kept where they are known
 # Fields that are not passed on. AdaLoRA: init_r counts, and the pattern is what a run found. FRoD: weights that are not

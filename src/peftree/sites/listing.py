@@ -8,7 +8,7 @@ from torch import nn
 
 from peftree.sites.layers import spans
 from peftree.sites.parts import Modules
-from peftree.sites.site import Site
+from peftree.sites.places import Site
 from peftree.sites.survey import survey
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peftree import sites
-from peftree.assets.models import located
 from peftree.catalogue import Kind, Modality, task_facts
 from peftree.data.rows import Data
 from peftree.plan import skeleton
+from peftree.resolver import located
 from peftree.tasks.loading import changed, tokenizer
 
 SAMPLE = 2000  # rows whose tokens are counted

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from peftree.bench import expected, paired, ranks, statistics, transfer
-from peftree.bench.statistics import Array, Interval
+from peftree.bench import expected, intervals, paired, ranks, transfer
+from peftree.bench.intervals import Array, Interval
 from peftree.errors import DataError
 
 MATRICES = hnp.arrays(
@@ -34,14 +34,14 @@ def crossed(rng: np.random.Generator, seeds: int, items: int, between_seeds: flo
 @pytest.mark.parametrize(("seeds", "items", "between"), [(1, 100, 0.0), (2, 100, 0.0), (5, 80, 0.3)])
 def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, items: int, between: float) -> None:
     rng = np.random.default_rng(7)
-    held = [statistics.mean_interval(crossed(rng, seeds, items, between, 0.3)).holds(0.0) for _ in range(400)]
+    held = [intervals.mean_interval(crossed(rng, seeds, items, between, 0.3)).holds(0.0) for _ in range(400)]
     # 400 rounds: three standard errors of a true coverage of 0.95 are 0.033.
     assert 0.917 <= np.mean(held) <= 0.983
 
 
 def test_proportions_are_covered() -> None:
     rng = np.random.default_rng(3)
-    held = [statistics.mean_interval(rng.random((1, 120)) < 0.85).holds(0.85) for _ in range(400)]
+    held = [intervals.mean_interval(rng.random((1, 120)) < 0.85).holds(0.85) for _ in range(400)]
     assert 0.915 <= np.mean(held) <= 0.985
 
 
@@ -51,10 +51,10 @@ def test_the_paired_interval_is_shorter_than_the_unpaired_and_covers() -> None:
     for _ in range(300):
         shared = rng.normal(0, 1, (1, 100))
         one, two = (shared + rng.normal(0, 0.2, (5, 100)) for _ in range(2))
-        found = statistics.difference(one + 0.1, two)
+        found = intervals.difference(one + 0.1, two)
         held += found.holds(0.1)
         paired.append(found.half_width)
-        alone.append(statistics.mean_interval(one).half_width)
+        alone.append(intervals.mean_interval(one).half_width)
     assert held / 300 >= 0.915
     assert np.mean(paired) < 0.5 * np.mean(alone)
 
@@ -62,18 +62,18 @@ def test_the_paired_interval_is_shorter_than_the_unpaired_and_covers() -> None:
 @settings(max_examples=60, deadline=None)
 @given(data=MATRICES)
 def test_any_finite_matrix_gives_an_ordered_interval_around_its_mean(data: Array) -> None:
-    found = statistics.mean_interval(data)
+    found = intervals.mean_interval(data)
     assert found.low <= found.value <= found.high
     assert found.value == pytest.approx(float(data.mean()), abs=1e-9)
-    assert found == statistics.mean_interval(data)
-    same = statistics.difference(data, data)
+    assert found == intervals.mean_interval(data)
+    same = intervals.difference(data, data)
     assert same.value == 0 and same.holds(0.0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=MATRICES, shift=st.floats(-50, 50))
 def test_a_constant_shift_is_found_exactly(data: Array, shift: float) -> None:
-    found = statistics.difference(data + shift, data)
+    found = intervals.difference(data + shift, data)
     assert found.value == pytest.approx(shift, abs=1e-9)
     if found.known:
         assert found.half_width <= 1e-9
@@ -81,29 +81,29 @@ def test_a_constant_shift_is_found_exactly(data: Array, shift: float) -> None:
 
 def test_the_seed_decides_the_resampling() -> None:
     data = np.random.default_rng(0).normal(size=(1, 40))
-    assert statistics.mean_interval(data, seed=1) != statistics.mean_interval(data, seed=2)
+    assert intervals.mean_interval(data, seed=1) != intervals.mean_interval(data, seed=2)
 
 
 def test_degenerate_samples() -> None:
-    alone = statistics.mean_interval([[0.7]])
+    alone = intervals.mean_interval([[0.7]])
     assert not alone.known and alone.value == 0.7
-    flat = statistics.mean_interval(np.full((2, 50), 0.4))
+    flat = intervals.mean_interval(np.full((2, 50), 0.4))
     assert (flat.low, flat.high) == pytest.approx((0.4, 0.4))
-    right = statistics.mean_interval(np.ones((2, 50)))
+    right = intervals.mean_interval(np.ones((2, 50)))
     assert right.value == right.high == 1.0 and right.low == pytest.approx(1 / (1 + 1.96**2 / 50), rel=1e-3)
-    wrong = statistics.mean_interval(np.zeros((1, 50)))
+    wrong = intervals.mean_interval(np.zeros((1, 50)))
     assert wrong.low == 0.0 and 0.05 < wrong.high < 0.1
     assert paired.permutation_test([[1.0, 2.0]], [[1.0, 2.0]]) == 1.0
 
 
 def test_proportions_stay_within_bounds() -> None:
-    found = statistics.mean_interval([[1.0] * 40, [1.0] * 30 + [0.0] * 10])
+    found = intervals.mean_interval([[1.0] * 40, [1.0] * 30 + [0.0] * 10])
     assert 0.0 <= found.low < found.value < found.high <= 1.0
 
 
 def test_one_number_a_seed_gives_students_interval() -> None:
     values = np.array([[0.81], [0.83], [0.86], [0.80]])
-    found = statistics.mean_interval(values)
+    found = intervals.mean_interval(values)
     expected = stats.t.interval(0.95, 3, values.mean(), stats.sem(values[:, 0]))
     assert (found.low, found.high) == pytest.approx(expected)
 
@@ -111,12 +111,12 @@ def test_one_number_a_seed_gives_students_interval() -> None:
 @pytest.mark.parametrize("bad", [[[]], [1.0, 2.0], [[math.nan, 1.0]], [[math.inf]], np.zeros((2, 2, 2))])
 def test_a_sample_that_is_not_a_finite_matrix_is_refused(bad: object) -> None:
     with pytest.raises(DataError, match="not a finite matrix"):
-        statistics.mean_interval(bad)  # type: ignore[arg-type]
+        intervals.mean_interval(bad)  # type: ignore[arg-type]
 
 
 def test_samples_that_cannot_be_paired_are_refused() -> None:
     with pytest.raises(DataError, match="differ in shape"):
-        statistics.difference(np.zeros((2, 3)), np.zeros((2, 4)))
+        intervals.difference(np.zeros((2, 3)), np.zeros((2, 4)))
 
 
 def test_permutation_p_is_uniform_under_the_null() -> None:
@@ -164,28 +164,28 @@ def test_holm_never_lowers_a_p_and_keeps_the_order(values: list[float]) -> None:
 
 
 def test_verdicts() -> None:
-    assert statistics.verdict(Interval(0.1, -0.1, 0.3)) == "no difference shown"
-    assert statistics.verdict(Interval(0.1, 0.0, 0.3)) == "no difference shown"
-    assert statistics.verdict(Interval(0.2, 0.1, 0.3)) == "higher"
-    assert statistics.verdict(Interval(-0.2, -0.3, -0.1)) == "lower"
-    assert statistics.verdict(Interval(0.2, -math.inf, math.inf)) == "no difference shown"
+    assert intervals.verdict(Interval(0.1, -0.1, 0.3)) == "no difference shown"
+    assert intervals.verdict(Interval(0.1, 0.0, 0.3)) == "no difference shown"
+    assert intervals.verdict(Interval(0.2, 0.1, 0.3)) == "higher"
+    assert intervals.verdict(Interval(-0.2, -0.3, -0.1)) == "lower"
+    assert intervals.verdict(Interval(0.2, -math.inf, math.inf)) == "no difference shown"
 
 
 def test_relative_score() -> None:
     rng = np.random.default_rng(2)
     base = rng.normal(0.5, 0.1, (3, 200))
     full, method = base + 0.2, base + 0.15 + rng.normal(0, 0.01, base.shape)
-    found = statistics.relative_score(method, base, full)
+    found = intervals.relative_score(method, base, full)
     assert found is not None and found.low < 0.75 < found.high and found.half_width < 0.05
-    assert statistics.relative_score(full, base, full) == Interval(1.0, 1.0, 1.0)
+    assert intervals.relative_score(full, base, full) == Interval(1.0, 1.0, 1.0)
     noise = base + rng.normal(0, 0.1, base.shape) * 0.1
-    assert statistics.relative_score(method, base, noise - (noise - base).mean()) is None
+    assert intervals.relative_score(method, base, noise - (noise - base).mean()) is None
 
 
 def test_relative_score_of_perplexities_counts_from_the_base_downwards() -> None:
     rng = np.random.default_rng(4)
     items = rng.normal(0, 0.3, (2, 100))
-    found = statistics.relative_score(items + 2.2, items + 3.0, items + 2.0, exponential=True)
+    found = intervals.relative_score(items + 2.2, items + 3.0, items + 2.0, exponential=True)
     exact = (np.exp(2.2) - np.exp(3.0)) / (np.exp(2.0) - np.exp(3.0))
     assert found is not None and found.value == pytest.approx(exact, rel=1e-6)
 
@@ -196,26 +196,26 @@ def test_relative_score_covers_the_truth() -> None:
     for _ in range(rounds):
         shared = rng.normal(0.5, 0.2, (1, 100))
         base, method, full = (shared + gain + rng.normal(0, 0.1, (5, 100)) for gain in (0.0, 0.16, 0.2))
-        found = statistics.relative_score(method, base, full)
+        found = intervals.relative_score(method, base, full)
         assert found is not None
         held += found.holds(0.8)
     assert held / rounds >= 0.915
 
 
 def test_wilson_by_hand() -> None:
-    found = statistics.wilson(8, 10)  # textbook value: 0.490 to 0.943
+    found = intervals.wilson(8, 10)  # textbook value: 0.490 to 0.943
     assert (found.low, found.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     with pytest.raises(DataError):
-        statistics.wilson(3, 2)
+        intervals.wilson(3, 2)
 
 
 def test_standard_errors_and_degrees_of_freedom_by_hand() -> None:
     # Rows 1 3 / 5 11: means 2 and 8, 3 and 7; mean squares 36 (seeds), 16 (items), 4 (rest).
-    error, df = statistics.spread(np.array([[1.0, 3.0], [5.0, 11.0]]))
+    error, df = intervals.spread(np.array([[1.0, 3.0], [5.0, 11.0]]))
     assert error == pytest.approx(math.sqrt((32 + 12 + 4) / 4))
     assert df == pytest.approx(48**2 / (32 * 36 + 16**2))
-    assert statistics.spread(np.array([[1.0, 2.0, 3.0]])) == (pytest.approx(1 / math.sqrt(3)), 2.0)
-    assert statistics.spread(np.array([[1.0]])) == (math.inf, 1.0)
+    assert intervals.spread(np.array([[1.0, 2.0, 3.0]])) == (pytest.approx(1 / math.sqrt(3)), 2.0)
+    assert intervals.spread(np.array([[1.0]])) == (math.inf, 1.0)
 
 
 def test_the_detectable_difference_is_found_as_often_as_it_says() -> None:
@@ -224,29 +224,29 @@ def test_the_detectable_difference_is_found_as_often_as_it_says() -> None:
     for _ in range(400):
         base = rng.normal(0, 1, (5, 100))
         method = base + exact + crossed(rng, 5, 100, 0.0, 0.3)
-        sizes.append(statistics.detectable(method, base))
-        found += not statistics.difference(method, base).holds(0.0)
+        sizes.append(intervals.detectable(method, base))
+        found += not intervals.difference(method, base).holds(0.0)
     assert np.mean(sizes) == pytest.approx(exact, rel=0.03)
     assert 0.74 <= found / 400 <= 0.86
 
 
 def test_retained_says_yes_and_no_only_where_the_interval_does() -> None:
     cases = {(0.9, 1.1): "yes", (0.89, 1.1): "not shown", (0.5, 0.89): "no", (0.5, 0.9): "not shown"}
-    assert {ends: statistics.retained(Interval(0.89, *ends)) for ends in cases} == cases
-    assert statistics.retained(None) == "not shown"
-    assert statistics.retained(Interval(0.95, -math.inf, math.inf)) == "not shown"
+    assert {ends: intervals.retained(Interval(0.89, *ends)) for ends in cases} == cases
+    assert intervals.retained(None) == "not shown"
+    assert intervals.retained(Interval(0.95, -math.inf, math.inf)) == "not shown"
 
 
 def test_fieller_inverts_the_t_test_and_reaches_what_the_delta_method_misses() -> None:
     rng = np.random.default_rng(6)
     base = rng.normal(0, 0.3, (5, 80))
     full, method = base + rng.normal(1, 0.5, base.shape), base + rng.normal(0.5, 0.5, base.shape)
-    found = statistics.relative_score(method, base, full)
+    found = intervals.relative_score(method, base, full)
     assert found is not None
     for end in (found.low, found.high):  # at both ends the t statistic of the rest is its quantile
         rest = (method - base) - end * (full - base)
-        error, _ = statistics.spread(rest)
-        at_centre = statistics.spread((method - base) - found.value * (full - base))[1]
+        error, _ = intervals.spread(rest)
+        at_centre = intervals.spread((method - base) - found.value * (full - base))[1]
         assert abs(rest.mean()) / error == pytest.approx(stats.t.ppf(0.975, at_centre), rel=1e-6)
 
 

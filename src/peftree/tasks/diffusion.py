@@ -1,4 +1,4 @@
-"""A small class-conditional diffusion transformer; its packaged weights were trained by this project on Fashion-MNIST.
+"""A small class-conditional diffusion transformer; the packaged weights `dit-fashion` are of it.
 
 The model is DiT (Peebles and Xie 2023, arXiv 2212.09748): patches as tokens, and each block scaled and shifted by time
 and class (adaLN-Zero). It predicts the velocity of a rectified flow (Liu et al. 2023, arXiv 2209.03003):
@@ -12,7 +12,6 @@ Here the norms keep weights of their own, so that methods which train norms have
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 
-FOLDER = Path(__file__).parent / "dit_fashion"
-ABOUT = "trained by this project on eight of the ten classes of Fashion-MNIST"
-HELD_OUT = ("bag", "ankle-boot")
 FREQUENCIES = 32
 
 

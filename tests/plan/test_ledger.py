@@ -14,7 +14,7 @@ import plantruth
 from peftree import registry
 from peftree.errors import AdapterError, MethodError, SiteError
 from peftree.plan import formulas
-from peftree.plan.trace import Ledger, faking, record
+from peftree.plan.ledger import Ledger, faking, record
 from plantruth import ATTENTIONS, MODELS
 from sampled import quick
 
