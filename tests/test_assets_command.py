@@ -54,7 +54,8 @@ def test_what_is_no_packaged_model_stays_as_it_is(own_cache: Path) -> None:
 
 def test_another_package_brings_models_by_name(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_cache / "zoo_of_theirs.py").write_text(
-        "from pathlib import Path\ndef find(name, quiet):\n    return Path('/models/theirs') if name == 'theirs' else None"
+        "from pathlib import Path\ndef find(name, quiet):\n    return Path("
+        "'/models/theirs') if name == 'theirs' else None"
     )
     monkeypatch.syspath_prepend(str(own_cache))
     theirs = EntryPoint("theirs", "zoo_of_theirs:find", resolver.GROUP)
