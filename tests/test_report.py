@@ -50,7 +50,7 @@ def test_rows_hold_the_figures_of_the_records(built: report.Report, records: lis
 def test_a_report_of_few_tasks_opens_with_what_each_method_keeps(
     built: report.Report, records: list[RunRecord]
 ) -> None:
-    lines = [line for line in built.headlines if "of full fine-tuning's gain are kept: " in line]
+    lines = [line for line in built.headlines if "of full fine-tuning's gain over the head alone are kept: " in line]
     assert [line.partition(":")[0] for line in lines] == [task.name for task in built.tasks]
     for line, task in zip(lines, built.tasks, strict=True):
         judged = {row.label: row for row in task.rows if row.retained and row.relative}

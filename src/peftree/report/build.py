@@ -261,7 +261,8 @@ def _headline(task: Task) -> str:
         ends = f"[{whole_percent(kept.low)}, {whole_percent(kept.high)}]" if kept.known else "no interval"
         parts.append(f"{row.label} {whole_percent(kept.value)} % {ends}{memory} ({SHOWN[row.retained]})")
     if parts:
-        return f"{task.name}: of full fine-tuning's gain are kept: {'; '.join(parts)}."
+        start = "the head alone" if task.baseline == HEAD_ONLY else task.baseline
+        return f"{task.name}: of full fine-tuning's gain over {start} are kept: {'; '.join(parts)}."
     compared = any(row.retained for row in task.rows)
     return f"{task.name}: full fine-tuning's own gain is not shown, so no share of it is." if compared else ""
 
