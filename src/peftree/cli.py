@@ -160,7 +160,7 @@ def _folder(path: Path) -> ConfigError:
 
 @app.command("eval")
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
     overrides: Scoring = None,
     against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
     split: Annotated[str, typer.Option(help="train, valid or test; empty: test where there is one.")] = "",
@@ -182,7 +182,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
     as_json: Json = False,
 ) -> None:
@@ -192,7 +192,7 @@ def merge(
 
 @app.command("export")
 def export_run(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
     out: Annotated[Path, typer.Argument(help="Where to write.")],
     to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
     as_json: Json = False,

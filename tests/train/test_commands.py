@@ -116,6 +116,10 @@ def test_the_example_of_eval_and_the_advice_for_folders_work(
     other.write_text("text,label\ngood film,pos\nbad plot,neg\nsad cast,neg\n")
     found = json.loads(shown("eval", str(trained), f"data.test={other}", "--json"))
     assert found["better"] + found["worse"] + found["equal"] == 3
+    file = review_data / "run.yaml"
+    file.write_text(f"model: {encoder}\ndata: {review_data}\noutput: {trained}\n")
+    assert json.loads(shown("eval", str(file), f"data.test={other}", "--json")) == found
+    assert "not a finished run" in refused("eval", str(file), f"output={trained.parent / 'none'}")
     assert f"peftree train {trained}/resolved.yaml output=NEW" in refused("train", str(trained))
     shown("eval", str(trained), "batch_size=16", "r=2", "max_length=8", "eval_batch_size=2", "--json")  # nothing new
     for words, what in ((["r=4"], "method"), (["lr=1", "epochs=9"], "epochs, lr"), (["method=dora"], "method")):

@@ -147,7 +147,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
     """Load the model, data and adapter of a finished run.
 
     Args:
-        folder: its output folder.
+        folder: its output folder, or the run file whose `output` that is.
         overrides: as for `load_config`: `data.test=other.csv`, `model=/moved/here`.
         progress: show a bar where scoring takes long.
 
@@ -156,6 +156,8 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
             training alone and would change nothing.
     """
     path = Path(folder)
+    if path.is_file():
+        path = Path(load_config(path, overrides).output)
     if not (path / "adapter").is_dir():
         raise ConfigError(f"{path} is not a finished run: it has no folder 'adapter'.", _unfinished(path))
     config = load_config(path / SETTINGS, overrides)
