@@ -111,7 +111,7 @@ def show(suite: Suite, records: Sequence[RunRecord], out: Path, console: Console
     console.print()
     console.print(report.terminal.render(built))
     console.print("\n".join(built.headlines), highlight=False, soft_wrap=True, markup=False)
-    console.print(f"[bold]The report: {page}[/] (open it in a browser)", highlight=False)
+    console.print(f"[bold]The report: {page}[/] (open it in a browser)", highlight=False, soft_wrap=True)
     console.print("\n".join(next_steps(suite, records, out)), highlight=False, soft_wrap=True)
 
 
