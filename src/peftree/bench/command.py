@@ -72,14 +72,17 @@ def run(
     elif ray:
         submit = cluster.ray(ray)
     runner = cluster.runner(submit, jobs=workers or 64, console=console) if submit else None
-    console.print(f"{suite.title}: results go to {out}. Ctrl-C keeps what is done; the same command then continues.")
+    console.print(
+        f"{suite.title}: results go to {out}. Ctrl-C keeps what is done; the same command then continues.",
+        soft_wrap=True,
+    )
     try:
         found = run_suite(suite, out, choice=Choice(tasks, methods), runner=runner, workers=workers, console=console)
     except KeyboardInterrupt:
         console.print("\nStopped; the same command continues.")
         raise SystemExit(130) from None
     failed = sum(r.status == "failed" for r in found)
-    console.print(f"{len(found)} runs, {failed} failed. Next: peftree report {out} --html report.html")
+    console.print(f"{len(found)} runs, {failed} failed. Next: peftree report {out} --html report.html", soft_wrap=True)
     if failed:
         raise SystemExit(1)
 
