@@ -1,7 +1,7 @@
 """Every check over every method: one architecture a method in the quick run, all of them in the slow one.
 
 A recipe that gives a method other defaults has every check on one architecture, in the slow run. Compiling, two fifths
-of all the time, is tried on two architectures a method, the second in turn.
+of all the time, is tried on one architecture a method, in turn; graft/test_copies.py does some more.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ def variant(name: str) -> bool:
 
 
 def quick_checks(name: str) -> set[str]:
-    """The checks of the quick run: all but compiling, the dearest; graft/test_copies.py does some."""
+    """The checks of the quick run: all but compiling, the dearest."""
     return set(VARIANT) if variant(name) else set(CHECKS) - {"compiles"}
+
+
+def compiled(name: str) -> str:
+    """The architecture on which the method is compiled: in turn, of those that it fits."""
+    turn, every = METHODS.index(name) % len(zoo.CORE), [*zoo.CORE]
+    return next(model for model in every[turn:] + every[:turn] if fits(small(name, model)))
 
 
 def run(name: str, model: str, checks: Iterable[str]) -> None:
@@ -60,14 +66,11 @@ def test_contract(name: str) -> None:
 @pytest.mark.parametrize("model", zoo.CORE)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_whole_contract(name: str, model: str) -> None:
-    others = [m for m in zoo.CORE if m != quick_model(name)]
     if model == quick_model(name):
-        run(name, model, set(CHECKS) - quick_checks(name))
-    elif variant(name):
-        run(name, model, VARIANT)
+        checks = set(CHECKS) - quick_checks(name)
     else:
-        left_out = set() if model == others[METHODS.index(name) % len(others)] else {"compiles"}
-        run(name, model, set(CHECKS) - left_out)
+        checks = set(VARIANT) if variant(name) else set(CHECKS)
+    run(name, model, checks if model == compiled(name) else checks - {"compiles"})
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if registry.get(n).tags.known])
