@@ -41,7 +41,7 @@ def test_the_file_on_the_page_keeps_the_contract(tiled: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_a_weight_read_outside_a_run_is_as_the_page_says(method: str) -> None:
     """The head's own logits, in a run of the model, say what is right; the base's head what is frozen."""
-    said = re.search(r"frozen one, without a word:\n`(.*?)`.*?Call the module instead, `(.*?)`", PAGE, re.DOTALL)
+    said = re.search(r"frozen weight, without a warning:\s`(.*?)`.*?Call the module instead, `(.*?)`", PAGE, re.DOTALL)
     assert said is not None and "`peftree.merge(model)` first and `peftree.unmerge(model)` after" in PAGE
     raw, call = said.groups()
     model = zoo.build("llama")

@@ -25,7 +25,7 @@ def methods() -> str:
 
 
 def facts() -> str:
-    """Return three measured facts beside Hugging Face PEFT, of the stored results."""
+    """Return three measured facts about peftree and Hugging Face PEFT from the stored results."""
     steps = {(s["shape"], s["method"]): s for s in json.loads((DOCS / "bench-step.json").read_text("utf-8"))["steps"]}
     lora, dora = (steps["whole", f"{name} all"] for name in ("lora", "dora"))
     files = json.loads((DOCS / "peft-files.json").read_text("utf-8"))
@@ -35,12 +35,12 @@ def facts() -> str:
     assert everything is not None
     linear, attention = re.findall(r"(\d+ of \d+) \(", everything[0])[:2]
     return f"""\
-* **A training step** of SmolLM2-135M on all linear layers, beside Hugging Face PEFT {files["peft"]}: with LoRA
-  {lora["peak_ratio"]:.2f} of the peak memory and {_time(lora)}; with DoRA {dora["peak_ratio"]:.2f} and {_time(dora)}
-  ([measured side by side](docs/bench-step.md)).
-* **PEFT's adapter files**: {read["right"]} of {sure} cases that PEFT itself can do give its outputs within 1e-5,
+* **A training step** of SmolLM2-135M, adapters on all linear layers, compared with Hugging Face PEFT {files["peft"]}:
+  LoRA takes {lora["peak_ratio"]:.2f} of the peak memory and {_time(lora)}; DoRA takes
+  {dora["peak_ratio"]:.2f} of the peak memory and {_time(dora)} ([side-by-side measurements](docs/bench-step.md)).
+* **PEFT adapter files**: of {sure} cases that PEFT itself supports, {read["right"]} reproduce its outputs within 1e-5,
   {read["refused"]} are refused with a reason, {read["wrong"]} are wrong ([the matrix](docs/peft-files.md)).
-* **Models**: LoRA is right on the linear layers of {linear} classes of transformers' auto mappings that have any, and
+* **Models**: LoRA is correct on the linear layers of {linear} classes in transformers' auto mappings that have any, and
   on the attention of {attention} ([each class](docs/models.md))."""
 
 
@@ -48,17 +48,17 @@ def _time(step: dict[str, Any]) -> str:
     """Say the ratio of times, if it is outside the noise of the same model measured twice."""
     low, high = step["noise_quartiles"]
     noise = low <= step["time_ratio"] <= high
-    return "no difference in time shown" if noise else f"{step['time_ratio']:.2f} of the time"
+    return "the same time within noise" if noise else f"{step['time_ratio']:.2f} of the time"
 
 
 def study() -> str:
-    """Return what the study's page says in short."""
+    """Return the summary of the study's page."""
     _, _, rest = (DOCS / "study.md").read_text("utf-8").partition("## In short\n\n")
     return rest.partition("\n\n")[0]
 
 
 def current(text: str) -> str:
-    """Return `text` with the parts between the marks made again."""
+    """Return `text` with the parts between the marks regenerated."""
     for name, part in (("facts", facts), ("methods", methods), ("study", study)):
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         before, _, rest = text.partition(start)
