@@ -187,16 +187,8 @@ def test_names_of_columns_in_another_case(tmp_path: Path) -> None:
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
-    ({"messages": TURNS}, r"chat rows \(messages\) are not read.*'assistant' turn as completion.*chat=true"),
-    (
-        {"conversations": [{"from": "human", "value": "Q"}]},
-        r"ShareGPT rows \(conversations\).*'gpt' turn as completion",
-    ),
-    ({"instruction": "Q", "input": "", "output": "A"}, r"Alpaca rows.*data\.columns\.prompt=instruction"),
-    ({"instruction": "Q", "input": "x", "output": "A"}, "Alpaca rows.*Join instruction and input"),
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, r"preference pairs.*data\.columns\.completion=chosen"),
     ({"chosen": TURNS, "rejected": TURNS}, "preference pairs.*Write the chosen answers"),
-    ({"text": "all of it"}, "plain texts.*Split each"),
 ]
 
 
@@ -209,8 +201,8 @@ def test_layouts_of_other_tools_are_named(row: dict[str, Any], message: str, tas
 
 
 def test_chat_rows_in_our_columns_are_no_labels(tmp_path: Path) -> None:
-    path = columns("a.jsonl", tmp_path, [{"prompt": TURNS[:1], "completion": TURNS[1:]}])
-    with pytest.raises(DataError, match=r"prompt is \[.*not text\. Write prompt as one string"):
+    path = columns("a.jsonl", tmp_path, [{"text": TURNS[:1], "label": TURNS[1:]}])
+    with pytest.raises(DataError, match=r"text is \[.*not text\. Write text as one string"):
         load_data(path)
 
 
@@ -229,10 +221,9 @@ def folder(tmp_path: Path, files: dict[str, str]) -> Path:
 
 
 FOLDERS: list[tuple[dict[str, str], str]] = [
-    ({"dataset_dict.json": "{}", "train/data-00000-of-00001.arrow": "x", "train/dataset_info.json": "{}"},
-     r"folder of the datasets library.*/train'\)\.to_parquet"),
-    ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"},
-     r"load_from_disk\('[^']*'\)\.to_parquet"),
+    ({"dataset_dict.json": "{}", "eval/data-00000-of-00001.arrow": "x", "eval/dataset_info.json": "{}"},
+     r"folder of the datasets library in which no split is named train.*data\.train=.*/eval"),
+    ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"}, "not a readable Arrow file"),
     ({"dataset_info.json": '{"mine": {"file_name": "mine.json"}}', "mine.json": "[]"},
      r"LLaMA-Factory.*data=.*mine\.json"),
     ({"reviews.csv": "text,label\n"}, r"holds reviews\.csv, of which none is named train.*data=.*reviews\.csv"),
@@ -247,7 +238,7 @@ def test_folders_of_other_forms_are_named(files: dict[str, str], message: str, t
         load_data(folder(tmp_path, files))
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.arrow", "to_parquet")])
+@pytest.mark.parametrize(("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.orc", "Use .csv")])
 def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"files are not read.*{message}"):
         load_data(folder(tmp_path, {name: "x"}) / name)

@@ -1,4 +1,4 @@
-"""Layouts of other tools: recognised by name, with what to do until they are read."""
+"""Layouts of other tools that are not read: recognised by name, with what to do instead."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ PAIR = '{"prompt": "..", "completion": ".."}'
 def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the name of a layout that rows with these columns have, and what to do with them; None for another."""
     names = set(columns)
-    if "messages" in names:
-        return "chat rows (messages)", _turns("content", "user", "assistant")
-    if found := names & {"conversations", "conversation"}:
-        return f"ShareGPT rows ({found.pop()})", _turns("value", "human", "gpt")
     if {"chosen", "rejected"} <= names:
         if "prompt" in names and isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str):
             return "preference pairs (chosen, rejected)", (
@@ -26,25 +22,9 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
                 "data.columns.completion=chosen."
             )
         return "preference pairs (chosen, rejected)", f"Write the chosen answers as lines of {PAIR}."
-    if {"instruction", "output"} <= names:
-        if str(record.get("input") or "").strip():
-            return "Alpaca rows (instruction, input, output)", (
-                f"Join instruction and input into one prompt: lines of {PAIR}."
-            )
-        return "Alpaca rows (instruction, output)", (
-            "Set task=generation data.columns.prompt=instruction data.columns.completion=output"
-            + (" (input is then not read)." if "input" in names else ".")
-        )
     if names == {"text"}:
-        return "plain texts (text alone)", f"Split each into what is given and what is learned: lines of {PAIR}."
+        return "texts without a label", "To learn to write them set task=generation; to classify them add a label."
     return None
-
-
-def _turns(text: str, asks: str, answers: str) -> str:
-    return (
-        f"Write the {text} of the last '{answers}' turn as completion and that of the '{asks}' turn before it as "
-        f"prompt, lines of {PAIR}; chat=true then puts prompts into the model's own template."
-    )
 
 
 def renamed(wanted: Sequence[str], given: Iterable[str]) -> dict[str, str]:
@@ -59,8 +39,6 @@ def unread(path: Path, formats: Sequence[str]) -> DataError:
     what, fix = f"{path}: '{path.suffix}' files are not read.", f"Use {', '.join(formats)}."
     if suffix in (".txt", ".md"):
         fix = f"Plain text does not tell what is given and what is learned: write lines of {PAIR} as .jsonl."
-    if suffix == ".arrow":
-        fix = "Write it as Parquet: datasets.Dataset.from_file('FILE').to_parquet('train.parquet')."
     if suffix in (".zip", ".tar", ".bz2", ".xz", ".zst", ".7z", ".tgz"):
         fix = f"Unpack it first; {', '.join(formats)} are read, text files with .gz too."
     return DataError(what, fix)
@@ -68,11 +46,10 @@ def unread(path: Path, formats: Sequence[str]) -> DataError:
 
 def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> DataError:
     """Return the error for a folder that holds no images in one folder a class, by what it does hold."""
-    if any(path.rglob("*.arrow")) or (path / "dataset_dict.json").is_file():
-        split = "['train']" if (path / "dataset_dict.json").is_file() else ""
+    if found := sorted(file.parent for file in path.rglob("*.arrow")):
         return DataError(
-            f"{path} is a folder of the datasets library, which is not read.",
-            f"Write it as Parquet: datasets.load_from_disk('{path}'){split}.to_parquet('train.parquet').",
+            f"{path} is a folder of the datasets library in which no split is named train.",
+            f"Name the split: data.train={found[0]}.",
         )
     files = sorted(p.name for p in path.iterdir() if p.is_file())
     tables = [name for name in files if name.lower().endswith(tuple(formats)) and name != "dataset_info.json"]

@@ -13,24 +13,31 @@ from typing import Any, TextIO, cast
 from peftree.data.layouts import folder_error, unread
 from peftree.errors import DataError, did_you_mean
 
-FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS[:-1])
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
+PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS[:-2])
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `file:line` and the record of every row of a CSV, TSV, JSONL, JSON or Parquet file, text also with `.gz`.
+    """Yield `file:line` and the record of every row of a CSV, TSV, JSONL, JSON, Parquet or Arrow file, text also `.gz`.
+
+    A folder that the datasets library saved is read too.
 
     Raises:
         DataError: unknown format, not UTF-8, malformed, or without a row.
     """
+    if saved(path):
+        for part in sorted(path.glob("*.arrow")):
+            yield from records(part)
+        return
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
         ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet,
+        ".arrow": _arrow,
     }  # fmt: skip
     name = path.name.lower()
     reader = readers.get(Path(name.removesuffix(".gz")).suffix)
-    if reader is None or (reader is _parquet and name.endswith(".gz")):
+    if reader is None or (reader in (_parquet, _arrow) and name.endswith(".gz")):
         raise unread(path, FORMATS)
     empty = True
     try:
@@ -124,6 +131,33 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable Parquet file: {first}.", "Write it again.") from None
+
+
+def saved(path: Path) -> bool:
+    """Whether a folder is a split that the datasets library saved."""
+    return path.is_dir() and any(path.glob("*.arrow"))
+
+
+def _arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"Reading {path} needs pyarrow.", "Run: pip install 'peftree[data]'.") from None
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                batches: Any = pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:  # the form with a table of contents at its end
+                table = pyarrow.ipc.open_file(file)
+                batches = (table.get_batch(n) for n in range(table.num_record_batches))
+            for batch in batches:
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{path} is not a readable Arrow file: {first}.", "Write it again.") from None
 
 
 def images(path: Path) -> tuple[list[tuple[str, str]], list[str]]:

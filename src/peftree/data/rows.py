@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftree.catalogue import task_facts, tasks
+from peftree.data.chats import Turns, converted, layout
 from peftree.data.layouts import renamed, rows_advice
-from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records
+from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records, saved
 from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
@@ -23,11 +24,15 @@ HELD_OUT = 0.1  # share of the training rows that validates when there is no val
 
 
 class Example(NamedTuple):
-    """One row: a text, prompt or image path; its label, number, completion or text; and where it was read."""
+    """One row: a text, prompt or image path; its label, number, completion or text; and where it was read.
+
+    Of a conversation also its turns, the last of which is `target`.
+    """
 
     source: str
     target: str
     where: str
+    turns: Turns = ()
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,14 @@ def load_data(
     """Read and check the splits.
 
     Args:
-        train: a file (`.csv .tsv .jsonl .json .parquet`), a folder `<class>/*.png|jpg`, a folder of images
-            with a `metadata.jsonl` of `{"file_name": .., "text": ..}`, or a folder that holds the
-            splits as `train.csv`, `valid.csv` .. or `train/`, `valid/` ..
+        train: a file (`.csv .tsv .jsonl .json .parquet .arrow`), a folder that `datasets` saved, a folder
+            `<class>/*.png|jpg`, a folder of images with a `metadata.jsonl` of `{"file_name": .., "text": ..}`, or a
+            folder that holds the splits as `train.csv`, `valid.csv` .. or `train/`, `valid/` ..
         valid: as `train`; None: a tenth of the training rows is held out, the same share per class.
         test: as `train`; None: results are reported on the validation rows.
         task: None: `text` and `label` columns mean text-classification, `text` and `score`
-            text-regression, `prompt` and `completion` generation, a folder of images for each class
-            image-classification.
+            text-regression, `prompt` and `completion`, or turns in a layout of `chats`, generation, a folder of
+            images for each class image-classification.
         columns: the file's names of our columns, `{"text": "review"}`.
         seed: which rows are held out.
         skip_empty: leave out rows that lack what is given or what is wanted; they are counted.
@@ -136,9 +141,11 @@ def _infer(path: Path, columns: Mapping[str, str]) -> str:
     if path.is_dir() and (path / METADATA).is_file():
         paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
         raise DataError(f"{path / METADATA} does not tell the task.", f"Set task to one of {', '.join(paired)}.")
-    if path.is_dir():
+    if path.is_dir() and not saved(path):
         return "image-classification"
     record = next(iter(records(path)))[1]
+    if not columns and layout(record) not in ("", "text"):
+        return "generation"
     names = list(record)
     fits = [t for t in tasks() if _fits(t, columns, names)]
     if len(fits) != 1:
@@ -178,7 +185,7 @@ def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
         warnings += notes
         return [Example(file, label, file) for file, label in found]
     if facts.modality == "language":
-        if path.is_dir():
+        if path.is_dir() and not saved(path):
             raise DataError(f"{path} is a folder.", f"{task} reads {', '.join(FORMATS)} files.")
         return _rows(path, task, columns, skip_empty, warnings)
     if not (path / METADATA).is_file():
@@ -203,13 +210,20 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     theirs = {name: columns.get(name, name) for name in ours}
     rows: list[Example] = []
     empty: list[str] = []
+    kind = layout(next(iter(records(path)))[1]) if task == "generation" and not columns else ""
     for where, record in records(path):
-        for our, name in theirs.items():
+        if kind and layout(record) != kind:
+            raise DataError(
+                f"{where}: {', '.join(record)} are not the columns of {kind} rows, which the file begins with.",
+                "Give each layout a file of its own.",
+            )
+        for our, name in theirs.items() if not kind else ():
             if name not in record:
                 raise _lacks(where, our, name, record)
-        source, target = (_cell(our, record[name], name, where) for our, name in theirs.items())
-        if source.strip() and target.strip():
-            rows.append(Example(source, target, where))
+        cells = (*(record[name] for name in theirs.values()), ()) if not kind else converted(record, kind, where)
+        source, target = (_cell(*each, where) for each in zip(theirs, cells, theirs.values(), strict=False))
+        if target.strip() and (source.strip() or kind == "text"):
+            rows.append(Example(source, target, where, cells[2]))
         else:
             empty.append(where)
     given, wanted = theirs.values()

@@ -18,6 +18,7 @@ from peftree.tasks.base import Batch, Items, Options, Task
 from peftree.tasks.completions import Completions
 from peftree.tasks.loading import length, load, read_config, tokenizer
 from peftree.tasks.pairs import Pairs, image_features, pair_look
+from peftree.tasks.turns import Encoded, given
 
 PROMPT = "Caption:"
 
@@ -71,9 +72,9 @@ class Captioning(Completions):
         fit = length(net.model.language_model, tokens, options.max_length)
         return cls(net, tokens, look, image, fit, options.generate), fresh
 
-    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+    def encode_row(self, row: Example) -> Encoded:
         """Return the tokens of image and prompt, and those of the caption with its stop token."""
-        return self.front, self.ids(f" {row.target}") + self.ending
+        return given(self.front, self.ids(f" {row.target}") + self.ending)
 
     def items(self, rows: Sequence[Example]) -> Pairs:
         """Tokenize the captions; labels are -100 before them; small sets of images are decoded once."""

@@ -15,6 +15,7 @@ from peftree.evaluate import quality, text_metrics
 from peftree.tasks.base import IGNORED, Batch, Items, Rows, Task, pad
 from peftree.tasks.decoding import greedy
 from peftree.tasks.loading import pad_id
+from peftree.tasks.turns import Encoded
 
 
 class Completions(Task):
@@ -39,7 +40,7 @@ class Completions(Task):
         self.stop = self.ending[0]
 
     @abstractmethod
-    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+    def encode_row(self, row: Example) -> Encoded:
         """Return the tokens of a row's prompt, and those of its completion with its ending."""
 
     def find_ending(self) -> list[int]:
@@ -54,7 +55,7 @@ class Completions(Task):
         return found
 
     def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
-        """Return token ids, labels that are -100 on the prompt, and the text that is wanted.
+        """Return token ids, labels that are -100 on the prompt, its length, and the text that is wanted.
 
         Raises:
             DataError: a completion has no token.
@@ -68,17 +69,18 @@ class Completions(Task):
                 f"max_length={self.length}: {head + tail} stand around every prompt.", "Raise max_length."
             )
         for row in rows:
-            prompt, completion = self.encode_row(row)
+            prompt, completion, learned = self.encode_row(row)
             if len(completion) == len(self.ending):
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
             if len(completion) > room:
                 completion = completion[:room]
                 cut[1].append(row)
             if len(prompt) + len(completion) > self.length:
-                prompt = shortened(prompt, self.length - len(completion), head, tail)
+                left = self.length - len(completion)
+                prompt, learned = (shortened(part, left, head, tail) for part in (prompt, learned))
                 cut[0].append(row)
-            labels = [IGNORED] * len(prompt) + completion
-            features.append({"input_ids": prompt + completion, "labels": labels, "target": row.target})
+            ids = {"input_ids": prompt + completion, "labels": learned + completion, "start": len(prompt)}
+            features.append({**ids, "target": row.target})
         limit = f"so that rows have max_length={self.length} tokens"
         self.note_cut(cut[0], len(rows), "prompts", f"in their middle {limit}")
         self.note_cut(cut[1], len(rows), "completions", f"at their end {limit}, and have no stop token")

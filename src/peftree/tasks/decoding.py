@@ -26,15 +26,15 @@ def greedy(
 
     Args:
         model: in eval mode, without gradients.
-        features: `input_ids`, `labels` (-100 on the prompt) and perhaps `pixel_values` of each row; the longest
-            completion among them is how many tokens are written at most.
+        features: `input_ids`, `labels`, `start` (where a decoder begins to write) and perhaps `pixel_values` of each
+            row; the longest completion among them is how many tokens are written at most.
         pad: id to pad prompts with, at the left; at the right for an encoder.
         stop: id at which a row ends.
         batch_size: rows at a time.
         bar: is put around the places where a batch begins, to show progress.
         start: for an encoder-decoder, whose prompts are all of `input_ids`: the id that its decoder starts with.
     """
-    most = max(sum(label != IGNORED for label in f["labels"]) for f in features)
+    most = max(sum(label != IGNORED for label in f["labels"][f.get("start", 0) :]) for f in features)
     settings = GenerationConfig(
         max_new_tokens=most, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad,
         decoder_start_token_id=start,
@@ -54,7 +54,7 @@ def greedy(
 
 def _prompts(features: Sequence[Mapping[str, Any]], pad: int) -> Batch:
     """Return the prompts, padded at the left so that all end at the same place."""
-    prompts = [[i for i, label in zip(f["input_ids"], f["labels"], strict=True) if label == IGNORED] for f in features]
+    prompts = [f["input_ids"][: f["start"]] for f in features]
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

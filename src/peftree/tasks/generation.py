@@ -17,6 +17,7 @@ from peftree.tasks.base import IGNORED, Batch, Options, Task, pad
 from peftree.tasks.completions import Completions
 from peftree.tasks.decoding import greedy
 from peftree.tasks.loading import length, load, read_config, tokenizer
+from peftree.tasks.turns import Encoded, encoded, given, without_oldest
 
 
 class Generation(Completions):
@@ -38,7 +39,7 @@ class Generation(Completions):
     auto_pair = "AutoModelForSeq2SeqLM"
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int, chat: bool, generate: int = 0) -> None:
-        self.chat = chat
+        self.chat, self.closing = chat, ""
         super().__init__(model, tokenizer, length, generate)
 
     @classmethod
@@ -55,18 +56,22 @@ class Generation(Completions):
         net, fresh = load(AutoModelForCausalLM, model, config, options)
         if not next(net.parameters()).is_meta:
             _check_causal(net, model)
-        return cls(net, tokens, length(net, tokens, options.max_length), options.chat, options.generate), fresh
+        chat = options.chat or any(row.turns for row in data.train)
+        return cls(net, tokens, length(net, tokens, options.max_length), chat, options.generate), fresh
 
     def find_ending(self) -> list[int]:
         """Return the tokens with which the chat template, if it is used, ends an answer."""
         if not self.chat:
             return super().find_ending()
         if not self.tokenizer.chat_template:
-            raise ConfigError("chat is on, but the tokenizer has no chat template.", "Set chat: false.")
-        marked = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        text = self.tokenizer.apply_chat_template(marked, tokenize=False)
-        ending = text.rpartition("ANSWER")[2].rstrip()
-        return self.ids(ending) or super().find_ending()
+            raise ConfigError(
+                "The tokenizer has no chat template, which chat=true and rows of turns need.",
+                "Set chat: false for rows of prompt and completion; else use a model whose tokenizer has one.",
+            )
+        both = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self.tokenizer.apply_chat_template(both, tokenize=False)
+        self.closing = text.rpartition("ANSWER")[2].rstrip()
+        return self.ids(self.closing) or super().find_ending()
 
     @functools.cached_property
     def frame(self) -> tuple[int, int]:
@@ -87,9 +92,36 @@ class Generation(Completions):
         text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return text
 
-    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
-        """Return the tokens of prompt and completion; see `encode`."""
-        return self.encode(row.source, row.target)
+    def encode_row(self, row: Example) -> Encoded:
+        """Return the tokens of prompt and completion; see `encode`.
+
+        A conversation goes through the chat template, and every answer is learned; its oldest questions and answers
+        are left out if it is longer than `max_length`. A text alone is learned from its second token on.
+        """
+        if row.turns:
+            return self.encode_turns(row)
+        if row.source:
+            return given(*self.encode(row.source, row.target))
+        start = self.begun("")
+        text = start + self.ids(row.target) + [int(self.tokenizer.eos_token_id or self.ending[0])]
+        return given(text[: len(start) or 1], text[len(start) or 1 :])
+
+    def encode_turns(self, row: Example) -> Encoded:
+        """Return the tokens of a conversation, and note how many turns at its beginning do not fit."""
+        turns, made = row.turns, encoded(self, row.turns, self.closing, row.where)
+        while len(made.prompt) + len(made.completion) > self.length and sum(r == "assistant" for r, _ in turns) > 1:
+            turns = without_oldest(turns)
+            made = encoded(self, turns, self.closing, row.where)
+        self.shortened += [row] if len(turns) < len(row.turns) else []
+        return made
+
+    def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return token ids, labels, and the text that is wanted; see `Completions.features`."""
+        self.shortened: list[Example] = []
+        made = super().features(rows)
+        how = f"so that rows have max_length={self.length} tokens: their oldest turns are left out"
+        self.note_cut(self.shortened, len(rows), "conversations", how)
+        return made
 
     def encode(self, prompt: str, completion: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of the prompt, and of the completion with its stop token.
@@ -142,20 +174,23 @@ class SequenceToSequence(Completions):
         Raises:
             ConfigError: the model does not load, or has no tokenizer or a length that does not fit.
         """
-        if options.chat:
-            raise ConfigError("chat is on, but an encoder-decoder has no chat template.", "Set chat: false.")
+        if options.chat or any(row.turns or not row.source for row in data.train):
+            raise ConfigError(
+                "An encoder-decoder has no chat template, and learns no text without a prompt.",
+                "Give it rows of prompt and completion, and set chat: false.",
+            )
         config, tokens = read_config(model, options.config, data.labels), tokenizer(model)
         net, fresh = load(AutoModelForSeq2SeqLM, model, config, options)
         return cls(net, tokens, length(net, tokens, options.max_length), options.generate), fresh
 
-    def encode_row(self, row: Example) -> tuple[list[int], list[int]]:
+    def encode_row(self, row: Example) -> Encoded:
         """Return the tokens of prompt and completion, each with the special tokens that its tokenizer adds.
 
         A prompt of no token is the stop token: an encoder needs one at least.
         """
         source: list[int] = self.tokenizer(row.source)["input_ids"]
         target: list[int] = self.tokenizer(text_target=row.target)["input_ids"]
-        return source or self.ending, target if target[-1:] == self.ending else target + self.ending
+        return given(source or self.ending, target if target[-1:] == self.ending else target + self.ending)
 
     def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """Return token ids of the prompt, those of the completion as labels, and the text that is wanted.
@@ -166,7 +201,7 @@ class SequenceToSequence(Completions):
         features: list[dict[str, Any]] = []
         cut: tuple[list[Example], list[Example]] = ([], [])
         for row in rows:
-            source, target = self.encode_row(row)
+            source, target, _ = self.encode_row(row)
             if not self.ids(row.target):
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
             for side, part in zip(cut, (source, target), strict=True):

@@ -1,0 +1,231 @@
+"""Conversations: the layouts of other tools, the tokens they become, and on which of them the loss falls."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from peftree.data.chats import Turns
+from peftree.data.rows import Example, load_data
+from peftree.errors import ConfigError, DataError
+from peftree.settings import RunConfig
+from peftree.tasks import Options
+from peftree.tasks.generation import Generation
+from peftree.train.run import open_run, run
+from train.tiny import tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (  # Llama 2: no role names, a space before an answer, which is stripped
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+GEMMA = (  # another name of the role
+    "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+THINKS = (  # Qwen 3: the last answer alone has an empty thought before it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '...' }}")
+TALK: Turns = (("user", "Hi\nyou"), ("assistant", "Yes."), ("user", "a?"), ("assistant", "b c"))
+
+
+def bytewise(template: str | None) -> Any:
+    """A tokenizer of single bytes with two marks, and a template."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(names)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = tf.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    made.chat_template = template
+    return made
+
+
+class Words(Generation):
+    """The task without a model: what rows become."""
+
+    def __init__(self, tokenizer: Any, length: int = 1000) -> None:
+        self.tokenizer, self.chat, self.length, self.notes = tokenizer, True, length, []
+        self.ending = self.find_ending()
+
+
+def learned(task: Words, *turns: Turns) -> list[tuple[str, list[str]]]:
+    """Return each conversation as text, and the pieces of it that are learned."""
+    out = []
+    for made in task.features([Example("x", said[-1][1], "a:1", said) for said in turns]):
+        pieces, open_ = list[list[int]](), False
+        for token, label in zip(made["input_ids"], made["labels"], strict=True):
+            assert label in (-100, token)
+            if label != -100:
+                pieces = [*pieces[:-1], [*pieces[-1], token]] if open_ else [*pieces, [token]]
+            open_ = label != -100
+        assert made["labels"][made["start"]] != -100 and made["labels"][made["start"] - 1] == -100
+        decode = task.tokenizer.decode
+        out.append((decode(made["input_ids"]), [decode(piece) for piece in pieces]))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (CHATML, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        (MARKED, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        (INST, [" Yes. <|im_end|>", " b c <|im_end|>"]),
+        (GEMMA, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        (THINKS, ["Yes.<|im_end|>", "<think>\n\n</think>\n\nb c<|im_end|>"]),
+    ],
+)
+def test_the_loss_falls_on_the_answers_and_their_ends(template: str, answers: list[str]) -> None:
+    task = Words(bytewise(template))
+    ((text, found),) = learned(task, TALK)
+    whole = task.tokenizer.apply_chat_template([{"role": r, "content": t} for r, t in TALK], tokenize=False)
+    assert text == whole.rstrip() and found == answers
+
+
+def test_answers_are_those_that_transformers_own_marks_tell() -> None:
+    """`return_assistant_tokens_mask` of the marked template is the oracle for the one without marks."""
+    talks: list[Turns] = [TALK, (("system", "S"), *TALK, *TALK), TALK[:2], (("user", "a"), ("assistant", " spaced "))]
+    for turns in talks:
+        plain, marks = (Words(bytewise(t)).features([Example("x", "y", "", turns)])[0] for t in (CHATML, MARKED))
+        assert plain["input_ids"] == marks["input_ids"] and plain["labels"] == marks["labels"]
+        assert plain["start"] == marks["start"]
+
+
+def test_what_a_template_changes_later_is_one_clear_error() -> None:
+    with pytest.raises(DataError, match=r"a:1: the chat template does not write turn 2 as it is.*generation %"):
+        learned(Words(bytewise(FORGETS)), TALK)
+    refuses = "{% if messages | length > 2 %}{{ raise_exception('Roles must alternate') }}{% endif %}" + CHATML
+    task = Words(bytewise(CHATML))
+    task.tokenizer.chat_template = refuses
+    with pytest.raises(DataError, match="a:1: the chat template refuses the turns: Roles must alternate"):
+        learned(task, TALK)
+
+
+def test_a_long_conversation_loses_its_oldest_turns() -> None:
+    system: Turns = (("system", "S"),)
+    task = Words(bytewise(CHATML), 70)
+    ((text, found),) = learned(task, (*system, *TALK, *TALK))
+    ((kept, _),) = learned(Words(bytewise(CHATML)), (*system, *TALK))
+    assert text == kept and found == ["Yes.<|im_end|>", "b c<|im_end|>"]
+    assert any("1 of 1 conversations are cut" in note and "oldest turns" in note for note in task.notes)
+
+
+FILES: list[tuple[dict[str, Any], str, str, Turns]] = [
+    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
+                   {"role": "user", "content": "never answered"}]},
+     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
+    ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                   {"role": "assistant", "content": "A"}]},
+     "system: S\nuser: Q", "A", (("system", "S"), ("user", "Q"), ("assistant", "A"))),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": 1},
+     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
+    ({"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
+     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
+    ({"instruction": "Q", "input": "x", "output": "A"}, "Q\n\nx", "A", (("user", "Q\n\nx"), ("assistant", "A"))),
+    ({"instruction": "Q", "input": "", "output": "A"}, "Q", "A", (("user", "Q"), ("assistant", "A"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "source", "target", "turns"), FILES)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "arrow"])
+def test_layouts_are_told_from_the_columns(
+    record: dict[str, Any], source: str, target: str, turns: Turns, suffix: str, tmp_path: Path
+) -> None:
+    path, rows = tmp_path / f"a.{suffix}", [record] * 12
+    if suffix == "arrow":
+        if isinstance(record.get("messages", [{}])[-2].get("content") if "messages" in record else "", list):
+            return  # a column of texts and lists, which Arrow does not have
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows))
+    found = load_data(path, valid=path, test=path)
+    assert found.task == "generation" and found.train[0][:2] == (source, target) and found.train[0].turns == turns
+
+
+BAD: list[tuple[Any, str]] = [
+    ([{"role": "tool", "content": "x"}], r"a\.jsonl:3: turn 1 of messages has the role 'tool'.*system, user, assist"),
+    ([{"role": "user", "content": [{"type": "image"}]}], r"a\.jsonl:3: turn 1 of messages is .*not text"),
+    ("hello", "messages is hello, not a list of turns"),
+    ([{"content": "x"}], "has the role 'None'"),
+    ([{"role": "user", "content": "x"}], "1 of 3 rows lack"),
+]
+
+
+@pytest.mark.parametrize(("turns", "message"), BAD)
+def test_a_faulty_row_is_named(turns: Any, message: str, tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, good, turns)))
+    with pytest.raises(DataError, match=message):
+        load_data(path)
+
+
+def test_rows_of_mixed_layouts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(FILES[0][0])}\n{{"prompt": "Q", "completion": "A"}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: prompt, completion are not the columns of messages rows"):
+        load_data(path)
+
+
+def test_the_rows_of_the_page_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    rows = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
+    assert len(rows) == 6
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f"{row}\n" * 12)
+        task = "generation" if set(json.loads(row)) == {"text"} else None
+        found = load_data(path, valid=path, task=task)
+        assert found.task == "generation" and bool(found.train[0].turns) is (0 < number < len(rows) - 1)
+
+
+def test_a_text_alone_is_learned_when_it_is_asked_for(decoder: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"the film was good w{i}"}) for i in range(12)))
+    with pytest.raises(DataError, match=r"texts without a label.*task=generation"):
+        load_data(path)
+    task, _ = Generation.load(decoder, data := load_data(path, task="generation"), Options())
+    (made,) = task.features(data.train[:1])  # type: ignore[attr-defined]
+    words = data.train[0].target.split()
+    assert made["labels"][made["start"] :] == made["input_ids"][made["start"] :] and made["labels"][0] == -100
+    assert len(made["input_ids"]) - made["start"] in (len(words), len(words) + 1)
+
+
+def test_a_run_on_conversations_trains_and_opens_again(decoder: str, tmp_path: Path) -> None:
+    words = tokenizer(eos_is_pad=True)
+    words.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
+    folder = shutil.copytree(decoder, tmp_path / "model")
+    words.save_pretrained(folder)
+    talk = [{"role": r, "content": f"the film w{n}"} for n, r in enumerate(["user", "assistant"] * 2)]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 20))
+    config = RunConfig(
+        model=str(folder), data=str(tmp_path / "a.jsonl"), output=str(tmp_path / "out"), steps=2, generate=2, quiet=True  # type: ignore[arg-type]
+    )  # fmt: skip
+    result = run(config)
+    assert open_run(tmp_path / "out").score().score == pytest.approx(result.score, rel=1e-5)
+    (tmp_path / "bare").mkdir()
+    tokenizer(eos_is_pad=True).save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="no chat template, which chat=true and rows of turns need"):
+        run(config.model_copy(update={"output": str(tmp_path / "bare/out")}))
