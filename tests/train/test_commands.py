@@ -149,6 +149,9 @@ def test_exit_codes_tell_try_again_from_give_up(
     assert "does not exist" in refused("train", *given, "data.train=nothing.csv", code=65)
     rate = ["lr=1000", "steps=40", "max_grad_norm=0", "weight_decay=10", "warmup=0", "schedule=constant"]
     assert "finite" in refused("train", *given, *rate, code=65)
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "2")
+        assert "WORLD_SIZE=2: several processes" in refused("train", *given)
     with held_elsewhere(tmp_path / "held"):
         assert "another run trains there" in refused("train", *given, f"output={tmp_path / 'held'}", code=75)
 

@@ -100,7 +100,12 @@ def _clear(path: Path) -> None:
 
 
 def check_place(config: RunConfig) -> None:
-    """Raise ConfigError if the output folder cannot be made or written to."""
+    """Raise ConfigError if the output folder cannot be made or written to, or this is one of several processes."""
+    if (started := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE={started}: several processes were started, and a run trains in one.",
+            "Start it once, without torchrun or accelerate launch.",
+        )
     output = Path(config.output)
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
