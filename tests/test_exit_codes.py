@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import peftree
 from peftree import describe, doctor
 from peftree.cli import main
 from peftree.errors import PeftreeError
@@ -70,3 +72,10 @@ def test_the_rest_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(describe, "inspect_model", stop)
     assert code(monkeypatch, "inspect", "x") == 130
+
+
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["peftree", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("peftree", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out.strip()) == (0, peftree.__version__)
