@@ -64,7 +64,7 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3200,
+    "": 3250,
     "sites": 2050,
     "deltas": 850,
     "methods": 550,
