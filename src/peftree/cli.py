@@ -131,7 +131,8 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter from run.yaml and key=value settings; writes the adapter and its metrics."""
+    """Train an adapter from run.yaml and key=value settings; writes the adapter, its metrics and a page."""
+    from peftree import report as reports
     from peftree.settings import load_config
     from peftree.train.run import run
 
@@ -139,9 +140,13 @@ def train(
         raise _folder(Path(config))
     path = None if "=" in config and not Path(config).exists() else Path(config)
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
-    result = run(load_config(path, words))
+    settings = load_config(path, words)
+    result = run(settings)
+    page = reports.write(settings.output, Path(settings.output) / "report.html")
     if as_json:
         emit(result.metrics(), True)
+    elif not settings.quiet:
+        typer.echo(plain(f"The loss curve, scores and costs: {page}"), err=True)
 
 
 def _folder(path: Path) -> ConfigError:
@@ -256,9 +261,7 @@ def report(
     else:
         Console().print(reports.terminal.render(built))
     if html:
-        from peftree.files import atomic_write
-
-        typer.echo(f"Wrote {atomic_write(html, reports.page.render(built))}", err=True in forms)
+        typer.echo(f"Wrote {reports.write(results, html)}", err=True in forms)
 
 
 _GRAMMAR = {"ignore_unknown_options": True}  # an option of old is answered with the setting that it is now

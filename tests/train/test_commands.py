@@ -52,6 +52,14 @@ def trained(encoder: str, review_data: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
+    page = (trained / "report.html").read_text("utf-8")
+    assert "accuracy with 95 % intervals" in page and page.count("<svg") > 3
+    (trained / "report.html").unlink()
+    text = shown("report", str(trained), "--html", str(trained / "report.html"))
+    assert "lora" in text and (trained / "report.html").read_text("utf-8") == page
+
+
 def test_inspect_shows_shapes(encoder: str) -> None:
     rows = [line.split() for line in shown("inspect", encoder).splitlines()]
     assert ["text", "ffn.up", "linear", "2", "0-1", "32", "x", "48", "3,168"] in rows
