@@ -11,6 +11,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -72,6 +73,13 @@ class MethodConfig(BaseModel):
         return value
 
 
+Watcher = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def _several(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 class RunConfig(BaseModel):
     """Everything that decides a training run. `None` means: chosen by the method, model or data."""
 
@@ -96,7 +104,7 @@ class RunConfig(BaseModel):
     )
     lr: float | None = Field(None, gt=0, le=1e3, description="none: the method's own default")
     weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decay")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
+    schedule: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant"] = Field(
         "linear", description="course of the learning rate after the warm-up"
     )
     warmup: float = Field(0.06, ge=0, description="share of the steps (< 1) or their number")
@@ -125,6 +133,9 @@ class RunConfig(BaseModel):
     keep: int = Field(2, ge=1, description="how many checkpoints stay")
     early_stopping: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
     log_every: int = Field(10, ge=1, description="steps between two points of the loss curve")
+    report_to: Annotated[tuple[Watcher, ...], BeforeValidator(_several)] = Field(
+        (), description="trackers that get the curves too, separated by commas"
+    )
     base_score: bool = Field(True, description="score the model without the adapter first")
     resume: bool = Field(False, description="continue from the newest complete checkpoint")
     quiet: bool = Field(False, description="print nothing but errors")

@@ -313,3 +313,13 @@ def test_frozen_base_is_untouched_by_a_run(encoder: str, review_data: Path) -> N
     trainer(adapter, task, review_data, review_data / "out", steps=3).train()
     peftree.detach(task.model)
     assert all(torch.equal(p, before[n]) for n, p in task.model.state_dict().items())
+
+
+def test_curves_go_to_a_tracker_too(encoder: str, review_data: Path, tmp_path: Path) -> None:
+    more = ("report_to=tensorboard", "schedule=cosine_with_restarts", "log_every=1", "eval_every=2", "steps=3")
+    run(configured(encoder, review_data, tmp_path / "out", *more))
+    (file,) = (tmp_path / "out").rglob("*tfevents*")
+    assert all(name in file.read_bytes() for name in (b"train/loss", b"train/learning_rate", b"eval/score"))
+    with pytest.raises(ConfigError, match=r"report_to: mlflow is not installed\. Run: pip install mlflow"):
+        run(configured(encoder, review_data, tmp_path / "other", "report_to=tensorboard, mlflow"))
+    assert not (tmp_path / "other").exists()

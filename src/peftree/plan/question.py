@@ -103,7 +103,7 @@ class Request(RunConfig):
 _IDLE = (
     *("data", "adapter", "output", "epochs", "steps", "lr", "weight_decay", "schedule"),
     *("warmup", "max_grad_norm", "chat", "seed", "threads", "eval_every", "save_every", "keep"),
-    *("early_stopping", "log_every", "base_score", "resume", "quiet", "memory"),
+    *("early_stopping", "log_every", "report_to", "base_score", "resume", "quiet", "memory"),
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from torch import nn
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from peftree.catalogue import task_facts
 from peftree.data.rows import Data
@@ -32,7 +33,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
-    *("log_every", "data", "model"),
+    *("log_every", "report_to", "data", "model"),
 )
 # What scoring a finished run depends on.
 _SCORING = (*(f.name for f in fields(Options)), "model", "data", "task", "eval_batch_size")
@@ -113,6 +114,16 @@ def check_place(config: RunConfig) -> None:
             f"{config.where('output')}output: {output}: {there} is not a folder that can be written to.",
             "Name another output folder.",
         )
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise ConfigError if a tracker that the curves are to go to is not installed."""
+    there = get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in there:
+            raise ConfigError(
+                f"{config.where('report_to')}report_to: {name} is not installed.", f"Run: pip install {name}"
+            )
 
 
 def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:

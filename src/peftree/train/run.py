@@ -36,7 +36,15 @@ from peftree.settings import RunConfig, load_config, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
-from peftree.train.output import check_inputs, check_place, check_scoring, check_settings, done_steps, held
+from peftree.train.output import (
+    check_inputs,
+    check_place,
+    check_scoring,
+    check_settings,
+    check_trackers,
+    done_steps,
+    held,
+)
 from peftree.train.peak import peak
 from peftree.train.trainer import AdapterTrainer
 
@@ -65,6 +73,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
         BusyError: another process trains into the output folder.
     """
     check_place(config)
+    check_trackers(config)
     with held(config.output):
         return _complete(config, onto)
 
@@ -261,7 +270,7 @@ def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
         eval_strategy=evaluate[0], eval_steps=evaluate[1], save_strategy=save[0],
         save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=config.log_every,
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
-        greater_is_better=task.higher_is_better if best else None, report_to="none",
+        greater_is_better=task.higher_is_better if best else None, report_to=list(config.report_to) or "none",
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
 
