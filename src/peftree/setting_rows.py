@@ -43,7 +43,7 @@ def _type(field: dict[str, Any]) -> str:
     words = []
     for kind in kinds:
         limits = [f"{sign} {kind[name]:,}" for name, sign in _LIMITS.items() if name in kind]
-        named = " | ".join(map(str, kind.get("enum", ()))) or str(kind.get("type", "text"))
+        named = " | ".join(map(str, kind.get("items", kind).get("enum", ()))) or str(kind.get("type", "text"))
         plain = {"string": "text", "object": "mapping", "boolean": "true | false"}.get(named, named)
         words.append(" ".join([plain, ", ".join(limits)]).strip())
     return " or ".join(words)
