@@ -19,7 +19,8 @@ from peftree.train.run import run
 from train.tiny import reviews, tokenizer, write_csv, write_jsonl
 
 TEMPLATE = (
-    "{% for m in messages %}the {{ m.role }} {{ m.content }} <eos> {% endfor %}"
+    "{% for m in messages %}{{ 'a cast was' if m.role == 'assistant' else 'the ' + m.role }} {{ m.content }} <eos> "
+    "{% endfor %}"
     "{% if add_generation_prompt %}a cast was {% endif %}"
 )
 LONG = "w1 w2 w3 w4 w5 w6 w7 w8 w9"

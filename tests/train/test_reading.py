@@ -221,9 +221,11 @@ def folder(tmp_path: Path, files: dict[str, str]) -> Path:
 
 
 FOLDERS: list[tuple[dict[str, str], str]] = [
-    ({"dataset_dict.json": "{}", "eval/data-00000-of-00001.arrow": "x", "eval/dataset_info.json": "{}"},
+    ({"dataset_dict.json": "{}", "eval/data-00000-of-00001.arrow": "x", "eval/state.json": "{}"},
      r"folder of the datasets library in which no split is named train.*data\.train=.*/eval"),
-    ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"}, "not a readable Arrow file"),
+    ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"}, "does not name the files"),
+    ({"dataset_info.json": "{}", "reviews-train.arrow": "x"}, r"without the state\.json.*data=.*reviews-train\.arrow"),
+    ({"state.json": '{"_data_files": [{"filename": "a.arrow"}]}', "a.arrow": "x"}, "not a readable Arrow file"),
     ({"dataset_info.json": '{"mine": {"file_name": "mine.json"}}', "mine.json": "[]"},
      r"LLaMA-Factory.*data=.*mine\.json"),
     ({"reviews.csv": "text,label\n"}, r"holds reviews\.csv, of which none is named train.*data=.*reviews\.csv"),

@@ -13,7 +13,7 @@ import pytest
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from peftree.data.chats import Turns
+from peftree.data.chats import Turn, Turns
 from peftree.data.rows import Example, load_data
 from peftree.errors import ConfigError, DataError
 from peftree.settings import RunConfig
@@ -44,8 +44,26 @@ THINKS = (  # Qwen 3: the last answer alone has an empty thought before it
     "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PHI = (  # Phi 3: the last turn has one end more
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"  # neither an end nor a beginning
+OPENS = (  # DeepSeek R1: a model is asked to begin within a thought, and no answer that was given has one
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% else %}"
+    "@{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}@<think>\n{% endif %}"
+)
+BARE = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")  # the marks leave out the end
 FORGETS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '...' }}")
-TALK: Turns = (("user", "Hi\nyou"), ("assistant", "Yes."), ("user", "a?"), ("assistant", "b c"))
+
+
+def talk(*said: tuple[str, str]) -> Turns:
+    """Return turns of role and text."""
+    return tuple(Turn(*turn) for turn in said)
+
+
+TALK = talk(("user", "Hi\nyou"), ("assistant", "Yes."), ("user", "a?"), ("assistant", "b c"))
 
 
 def bytewise(template: str | None) -> Any:
@@ -71,7 +89,7 @@ class Words(Generation):
 def learned(task: Words, *turns: Turns) -> list[tuple[str, list[str]]]:
     """Return each conversation as text, and the pieces of it that are learned."""
     out = []
-    for made in task.features([Example("x", said[-1][1], "a:1", said) for said in turns]):
+    for made in task.features([Example("x", said[-1].text, "a:1", said) for said in turns]):
         pieces, open_ = list[list[int]](), False
         for token, label in zip(made["input_ids"], made["labels"], strict=True):
             assert label in (-100, token)
@@ -92,18 +110,65 @@ def learned(task: Words, *turns: Turns) -> list[tuple[str, list[str]]]:
         (INST, [" Yes. <|im_end|>", " b c <|im_end|>"]),
         (GEMMA, ["Yes.<|im_end|>", "b c<|im_end|>"]),
         (THINKS, ["Yes.<|im_end|>", "<think>\n\n</think>\n\nb c<|im_end|>"]),
+        (PHI, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        (OPENS, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        (BARE, ["Yes.<|im_end|>", "b c<|im_end|>"]),
     ],
 )
 def test_the_loss_falls_on_the_answers_and_their_ends(template: str, answers: list[str]) -> None:
     task = Words(bytewise(template))
     ((text, found),) = learned(task, TALK)
-    whole = task.tokenizer.apply_chat_template([{"role": r, "content": t} for r, t in TALK], tokenize=False)
-    assert text == whole.rstrip() and found == answers
+    whole = task.tokenizer.apply_chat_template([{"role": t.role, "content": t.text} for t in TALK], tokenize=False)
+    assert text == whole.removesuffix("<|endoftext|>").rstrip() and found == answers
+
+
+def test_without_an_end_of_a_turn_the_last_answer_gets_one() -> None:
+    ((text, found),) = learned(Words(bytewise(PLAIN)), talk(("user", "i"), ("assistant", "i"), *TALK[2:]))
+    assert text == "user: i\nassistant: i\nuser: a?\nassistant: b c<|im_end|>" and found == ["i", "b c<|im_end|>"]
+
+
+def test_an_answer_is_its_own_and_not_a_later_one() -> None:
+    thought = "<think>\nlong\n</think>\n\nYes"
+    turns = talk(("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", thought))
+    forgets = CHATML.replace(
+        "m['content'] }}", "m['content'] if loop.last else m['content'].split('</think>')[-1].strip() }}"
+    )
+    ((text, found),) = learned(Words(bytewise(forgets)), turns)
+    assert found == ["Yes<|im_end|>", f"{thought}<|im_end|>"] and text.count("long") == 1
+    trims = CHATML.replace("m['content'] }}", "m['content'] | trim if m['role'] == 'assistant' else m['content'] }}")
+    ((_, found),) = learned(
+        Words(bytewise(trims)), talk(("user", "a"), ("assistant", "Yes\n"), ("user", "Yes\n"), *TALK[1:2])
+    )
+    assert found == ["Yes<|im_end|>", "Yes.<|im_end|>"]
+    ((_, found),) = learned(Words(bytewise(INST)), talk(("user", "a"), ("assistant", "Yes. ")))
+    assert found == [" Yes. <|im_end|>"]
+
+
+def test_answers_with_no_weight_are_not_learned() -> None:
+    turns = (*TALK[:1], Turn("assistant", "bad", learned=False), *TALK[2:])
+    ((text, found),) = learned(Words(bytewise(MARKED)), turns)
+    assert "bad" in text and found == ["b c<|im_end|>"]
+
+
+def test_an_assistant_may_begin() -> None:
+    ((text, found),) = learned(Words(bytewise(CHATML)), talk(("assistant", "Hi!"), *TALK[:2]))
+    assert text.startswith("<|im_start|>assistant\nHi!<|im_end|>") and found == ["Hi!<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_a_written_answer_is_compared_with_what_the_template_makes_of_it() -> None:
+    for template in (INST, THINKS, PLAIN):
+        task = Words(bytewise(template))
+        (made,) = task.features([Example("x", "b c", "", TALK)])
+        rest = made["input_ids"][made["start"] :]
+        assert rest[-1] == task.ending[-1] and made["target"] == task.tokenizer.decode(
+            rest[: rest.index(task.ending[-1])], skip_special_tokens=True
+        ).removesuffix(" " if template == INST else "")
 
 
 def test_answers_are_those_that_transformers_own_marks_tell() -> None:
     """`return_assistant_tokens_mask` of the marked template is the oracle for the one without marks."""
-    talks: list[Turns] = [TALK, (("system", "S"), *TALK, *TALK), TALK[:2], (("user", "a"), ("assistant", " spaced "))]
+    spaced = talk(("user", "a"), ("assistant", " spaced "))
+    talks: list[Turns] = [TALK, (Turn("system", "S"), *TALK, *TALK), TALK[:2], spaced]
     for turns in talks:
         plain, marks = (Words(bytewise(t)).features([Example("x", "y", "", turns)])[0] for t in (CHATML, MARKED))
         assert plain["input_ids"] == marks["input_ids"] and plain["labels"] == marks["labels"]
@@ -121,7 +186,7 @@ def test_what_a_template_changes_later_is_one_clear_error() -> None:
 
 
 def test_a_long_conversation_loses_its_oldest_turns() -> None:
-    system: Turns = (("system", "S"),)
+    system = talk(("system", "S"))
     task = Words(bytewise(CHATML), 70)
     ((text, found),) = learned(task, (*system, *TALK, *TALK))
     ((kept, _),) = learned(Words(bytewise(CHATML)), (*system, *TALK))
@@ -132,16 +197,23 @@ def test_a_long_conversation_loses_its_oldest_turns() -> None:
 FILES: list[tuple[dict[str, Any], str, str, Turns]] = [
     ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
                    {"role": "user", "content": "never answered"}]},
-     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
+     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
     ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]},
                    {"role": "assistant", "content": "A"}]},
-     "system: S\nuser: Q", "A", (("system", "S"), ("user", "Q"), ("assistant", "A"))),
+     "system: S\nuser: Q", "A", talk(("system", "S"), ("user", "Q"), ("assistant", "A"))),
     ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": 1},
-     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
+     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
     ({"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
-     "user: Q", "A", (("user", "Q"), ("assistant", "A"))),
-    ({"instruction": "Q", "input": "x", "output": "A"}, "Q\n\nx", "A", (("user", "Q\n\nx"), ("assistant", "A"))),
-    ({"instruction": "Q", "input": "", "output": "A"}, "Q", "A", (("user", "Q"), ("assistant", "A"))),
+     "user: Q", "A", (Turn("user", "Q", False), Turn("assistant", "A"))),
+    ({"prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
+     "user: Q", "A", (Turn("user", "Q", False), Turn("assistant", "A"))),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"},
+     "system: S\nuser: Q", "A", talk(("system", "S"), ("user", "Q"), ("assistant", "A"))),
+    ({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'},
+     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
+    ({"instruction": "Q", "input": 3, "output": 0}, "Q\n\n3", "0", talk(("user", "Q\n\n3"), ("assistant", "0"))),
+    ({"instruction": "Q", "input": "x", "output": "A"}, "Q\n\nx", "A", talk(("user", "Q\n\nx"), ("assistant", "A"))),
+    ({"instruction": "Q", "input": "", "output": "A"}, "Q", "A", talk(("user", "Q"), ("assistant", "A"))),
 ]  # fmt: skip
 
 
@@ -152,7 +224,7 @@ def test_layouts_are_told_from_the_columns(
 ) -> None:
     path, rows = tmp_path / f"a.{suffix}", [record] * 12
     if suffix == "arrow":
-        if isinstance(record.get("messages", [{}])[-2].get("content") if "messages" in record else "", list):
+        if '"type"' in json.dumps(record):
             return  # a column of texts and lists, which Arrow does not have
         table = pa.Table.from_pylist(rows)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
@@ -166,9 +238,10 @@ def test_layouts_are_told_from_the_columns(
 BAD: list[tuple[Any, str]] = [
     ([{"role": "tool", "content": "x"}], r"a\.jsonl:3: turn 1 of messages has the role 'tool'.*system, user, assist"),
     ([{"role": "user", "content": [{"type": "image"}]}], r"a\.jsonl:3: turn 1 of messages is .*not text"),
-    ("hello", "messages is hello, not a list of turns"),
+    ("hello", "messages are not the columns of messages rows"),
     ([{"content": "x"}], "has the role 'None'"),
-    ([{"role": "user", "content": "x"}], "1 of 3 rows lack"),
+    ([{"role": "user", "content": "x"}], "1 of 3 rows lack a question or an answer"),
+    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "turn 1 of messages: tool_calls is not read"),
 ]
 
 
@@ -179,6 +252,29 @@ def test_a_faulty_row_is_named(turns: Any, message: str, tmp_path: Path) -> None
     path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, good, turns)))
     with pytest.raises(DataError, match=message):
         load_data(path)
+
+
+def test_splits_of_other_layouts_are_refused(tmp_path: Path) -> None:
+    for name, row in (("train", {"prompt": "Q", "completion": "A"}), ("test", FILES[0][0])):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
+    with pytest.raises(DataError, match=r"test\.jsonl: its rows have another layout than those of .*train\.jsonl"):
+        load_data(tmp_path, task="generation")
+
+
+def test_a_count_of_messages_is_no_conversation(tmp_path: Path) -> None:
+    rows = [{"text": f"t{n}", "label": n % 2, "messages": n} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_data(tmp_path / "a.jsonl").task == "text-classification"
+
+
+def test_caches_beside_a_saved_split_are_not_rows(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([FILES[0][0]] * 12)
+    for name in ("data-00000-of-00001.arrow", "cache-1f.arrow"):
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    data = load_data(tmp_path)
+    assert len(data.train) + len(data.valid) == 12
 
 
 def test_rows_of_mixed_layouts_are_refused(tmp_path: Path) -> None:

@@ -2,75 +2,131 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftree.errors import DataError
 
-Turns = tuple[tuple[str, str], ...]  # role and text of each turn of a conversation, in order
+
+class Turn(NamedTuple):
+    """A turn of a conversation; `learned`: whether an answer is."""
+
+    role: str
+    text: str
+    learned: bool = True
+
+
+Turns = tuple[Turn, ...]
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
 _KNOWN = ("system", "user", "assistant")
 _LISTS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "ShareGPT"}
+_PROMPTED = "prompt and completion turns"
+_REFUSED = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")
 
 
 def layout(record: Mapping[str, Any]) -> str:
     """Return the layout in which a row holds what is given and what is learned; empty: our columns, or none."""
-    names = set(record)
-    if found := [kind for name, kind in _LISTS.items() if name in names]:
-        return found[0]
-    if {"chosen", "rejected"} <= names:
+    for name, kind in _LISTS.items():
+        if isinstance(_parsed(record.get(name)), list):
+            return kind
+    if {"chosen", "rejected"} <= record.keys():
         return ""
-    if {"instruction", "output"} <= names:
+    if {"instruction", "output"} <= record.keys():
         return "Alpaca"
-    if {"prompt", "completion"} <= names:
-        return "prompt and completion turns" if isinstance(record["prompt"], list) else ""
-    return "text" if names == {"text"} else ""
+    if {"prompt", "completion"} <= record.keys():
+        return _PROMPTED if isinstance(_parsed(record["prompt"]), list) else ""
+    return "text" if "text" in record else ""
+
+
+def has(record: Mapping[str, Any], kind: str) -> bool:
+    """Whether a row is in the layout of the rows before it; one that lacks a value is."""
+    found = layout(record)
+    return found == kind or (not found and any(record.get(n, 0) is None for n, k in _LISTS.items() if k == kind))
 
 
 def converted(record: Mapping[str, Any], kind: str, where: str) -> tuple[Any, Any, Turns]:
     """Return what is given, what is learned, and the turns of a conversation, of a row in a layout.
 
-    A conversation ends with its last answer. An Alpaca row is one of a question and an answer; its instruction and
-    input have an empty line between them.
+    A conversation ends with its last answer that is learned. An Alpaca row is one of a question and an answer; its
+    instruction and input have an empty line between them.
 
     Raises:
-        DataError: a turn is not one of a system, a user or an assistant, or not a text.
+        DataError: a turn is not one of a system, a user or an assistant, is not a text, or has what is not read.
     """
     if kind == "text":
         return "", record["text"], ()
+    _refuse(record, where)
     if kind == "Alpaca":
-        if unread := [n for n in ("history", "system") if record.get(n)]:
-            raise DataError(f"{where}: {unread[0]} of Alpaca rows is not read.", f"Write messages; {_fix('messages')}")
-        asked, extra, answer = (record.get(n) or "" for n in ("instruction", "input", "output"))
-        if all(isinstance(text, str) for text in (asked, extra, answer)):
-            asked = f"{asked}\n\n{extra}" if extra.strip() else asked
-        return asked, answer, (("user", asked), ("assistant", answer))
-    name = next((name for name in _LISTS if name in record), "prompt")
-    listed = record[name]
-    if name == "prompt" and isinstance(record["completion"], list):
-        listed = [*listed, *record["completion"]]
-    if not isinstance(listed, list):
-        raise DataError(f"{where}: {name} is {str(listed)[:80]}, not a list of turns.", _fix(name))
-    turns = [_turn(turn, f"{where}: turn {n} of {name}", name) for n, turn in enumerate(listed, 1)]
-    while turns and turns[-1][0] != "assistant":
+        asked, extra, answer = (_cell(record.get(n), f"{where}: {n}") for n in ("instruction", "input", "output"))
+        turns = [Turn("user", f"{asked}\n\n{extra}" if extra.strip() else asked), Turn("assistant", answer)]
+    else:
+        turns = _turns(record, kind, where)
+    if str(record.get("system") or "").strip():
+        turns.insert(0, Turn("system", str(record["system"])))
+    while turns and not (turns[-1].role == "assistant" and turns[-1].learned):
         turns.pop()
     if not turns:
         return "", "", ()
-    return "\n".join(f"{role}: {text}" for role, text in turns[:-1]), turns[-1][1], tuple(turns)
+    given = [turn for turn in turns[:-1] if turn.text.strip()]
+    if kind == "Alpaca":
+        return turns[-2].text, turns[-1].text, tuple(turns)
+    return "\n".join(f"{turn.role}: {turn.text}" for turn in given), turns[-1].text, tuple(turns)
 
 
-def _turn(turn: object, where: str, name: str) -> tuple[str, str]:
-    """Return role and text of one turn."""
+def _turns(record: Mapping[str, Any], kind: str, where: str) -> list[Turn]:
+    """Return the turns of a row that has a list of them, or two."""
+    name = next((n for n, k in _LISTS.items() if k == kind and record.get(n) is not None), "prompt")
+    if kind != _PROMPTED and name == "prompt":
+        return []
+    listed = _parsed(record[name])
+    if name == "prompt":
+        answer = _parsed(record["completion"])
+        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        answer = [answer] if isinstance(answer, Mapping) else answer
+        if not isinstance(answer, list) or not any(_turn(t, where, name).role == "assistant" for t in answer):
+            raise DataError(f"{where}: completion has no turn of an assistant.", _fix(name))
+        past = [_turn(turn, f"{where}: turn {n} of {name}", name) for n, turn in enumerate(listed, 1)]
+        return [t._replace(learned=False) for t in past] + [_turn(t, f"{where}: completion", name) for t in answer]
+    return [_turn(turn, f"{where}: turn {n} of {name}", name) for n, turn in enumerate(listed, 1)]
+
+
+def _turn(turn: object, where: str, name: str) -> Turn:
+    """Return one turn."""
     said = turn if isinstance(turn, Mapping) else {}
     role, text = said.get("role", said.get("from")), said.get("content", said.get("value"))
-    if isinstance(text, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in text):
-        text = "".join(str(part.get("text", "")) for part in text)
+    if isinstance(text, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in text):
+        text = "".join(part["text"] for part in text)
     role = _ROLES.get(str(role), role)
     if role not in _KNOWN:
         raise DataError(f"{where} has the role {str(role)[:40]!r}.", f"Roles are {', '.join(_KNOWN)}; {_fix(name)}")
+    _refuse(said, where)
     if not isinstance(text, str):
         raise DataError(f"{where} is {str(text)[:80]}, not text.", _fix(name))
-    return str(role), text
+    learned = all(said.get(key) not in (0, 0.0, False) for key in ("weight", "loss", "train"))
+    return Turn(str(role), text, learned)
+
+
+def _refuse(said: Mapping[str, Any], where: str) -> None:
+    if found := next((name for name in _REFUSED if said.get(name)), ""):
+        raise DataError(f"{where}: {found} is not read.", "Leave such rows out, or write what they say as turns.")
+
+
+def _cell(value: Any, where: str) -> str:
+    """Return a cell of an Alpaca row as text."""
+    if value is not None and not isinstance(value, str | int | float):
+        raise DataError(f"{where} is {str(value)[:80]}, not text.", "Write it as one string.")
+    return "" if value is None or value != value else str(value)
+
+
+def _parsed(value: Any) -> Any:
+    """Return a list that a cell holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _fix(name: str) -> str:

@@ -46,10 +46,14 @@ def unread(path: Path, formats: Sequence[str]) -> DataError:
 
 def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> DataError:
     """Return the error for a folder that holds no images in one folder a class, by what it does hold."""
-    if found := sorted(file.parent for file in path.rglob("*.arrow")):
+    if found := sorted({p.parent for p in path.rglob("state.json")}, key=lambda p: (p.name[:5] != "train", p.name)):
         return DataError(
             f"{path} is a folder of the datasets library in which no split is named train.",
             f"Name the split: data.train={found[0]}.",
+        )
+    if found := sorted(path.rglob("*.arrow")):
+        return DataError(
+            f"{path} holds Arrow files without the state.json of a saved data set.", f"Name one file: data={found[0]}."
         )
     files = sorted(p.name for p in path.iterdir() if p.is_file())
     tables = [name for name in files if name.lower().endswith(tuple(formats)) and name != "dataset_info.json"]

@@ -16,6 +16,7 @@ from peftree.errors import DataError, did_you_mean
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS[:-2])
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+STATE = "state.json"  # in a folder of the datasets library: which files are its rows
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
 
 
@@ -28,8 +29,8 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: unknown format, not UTF-8, malformed, or without a row.
     """
     if saved(path):
-        for part in sorted(path.glob("*.arrow")):
-            yield from records(part)
+        for name in _parts(path / STATE):
+            yield from records(path / name)
         return
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
         ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet,
@@ -134,8 +135,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def saved(path: Path) -> bool:
-    """Whether a folder is a split that the datasets library saved."""
-    return path.is_dir() and any(path.glob("*.arrow"))
+    """Whether a folder is a split that the datasets library saved; other Arrow files in it are its caches."""
+    return (path / STATE).is_file() and any(path.glob("*.arrow"))
+
+
+def _parts(state: Path) -> list[str]:
+    """Return the names of the files that hold the rows of a saved data set."""
+    try:
+        return [Path(part["filename"]).name for part in json.loads(state.read_text("utf-8"))["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{state} does not name the files of a data set.", "Save it again with save_to_disk.") from None
 
 
 def _arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

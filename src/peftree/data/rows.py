@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftree.catalogue import task_facts, tasks
-from peftree.data.chats import Turns, converted, layout
+from peftree.data.chats import Turns, converted, has, layout
 from peftree.data.layouts import renamed, rows_advice
 from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records, saved
 from peftree.errors import DataError, did_you_mean
@@ -52,6 +52,11 @@ class Data:
     test: tuple[Example, ...]
     labels: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def talks(self) -> bool:
+        """Whether rows are conversations."""
+        return bool(self.train[0].turns)
 
     @property
     def scored(self) -> tuple[str, tuple[Example, ...]]:
@@ -97,6 +102,7 @@ def load_data(
     labels = _labels(rows["train"], least) if task_facts(kind).classes else ()
     if labels and task_facts(kind).modality == "language":
         _check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
+    _check_layouts(rows, paths)
     warnings += _shared_rows(rows, task_facts(kind).modality != "language")
     if "valid" not in rows:
         rows["train"], rows["valid"] = _hold_out(rows["train"], bool(labels), seed)
@@ -105,10 +111,18 @@ def load_data(
         warnings.append("no test file: results are on the validation rows")
     for split in set(rows) - {"train"} if labels else ():
         _check_labels(rows[split], labels, split)
-    return Data(
-        kind, tuple(rows["train"]), tuple(rows["valid"]), tuple(rows.get("test", ())),
-        labels, tuple(warnings),
-    )  # fmt: skip
+    held = tuple(rows["valid"]), tuple(rows.get("test", ()))
+    return Data(kind, tuple(rows["train"]), *held, labels, tuple(warnings))
+
+
+def _check_layouts(rows: Mapping[str, Sequence[Example]], paths: Mapping[str, Path]) -> None:
+    """Refuse conversations beside plain rows, and texts alone beside prompts."""
+    forms = {split: (bool(found[0].turns), bool(found[0].source)) for split, found in rows.items()}
+    if other := next((split for split, form in forms.items() if form != forms["train"]), ""):
+        raise DataError(
+            f"{paths[other]}: its rows have another layout than those of {paths['train']}.",
+            "Use one layout in all splits.",
+        )
 
 
 def _paths(train: Path, valid: str | Path | None, test: str | Path | None) -> dict[str, Path]:
@@ -144,10 +158,10 @@ def _infer(path: Path, columns: Mapping[str, str]) -> str:
     if path.is_dir() and not saved(path):
         return "image-classification"
     record = next(iter(records(path)))[1]
-    if not columns and layout(record) not in ("", "text"):
-        return "generation"
     names = list(record)
     fits = [t for t in tasks() if _fits(t, columns, names)]
+    if not columns and layout(record) not in ("", "text") and set(fits) <= {"generation"}:
+        return "generation"
     if len(fits) != 1:
         raise _columns_error(path, names, record)
     return fits[0]
@@ -212,7 +226,7 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     empty: list[str] = []
     kind = layout(next(iter(records(path)))[1]) if task == "generation" and not columns else ""
     for where, record in records(path):
-        if kind and layout(record) != kind:
+        if kind and not has(record, kind):
             raise DataError(
                 f"{where}: {', '.join(record)} are not the columns of {kind} rows, which the file begins with.",
                 "Give each layout a file of its own.",
@@ -226,7 +240,7 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
             rows.append(Example(source, target, where, cells[2]))
         else:
             empty.append(where)
-    given, wanted = theirs.values()
+    given, wanted = ("a question", "an answer") if kind else theirs.values()
     if empty and skip_empty:
         warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are left out, as {empty[0]}")
     elif empty:
@@ -370,4 +384,4 @@ def _key(row: Example, picture: bool) -> str:
     """Return what makes two sources the same: an image's bytes, or a text but for case and spaces."""
     if picture:
         return sha256(Path(row.source).read_bytes())
-    return " ".join(row.source.casefold().split())
+    return " ".join((row.source or row.target).casefold().split())

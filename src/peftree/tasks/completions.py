@@ -37,7 +37,7 @@ class Completions(Task):
         self.generate = generate
         self.pad = pad_id(tokenizer)
         self.ending = self.find_ending()
-        self.stop = self.ending[0]
+        self.stop = self.ending[-1]
 
     @abstractmethod
     def encode_row(self, row: Example) -> Encoded:
@@ -62,15 +62,15 @@ class Completions(Task):
         """
         features: list[dict[str, Any]] = []
         cut: tuple[list[Example], list[Example]] = ([], [])
-        head, tail = self.frame
-        room = self.length - max(1, head + tail)  # a first token is not predicted
-        if room < 2:
-            raise ConfigError(
-                f"max_length={self.length}: {head + tail} stand around every prompt.", "Raise max_length."
-            )
         for row in rows:
+            head, tail = self.frame_of(row)
+            room = self.length - max(1, head + tail)  # a first token is not predicted
+            if room < 2:
+                raise ConfigError(
+                    f"max_length={self.length}: {head + tail} stand around every prompt.", "Raise max_length."
+                )
             prompt, completion, learned = self.encode_row(row)
-            if len(completion) == len(self.ending):
+            if row.source and completion == self.ending:
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
             if len(completion) > room:
                 completion = completion[:room]
@@ -80,7 +80,7 @@ class Completions(Task):
                 prompt, learned = (shortened(part, left, head, tail) for part in (prompt, learned))
                 cut[0].append(row)
             ids = {"input_ids": prompt + completion, "labels": learned + completion, "start": len(prompt)}
-            features.append({**ids, "target": row.target})
+            features.append({**ids, "target": self.wanted(row, completion)})
         limit = f"so that rows have max_length={self.length} tokens"
         self.note_cut(cut[0], len(rows), "prompts", f"in their middle {limit}")
         self.note_cut(cut[1], len(rows), "completions", f"at their end {limit}, and have no stop token")
@@ -90,6 +90,14 @@ class Completions(Task):
     def frame(self) -> tuple[int, int]:
         """How many tokens at the beginning and at the end of a prompt are never cut."""
         return self.fixed, 0
+
+    def frame_of(self, row: Example) -> tuple[int, int]:
+        """Return how many tokens at the beginning and at the end of a row's prompt are never cut."""
+        return self.frame
+
+    def wanted(self, row: Example, completion: list[int]) -> str:
+        """Return the text that is to be written."""
+        return row.target
 
     def items(self, rows: Sequence[Example]) -> Items:
         """Tokenize; labels are -100 on the prompt."""
@@ -123,7 +131,7 @@ class Completions(Task):
 
     def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
         """Return the tokens that greedy decoding writes after each row's prompt."""
-        return greedy(self.model, features, self.pad, self.ending[0], batch_size, self.bar)
+        return greedy(self.model, features, self.pad, self.ending[-1], batch_size, self.bar)
 
 
 def shortened(prompt: list[int], room: int, head: int, tail: int) -> list[int]:

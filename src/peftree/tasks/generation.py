@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from peftree.data.chats import Turn
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError, DataError
 from peftree.evaluate import quality
@@ -17,7 +19,7 @@ from peftree.tasks.base import IGNORED, Batch, Options, Task, pad
 from peftree.tasks.completions import Completions
 from peftree.tasks.decoding import greedy
 from peftree.tasks.loading import length, load, read_config, tokenizer
-from peftree.tasks.turns import Encoded, encoded, given, without_oldest
+from peftree.tasks.turns import Encoded, answers, check_template, fitting, given
 
 
 class Generation(Completions):
@@ -39,7 +41,7 @@ class Generation(Completions):
     auto_pair = "AutoModelForSeq2SeqLM"
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int, chat: bool, generate: int = 0) -> None:
-        self.chat, self.closing = chat, ""
+        self.chat = chat
         super().__init__(model, tokenizer, length, generate)
 
     @classmethod
@@ -52,26 +54,24 @@ class Generation(Completions):
         config = read_config(model, options.config, data.labels)
         if config.is_encoder_decoder:
             return SequenceToSequence.load(model, data, options)
-        tokens = tokenizer(model)
+        tokens, chat = tokenizer(model), options.chat or data.talks
+        if chat:
+            check_template(tokens)
         net, fresh = load(AutoModelForCausalLM, model, config, options)
         if not next(net.parameters()).is_meta:
             _check_causal(net, model)
-        chat = options.chat or any(row.turns for row in data.train)
         return cls(net, tokens, length(net, tokens, options.max_length), chat, options.generate), fresh
 
     def find_ending(self) -> list[int]:
         """Return the tokens with which the chat template, if it is used, ends an answer."""
         if not self.chat:
             return super().find_ending()
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "The tokenizer has no chat template, which chat=true and rows of turns need.",
-                "Set chat: false for rows of prompt and completion; else use a model whose tokenizer has one.",
-            )
-        both = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        text = self.tokenizer.apply_chat_template(both, tokenize=False)
-        self.closing = text.rpartition("ANSWER")[2].rstrip()
-        return self.ids(self.closing) or super().find_ending()
+        check_template(self.tokenizer)
+        try:
+            text, spans = answers(self.tokenizer, (Turn("user", "Q"), Turn("assistant", "ANSWER")), "one question")
+        except (DataError, TemplateError) as error:
+            raise ConfigError(f"The chat template cannot be used: {error}", "Use a model with another one.") from None
+        return self.ids(text[spans[-1].said : spans[-1].end]) or super().find_ending()
 
     @functools.cached_property
     def frame(self) -> tuple[int, int]:
@@ -98,22 +98,28 @@ class Generation(Completions):
         A conversation goes through the chat template, and every answer is learned; its oldest questions and answers
         are left out if it is longer than `max_length`. A text alone is learned from its second token on.
         """
-        if row.turns:
-            return self.encode_turns(row)
+        if row.turns or (self.chat and row.source):
+            turns = row.turns or (Turn("user", row.source), Turn("assistant", row.target))
+            made, short = fitting(self, turns, row.where)
+            self.shortened += [row] if short else []
+            return made
         if row.source:
             return given(*self.encode(row.source, row.target))
         start = self.begun("")
-        text = start + self.ids(row.target) + [int(self.tokenizer.eos_token_id or self.ending[0])]
+        text = start + self.ids(row.target) + [int(self.tokenizer.eos_token_id or self.ending[-1])]
         return given(text[: len(start) or 1], text[len(start) or 1 :])
 
-    def encode_turns(self, row: Example) -> Encoded:
-        """Return the tokens of a conversation, and note how many turns at its beginning do not fit."""
-        turns, made = row.turns, encoded(self, row.turns, self.closing, row.where)
-        while len(made.prompt) + len(made.completion) > self.length and sum(r == "assistant" for r, _ in turns) > 1:
-            turns = without_oldest(turns)
-            made = encoded(self, turns, self.closing, row.where)
-        self.shortened += [row] if len(turns) < len(row.turns) else []
-        return made
+    def frame_of(self, row: Example) -> tuple[int, int]:
+        """Return how many tokens at the ends of a row's prompt are never cut: none of a text alone."""
+        return self.frame if row.source else (0, 0)
+
+    def wanted(self, row: Example, completion: list[int]) -> str:
+        """Return the text that is to be written: what a template makes of an answer, the rest of a text alone."""
+        if row.source and not row.turns and not self.chat:
+            return row.target
+        kept = completion[: -len(self.ending)] if completion[-len(self.ending) :] == self.ending else completion
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
 
     def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """Return token ids, labels, and the text that is wanted; see `Completions.features`."""
@@ -174,7 +180,7 @@ class SequenceToSequence(Completions):
         Raises:
             ConfigError: the model does not load, or has no tokenizer or a length that does not fit.
         """
-        if options.chat or any(row.turns or not row.source for row in data.train):
+        if options.chat or data.talks or not data.train[0].source:
             raise ConfigError(
                 "An encoder-decoder has no chat template, and learns no text without a prompt.",
                 "Give it rows of prompt and completion, and set chat: false.",
@@ -224,7 +230,7 @@ class SequenceToSequence(Completions):
 
     def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
         """Return the tokens that greedy decoding writes for each row."""
-        return greedy(self.model, features, self.pad, self.ending[0], batch_size, self.bar, self.start)
+        return greedy(self.model, features, self.pad, self.ending[-1], batch_size, self.bar, self.start)
 
 
 def _check_causal(net: nn.Module, model: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from peftree.data.chats import Turns
-from peftree.errors import DataError
+from peftree.data.chats import Turn, Turns
+from peftree.errors import ConfigError, DataError
 from peftree.tasks.base import IGNORED
+
+BEHIND = 64  # characters before a text that decide its first token
 
 
 class Encoded(NamedTuple):
@@ -20,75 +24,169 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
+class Span(NamedTuple):
+    """An answer in the text of a conversation: where it is learned from, where its content ends, and where its end."""
+
+    start: int
+    said: int
+    end: int
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise ConfigError if a tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "The tokenizer has no chat template, which chat=true and rows of turns need.",
+            "Set chat: false for rows of prompt and completion; else use a model whose tokenizer has one.",
+        )
+
+
 def given(prompt: list[int], completion: list[int]) -> Encoded:
     """Return a row of which nothing but the completion is learned."""
     return Encoded(prompt, completion, [IGNORED] * len(prompt))
 
 
-def without_oldest(turns: Turns) -> Turns:
-    """Return a conversation without its oldest question and answer; what a system says first stays."""
-    head = 1 if turns[0][0] == "system" else 0
-    first = next(n for n, (role, _) in enumerate(turns) if role == "assistant")
-    return turns[:head] + turns[first + 1 :]
+def fitting(task: Any, turns: Turns, where: str) -> tuple[Encoded, bool]:
+    """Return a conversation as tokens, without as many of its oldest exchanges as do not fit, and whether some do not.
+
+    What a system says first stays, and so does the last question with its answer, whatever their length.
+    """
+    made = encoded(task, turns, where)
+    head = 1 if turns[0].role == "system" else 0
+    starts = [n for n in range(head + 1, len(turns)) if turns[n].role == "user" and turns[n - 1].role == "assistant"]
+    if len(made.prompt) + len(made.completion) <= task.length or not starts:
+        return made, False
+
+    def short(n: int) -> Encoded:
+        return encoded(task, turns[:head] + turns[starts[n] :], where)
+
+    fits = bisect_left(range(len(starts) - 1), 1, key=lambda n: int(sum(map(len, short(n)[:2])) <= task.length))
+    return short(fits), True
 
 
-def encoded(task: Any, turns: Turns, ending: str, where: str) -> Encoded:
+def encoded(task: Any, turns: Turns, where: str) -> Encoded:
     """Return a conversation as tokens, its answers told by the template's own marks, or found in what it writes.
 
     Args:
-        task: has the `tokenizer`, and `continued`, which tokenizes a text behind another.
-        turns: end with an answer.
-        ending: what the template writes behind each answer.
+        task: has the `tokenizer`, `ids` and `continued`, which tokenize a text, alone or behind another.
+        turns: end with an answer that is learned.
         where: the row, for errors.
 
     Raises:
-        DataError: the template refuses the turns, or writes one otherwise once others follow.
+        DataError: the template refuses the turns, or writes an answer otherwise than it is.
     """
-    if re.search(r"{%-?\s*generation", str(task.tokenizer.chat_template)):
-        return _marked(task.tokenizer, turns, where)
-    return _found(task, turns, ending, where)
+    tokenizer = task.tokenizer
+    marked = re.search(r"{%-?\s*generation", str(tokenizer.chat_template)) and all(turn.learned for turn in turns)
+    if marked and (found := _marked(tokenizer, turns, where)):
+        return found
+    whole, spans = answers(tokenizer, turns, where)
+    ids, labels, done = list[int](), list[int](), 0
+    for start, _, end in spans:
+        between = _behind(task, whole[:done], whole[done:start])
+        answer = _behind(task, whole[:start], whole[start:end])
+        ids, labels = ids + between + answer, labels + [IGNORED] * len(between) + answer
+        done, first = end, len(ids) - len(answer)
+    if spans[-1].said == spans[-1].end and tokenizer.eos_token_id is not None:
+        ids = [*ids, int(tokenizer.eos_token_id)]  # the template writes no end
+    return Encoded(ids[:first], ids[first:], labels[:first])
 
 
-def _marked(tokenizer: Any, turns: Turns, where: str) -> Encoded:
-    """Return a conversation whose answers the template marks itself (`{% generation %}`)."""
-    out = _applied(tokenizer, turns, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = out["input_ids"], out["assistant_masks"]
+def answers(tokenizer: Any, turns: Turns, where: str) -> tuple[str, list[Span]]:
+    """Return the text of a conversation, and where in it the answers are that are learned.
+
+    The template writes the turns once as they are and once with marks in place of their texts; between the marks
+    stands what it writes itself. An answer begins where the template, given the turns before it, has the model begin,
+    or with its own text if that is elsewhere, and its end is the special token behind it.
+    """
+    whole = _applied(tokenizer, turns, where)
+    thoughts = [turn.text[: turn.text.rfind("</think>") + 8] if "</think>" in turn.text else "" for turn in turns]
+    marks = [f"{thought}@peftree{n}@" for n, thought in enumerate(thoughts)]
+    frame = _applied(tokenizer, [Turn(t.role, mark) for t, mark in zip(turns, marks, strict=True)], where)
+    places = sorted((found.start(), found.end(), int(found[1])) for found in re.finditer(r"@peftree(\d+)@", frame))
+    answered = {n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.learned}
+    if lost := answered - {n for *_, n in places}:
+        raise _unfound(where, min(lost))
+    end_of = re.compile(rf"\s*(?:{'|'.join(map(re.escape, _specials(tokenizer)))})")
+    spans, at, done = list[Span](), 0, 0
+    for number, (left, right, n) in enumerate(places):
+        ours = frame[done:left]
+        after = frame[right : places[number + 1][0] if number + 1 < len(places) else len(frame)]
+        text = turns[n].text[len(thoughts[n]) :]
+        forms = (text, text.strip(), text.lstrip(), text.rstrip())
+        said = next((f for f in forms if whole.startswith(ours + f + after, at)), None)
+        if said is None and turns[n].role != "assistant" and (found := whole.find(after, at + len(ours))) >= 0:
+            said = whole[at + len(ours) : found]
+        if said is None or not whole.startswith(ours, at):
+            raise _unfound(where, n)
+        begin, at, done = at + len(ours), at + len(ours) + len(said), right
+        if n in answered:
+            begin -= len(thoughts[n]) if ours.endswith(thoughts[n]) else 0
+            closing = end_of.match(after)
+            spans.append(Span(_start(tokenizer, turns[:n], whole, begin), at, at + (closing.end() if closing else 0)))
+    return whole, spans
+
+
+def _unfound(where: str, number: int) -> DataError:
+    return DataError(
+        f"{where}: the chat template does not write turn {number + 1} as it is, so the answers cannot be found.",
+        "Use a template that marks answers with {% generation %}, or rows of one question and one answer.",
+    )
+
+
+def _start(tokenizer: Any, before: Turns, whole: str, begin: int) -> int:
+    """Return where an answer is learned from, whose own text begins at `begin`."""
+    if not before:
+        return begin
+    try:
+        bare, asked = (_text(tokenizer, before, add_generation_prompt=prompt) for prompt in (False, True))
+    except TemplateError:
+        return begin
+    if asked != bare and whole.startswith(asked) and len(asked) <= begin:
+        return len(asked)
+    return len(bare) if whole.startswith(bare) and not whole[len(bare) : begin].strip() else begin
+
+
+def _marked(tokenizer: Any, turns: Turns, where: str) -> Encoded | None:
+    """Return a conversation whose answers the template marks itself (`{% generation %}`); None if it does not."""
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = _applied(tokenizer, turns, where, **how)
+    ids, mask = out["input_ids"], list(out["assistant_masks"])
+    specials = {tokenizer.convert_tokens_to_ids(token) for token in _specials(tokenizer)}
+    for n in range(1, len(mask)):  # the end of a turn, where the marks leave it out
+        if mask[n - 1] and not mask[n] and ids[n] in specials:
+            begin = next((k for k in range(n, 0, -1) if not mask[k - 1]), 0)
+            last = max((k for k in range(begin, n) if ids[k] in specials), default=begin - 1)
+            mask[n] = int(bool(tokenizer.decode(ids[last + 1 : n]).strip()))
+    begun = sum(mask[n] > mask[n - 1] for n in range(1, len(mask)))
+    if not begun or begun != sum(turn.role == "assistant" for turn in turns):
+        return None
     end = len(mask) - mask[::-1].index(1)
     start = next((n for n in range(end, 0, -1) if not mask[n - 1]), 0)
     labels = [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
     return Encoded(ids[:start], ids[start:end], labels[:start])
 
 
-def _found(task: Any, turns: Turns, ending: str, where: str) -> Encoded:
-    """Return a conversation whose answers are found in the text that the template writes.
-
-    An answer begins where the template, given the turns before it, would have the model begin, and reaches to the
-    `ending` of a turn. Each is tokenized by itself behind what stands before it, as it is when a model writes it.
-    """
-    tokenizer, whole = task.tokenizer, _applied(task.tokenizer, turns, where, tokenize=False)
-    ids, labels, done, start = list[int](), list[int](), "", 0
-    for n, (role, text) in enumerate(turns):
-        if role != "assistant":
-            continue
-        before = _applied(tokenizer, turns[:n], where, tokenize=False, add_generation_prompt=True)
-        said = text if text in whole[len(before) :] else text.strip()
-        at = whole.find(said, len(before))
-        if not whole.startswith(before) or at < 0 or not whole.startswith(ending, at + len(said)):
-            raise DataError(
-                f"{where}: the chat template does not write turn {n + 1} as it is, so the answer cannot be found.",
-                "Use a template that marks answers with {% generation %}, or rows of one question and one answer.",
-            )
-        end = at + len(said) + len(ending)
-        between = task.continued(ids, done, before[len(done) :])
-        start = len(ids) + len(between)
-        answer = task.continued(ids + between, before, whole[len(before) : end])
-        ids, labels, done = ids + between + answer, labels + [IGNORED] * len(between) + answer, whole[:end]
-    return Encoded(ids[:start], ids[start:], labels[:start])
+def _specials(tokenizer: Any) -> list[str]:
+    """Return the tokens that stand for no text, longest first."""
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    return sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True)
 
 
-def _applied(tokenizer: Any, turns: Turns, where: str, **how: Any) -> Any:
+def _behind(task: Any, before: str, text: str) -> list[int]:
+    """Return the tokens of a text behind another."""
+    tail = before[-BEHIND:]
+    found: list[int] = task.continued(task.ids(tail), tail, text) if tail else task.ids(text)
+    return found
+
+
+def _text(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> Any:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+
+
+def _applied(tokenizer: Any, turns: Sequence[Turn], where: str, **how: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], **how)
+        return _text(tokenizer, turns, **how)
     except TemplateError as error:
         raise DataError(
             f"{where}: the chat template refuses the turns: {error}.", "Reorder or leave out turns."
