@@ -141,7 +141,7 @@ def test_another_optimizer_is_refused(encoder: str, review_data: Path, tmp_path:
     assert made.create_optimizer() is given
     peftree.detach(task.model)
     both = peftree.adapt(task.model, Own() + peftree.get("ia3")())
-    with pytest.raises(MethodError, match="own_steps has an optimizer of its own, which knows nothing"):
+    with pytest.raises(MethodError, match="own_steps has an optimizer of its own, which does not know the other parts"):
         trainer(both, task, review_data, tmp_path)
     assert peftree.adapt(task.model, "lora", name="b").optimizer() is None
 
