@@ -140,7 +140,7 @@ def test_the_command_takes_a_file_or_its_folder(folder: str, tmp_path: Path) -> 
         ({"peft_type": "LORA", "r": 4}, ["code=peftree"], StoreError, ["no target_modules", "code=peft."]),
         (
             {"peft_type": "LORA", "target_modules": TARGETS, "rank_pattern": {"(q+)+": 2}}, ["code=peftree"],
-            StoreError, ["not run here", "code=peft."],
+            StoreError, ["not supported here", "code=peft."],
         ),
         ({"peft_type": "LORA", "target_modules": ["nope"]}, [], MethodError, ["LORA cannot be put"]),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5}, [], ConfigError, ["needs a task_type"]),

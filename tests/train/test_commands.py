@@ -75,7 +75,7 @@ def test_a_config_that_builds_no_model_is_one_line(text: str, tmp_path: Path, re
 def test_an_error_of_a_file_is_one_line(trained: Path, refused: Say) -> None:
     blocked = trained / "resolved.yaml" / "page.html"
     assert "Check the path" in refused("report", str(trained), "--html", str(blocked))
-    assert "cannot be made: " in refused("export", str(trained), str(blocked / "adapter"))
+    assert "cannot be created: " in refused("export", str(trained), str(blocked / "adapter"))
 
 
 def test_a_merged_model_is_ready_to_use(trained: Path, review_data: Path, tmp_path: Path) -> None:
