@@ -240,10 +240,10 @@ def test_tensors_that_are_missing_extra_or_wrong_are_refused(folder: Path) -> No
     rest = {k: v for k, v in given.items() if k != first}
     base = zoo.build("llama").state_dict()["model.norm.weight"].clone()
     cases: list[tuple[dict[str, torch.Tensor], str]] = [
-        (rest, f"1 missing, such as '{first}'"),
+        (rest, f"1 missing \\(first: '{first}'"),
         ({}, "8 missing"),
-        (given | {"model.norm.weight": base}, "1 unexpected, such as 'model.norm.weight'"),
-        (rest | {first.upper(): given[first]}, "1 missing.*1 not part"),
+        (given | {"model.norm.weight": base}, r"1 unexpected \(first: 'model.norm.weight'"),
+        (rest | {first.upper(): given[first]}, "1 missing.*1 unexpected"),
         (given | {first: given[first].T.contiguous()}, "has the shape"),
         (given | {first: torch.full_like(given[first], float("nan"))}, "NaN or infinite"),
         (given | {first: given[first].index_fill(0, torch.tensor(0), -float("inf"))}, "NaN or infinite"),

@@ -62,7 +62,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "escapes in a pattern": ({"rank_pattern": {"\x1b[31m": "x"}}, r"rank_pattern=.*\\x1b"),
     "targets a list of patterns": ({"target_modules": [".*_proj"]}, "not the name of a module"),
     "targets nothing": ({"target_modules": ["nope"]}, "matches no module"),
-    "targets in part": ({"target_modules": ["q_proj", "v_prj"]}, "4 unexpected, such as '.*v_proj"),
+    "targets in part": ({"target_modules": ["q_proj", "v_prj"]}, r"4 unexpected \(first: '.*v_proj"),
     "no targets": ({"target_modules": []}, "matches no module"),
     "targets a number": ({"target_modules": [3]}, "target_modules"),
     "targets other modules": ({"target_modules": ["k_proj"]}, "missing"),

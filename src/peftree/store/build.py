@@ -134,7 +134,7 @@ def compare(where: str, shapes: Mapping[str, Shape], given: Mapping[str, tuple[i
     """
     missing, extra = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
     if missing or extra:
-        parts = [f"{len(n)} {word}, such as {n[0]!r}" for n, word in ((missing, "missing"), (extra, "unexpected")) if n]
+        parts = [f"{len(n)} {word} (first: {n[0]!r})" for n, word in ((missing, "missing"), (extra, "unexpected")) if n]
         raise StoreError(
             f"{where} does not hold the tensors of this adapter on this model: {'; '.join(parts)}.",
             "Check that the adapter was made for this model class, tower and method.",
