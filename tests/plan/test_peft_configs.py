@@ -146,7 +146,7 @@ def test_the_command_takes_a_file_or_its_folder(folder: str, tmp_path: Path) -> 
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5}, [], ConfigError, ["needs a task_type"]),
         (OURS["lora"][0], ["method=lora"], ConfigError, ["says what its method and head are"]),
         (OURS["lora"][0], ["r=8"], ConfigError, ["says what its method and head are"]),
-        (OURS["lora"][0], ["--table"], ConfigError, ["A table is of the tree's methods"]),
+        (OURS["lora"][0], ["--table"], ConfigError, ["A table shows the tree's methods"]),
         (OURS["lora"][0], ["code=pefft"], ConfigError, ["pefft", "whose code"]),
         ({}, [], ConfigError, ["names no peft_type"]),
     ],

@@ -120,9 +120,7 @@ def test_the_example_of_eval_and_the_advice_for_folders_work(
     shown("eval", str(trained), "batch_size=16", "r=2", "max_length=8", "eval_batch_size=2", "--json")  # nothing new
     for words, what in ((["r=4"], "method"), (["lr=1", "epochs=9"], "epochs, lr"), (["method=dora"], "method")):
         said = refused("eval", str(trained), *words)
-        assert (
-            f"{what} of {trained} cannot be changed" in said and f"resolved.yaml {' '.join(words)} output=NEW" in said
-        )
+        assert f"trained: {what} cannot be changed" in said and f"resolved.yaml {' '.join(words)} output=NEW" in said
     assert "'batch=8': lora has no field 'batch'. Write batch_size." in refused("eval", str(trained), "batch=8")
     shown("train", f"{trained}/resolved.yaml", f"output={trained.parent / 'new'}", "-q")
     cut = trained.parent / "cut"

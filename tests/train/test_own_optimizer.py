@@ -181,7 +181,7 @@ def test_a_plan_counts_what_it_keeps(tmp_path: Path) -> None:
     per_site = 2 * 32 + 2 * 32 + 2 + 2  # sums of A and B, and of their rows
     assert made.parts["optimizer"] == 4 * 2 * 2 * per_site
     assert not any("optimizer" in way.changes for way in ways(request(**asked), int(made.expected * 0.6), 40))
-    with pytest.raises(ConfigError, match="own_steps has an optimizer of its own; optimizer=sgd"):
+    with pytest.raises(ConfigError, match="own_steps has an optimizer of its own, but optimizer=sgd"):
         plan(request(**asked, optimizer="sgd"))
 
 
