@@ -126,7 +126,7 @@ def _planned(text: str, quick: bool) -> Plan:
 
 def _of_peft(found: configs.Theirs, request: Request) -> Plan:
     phases = _phases(found.whole, found.parts, request)
-    notes = ["traced with PEFT's own modules; code=peftree traces peftree's"]
+    notes = ["traced with PEFT's own modules; for peftree's own: code=peftree"]
     return _plan(request, found.whole, phases, round(found.operations), "traced", notes, found.held)
 
 

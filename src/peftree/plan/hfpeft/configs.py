@@ -53,7 +53,7 @@ def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, An
     mine = [d for d in dialects() if d.peft_type == asked]
     if not mine:
         known = did_you_mean(asked, {d.peft_type for d in dialects()})
-        raise StoreError(f"{where}: no method of peftree equals PEFT's {asked!r}.", f"{known} {_INSTEAD}")
+        raise StoreError(f"{where}: no method of peftree is PEFT's {asked!r}.", f"{known} {_INSTEAD}")
     dialect = next((d for d in mine if d.reads(raw)), mine[0])
     model = skeleton.build(config, kind)
     try:

@@ -108,7 +108,7 @@ def real(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         return _plain(model, _config(read_adapter(config)), True)
 
 
-_ELSE = "Plan the closest method of peftree instead."
+_ELSE = "Instead, plan the closest method of peftree."
 
 
 def _peft() -> Any:

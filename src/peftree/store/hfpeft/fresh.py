@@ -81,7 +81,7 @@ def complete(
     """Return the method with any trained modules and biases, and whether the task head is among them."""
     if config.peft_type == "P_TUNING":
         raise refuse(
-            where, "peftree does not train a network behind the tokens", "Use PROMPT_TUNING, or load a finished one."
+            where, "a network behind the tokens is not trained here", "Use PROMPT_TUNING, or load a finished one."
         )
     start = getattr(config, "init_lora_weights", None)
     if start not in STARTS:
