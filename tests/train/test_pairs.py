@@ -251,11 +251,11 @@ def test_long_captions_and_captions_without_tokens(llava: str, pair_data: Path) 
 
 
 def test_models_that_do_not_fit(dual: str, llava: str, encoder: str, pair_data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"LlavaModel, no dual encoder"):
+    with pytest.raises(ConfigError, match=r"LlavaModel, not a dual encoder"):
         retrieval(llava, pair_data)
     with pytest.raises(ConfigError, match="is of type vision-text-dual-encoder, not llava"):
         captioning(dual, pair_data)
-    with pytest.raises(ConfigError, match="no dual encoder"):
+    with pytest.raises(ConfigError, match="not a dual encoder"):
         retrieval(encoder, pair_data)
     with pytest.raises(ConfigError, match=r"image_size=30 is not a multiple of the patch size 14"):
         retrieval(dual, pair_data, image_size=30)

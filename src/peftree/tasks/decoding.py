@@ -22,16 +22,16 @@ def greedy(
     bar: Callable[[range], Iterable[int]] = iter,
     start: int | None = None,
 ) -> list[list[int]]:
-    """Return the tokens that `model` writes after each prompt, the stop token and what follows it left out.
+    """Return the tokens that `model` writes after each prompt, without the stop token and what follows it.
 
     Args:
         model: in eval mode, without gradients.
-        features: `input_ids`, `labels` (-100 on the prompt) and perhaps `pixel_values` of each row; the longest
-            completion among them is how many tokens are written at most.
-        pad: id to pad prompts with, at the left; at the right for an encoder.
+        features: `input_ids`, `labels` (-100 on the prompt) and possibly `pixel_values` of each row; the longest
+            completion among them limits the number of written tokens.
+        pad: id to pad prompts with, on the left; on the right for an encoder.
         stop: id at which a row ends.
         batch_size: rows at a time.
-        bar: is put around the places where a batch begins, to show progress.
+        bar: wraps the places where a batch begins, to show progress.
         start: for an encoder-decoder, whose prompts are all of `input_ids`: the id that its decoder starts with.
     """
     most = max(sum(label != IGNORED for label in f["labels"]) for f in features)
@@ -53,7 +53,7 @@ def greedy(
 
 
 def _prompts(features: Sequence[Mapping[str, Any]], pad: int) -> Batch:
-    """Return the prompts, padded at the left so that all end at the same place."""
+    """Return the prompts, padded on the left so that all end at the same place."""
     prompts = [[i for i, label in zip(f["input_ids"], f["labels"], strict=True) if label == IGNORED] for f in features]
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
