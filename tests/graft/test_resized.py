@@ -62,7 +62,7 @@ def test_a_module_is_replaced() -> None:
         model(torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize("change", ["replaced", "taken out"])
+@pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_module_deep_inside_is_no_longer_there(change: str, tmp_path: Path) -> None:
     model: Any = zoo.build("llama")
     adapter = put(model, "lora", sites="attn.q")

@@ -57,5 +57,5 @@ def test_what_is_no_such_convolution_is_refused() -> None:
         peftree.adapt(Waves(), "conv_adapter", sites="round")
     with pytest.raises(MethodError, match="changes conv"):
         peftree.adapt(zoo.build("vit"), "conv_adapter", sites="ffn.up")
-    with pytest.raises(MethodError, match="not one vector a token"):
+    with pytest.raises(MethodError, match="not one vector per token"):
         peftree.adapt(zoo.build("convnext"), "pfeiffer", sites="conv")

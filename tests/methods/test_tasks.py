@@ -181,7 +181,7 @@ def test_checkpointed_layers_have_the_same_tasks() -> None:
 
 
 BAD: list[tuple[Any, type[Exception], str]] = [
-    ([0, 1], AdapterError, "3 rows, and tasks are named for 2"),
+    ([0, 1], AdapterError, "3 rows, but 2 have a task"),
     ([0, 1, 3], MethodError, "a row is said to be of 3"),
     ([], AdapterError, "not a list of numbers"),
     ("012", AdapterError, "not a list of numbers"),

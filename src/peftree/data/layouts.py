@@ -1,4 +1,4 @@
-"""Layouts of other tools: recognised by name, with what to do until they are read."""
+"""Layouts of other tools: recognised by name, with advice, since they are not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAIR = '{"prompt": "..", "completion": ".."}'
 
 
 def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the name of a layout that rows with these columns have, and what to do with them; None for another."""
+    """Return the name of the layout of rows with these columns, and what to do with them; None if it is unknown."""
     names = set(columns)
     if "messages" in names:
         return "chat rows (messages)", _turns("content", "user", "assistant")
@@ -22,7 +22,7 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
     if {"chosen", "rejected"} <= names:
         if "prompt" in names and isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str):
             return "preference pairs (chosen, rejected)", (
-                "They are not compared; to train on the chosen answers set task=generation data.columns.prompt=prompt "
+                "They are not compared; to train on the chosen answers, set task=generation data.columns.prompt=prompt "
                 "data.columns.completion=chosen."
             )
         return "preference pairs (chosen, rejected)", f"Write the chosen answers as lines of {PAIR}."
@@ -33,75 +33,75 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
             )
         return "Alpaca rows (instruction, output)", (
             "Set task=generation data.columns.prompt=instruction data.columns.completion=output"
-            + (" (input is then not read)." if "input" in names else ".")
+            + (" (input is not read then)." if "input" in names else ".")
         )
     if names == {"text"}:
-        return "plain texts (text alone)", f"Split each into what is given and what is learned: lines of {PAIR}."
+        return "plain texts (only text)", f"Split each into what is given and what to learn: lines of {PAIR}."
     return None
 
 
 def _turns(text: str, asks: str, answers: str) -> str:
     return (
         f"Write the {text} of the last '{answers}' turn as completion and that of the '{asks}' turn before it as "
-        f"prompt, lines of {PAIR}; chat=true then puts prompts into the model's own template."
+        f"prompt: lines of {PAIR}; chat=true then wraps prompts in the model's own template."
     )
 
 
 def renamed(wanted: Sequence[str], given: Iterable[str]) -> dict[str, str]:
-    """Return the given name of each wanted column that differs from it by case and outer space alone."""
+    """Return the given name of each wanted column that differs from it only in case and outer space."""
     plain = {name.strip().casefold(): name for name in given}
     return {name: plain[name] for name in wanted if name in plain and plain[name] != name}
 
 
 def unread(path: Path, formats: Sequence[str]) -> DataError:
-    """Return the error for a file whose format is not read."""
+    """Return the error for a file in a format that is not read."""
     suffix = path.suffix.lower()
     what, fix = f"{path}: '{path.suffix}' files are not read.", f"Use {', '.join(formats)}."
     if suffix in (".txt", ".md"):
-        fix = f"Plain text does not tell what is given and what is learned: write lines of {PAIR} as .jsonl."
+        fix = f"Plain text does not say what is given and what to learn: write lines of {PAIR} as .jsonl."
     if suffix == ".arrow":
         fix = "Write it as Parquet: datasets.Dataset.from_file('FILE').to_parquet('train.parquet')."
     if suffix in (".zip", ".tar", ".bz2", ".xz", ".zst", ".7z", ".tgz"):
-        fix = f"Unpack it first; {', '.join(formats)} are read, text files with .gz too."
+        fix = f"Unpack it first; {', '.join(formats)} are read, text files also with .gz."
     return DataError(what, fix)
 
 
 def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> DataError:
-    """Return the error for a folder that holds no images in one folder a class, by what it does hold."""
+    """Return the error for a folder without one folder of images per class, by what it holds."""
     if any(path.rglob("*.arrow")) or (path / "dataset_dict.json").is_file():
         split = "['train']" if (path / "dataset_dict.json").is_file() else ""
         return DataError(
-            f"{path} is a folder of the datasets library, which is not read.",
+            f"{path} is a folder of the datasets library, which peftree cannot read.",
             f"Write it as Parquet: datasets.load_from_disk('{path}'){split}.to_parquet('train.parquet').",
         )
     files = sorted(p.name for p in path.iterdir() if p.is_file())
     tables = [name for name in files if name.lower().endswith(tuple(formats)) and name != "dataset_info.json"]
     if "dataset_info.json" in files and (named := _registered(path / "dataset_info.json")):
         return DataError(
-            f"{path} is a folder of LLaMA-Factory: dataset_info.json names {', '.join(named[:5])}.",
+            f"{path} is a LLaMA-Factory folder: dataset_info.json names {', '.join(named[:5])}.",
             f"Name one file: data={path / named[0]}.",
         )
     if "metadata.jsonl" in files:
         return DataError(
-            f"{path} has no images in one folder a class, but a metadata.jsonl.",
-            "For images with texts set task=captioning or task=image-text-retrieval.",
+            f"{path} has a metadata.jsonl, but not one folder of images per class.",
+            "For images with texts, set task=captioning or task=image-text-retrieval.",
         )
     if tables:
         return DataError(
-            f"{path} holds {', '.join(tables[:5])}, of which none is named train.",
+            f"{path} holds {', '.join(tables[:5])}, but none is named train.",
             f"Name the file, data={path / tables[0]}, or call it train{Path(tables[0]).suffix}.",
         )
     if any(name.lower().endswith(tuple(images)) for name in files):
         return DataError(
-            f"{path} holds images, but not in one folder a class.",
-            "Put them into train/cat/1.png, train/dog/2.jpg; for images with texts add a metadata.jsonl of "
+            f"{path} holds images, but not in one folder per class.",
+            "Put them into train/cat/1.png, train/dog/2.jpg; for images with texts, add a metadata.jsonl of "
             '{"file_name": .., "text": ..} and set task.',
         )
-    return DataError(f"{path} has no images.", "Put them into one folder a class: train/cat/1.png, train/dog/2.jpg.")
+    return DataError(f"{path} has no images.", "Put them into one folder per class: train/cat/1.png, train/dog/2.jpg.")
 
 
 def _registered(path: Path) -> list[str]:
-    """Return the local files that a registry of data sets by name lists."""
+    """Return the local files that a registry of named data sets lists."""
     try:
         listed = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
