@@ -147,7 +147,7 @@ class OddModel(nn.Module):
 
 def test_a_user_record_describes_a_class(tmp_path: Path) -> None:
     model = nn.Sequential(OddModel())
-    with pytest.raises(SiteError, match="'Sequential' is unknown: it has no role record"):
+    with pytest.raises(SiteError, match="'Sequential' is not known: it has no role record"):
         sites.resolve(model, "attn.q")
     record = {
         "classes": ["OddModel"],

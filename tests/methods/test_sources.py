@@ -124,7 +124,7 @@ BAD: list[tuple[str, dict[str, Any], type[PeftreeError], str]] = [
     ("adapter_fusion", {"sources": ["a", "c"]}, AdapterError, "no adapter 'c'"),
     ("adapter_fusion", {"sources": ["a", "b"], "sites": "ffn.up"}, AdapterError, r"'a' has no delta at text:ffn\.up@0"),
     ("adapter_fusion", {"sources": "a"}, AdapterError, "Pass a list of adapter names"),
-    ("spot", {"sources": ["a"]}, MethodError, "no single prompt"),
+    ("spot", {"sources": ["a"]}, MethodError, "needs a single prompt"),
     ("attempt", {"sources": ["a", "b"], "length": 3}, MethodError, "needs prompts of 3 tokens"),
 ]
 

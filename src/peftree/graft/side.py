@@ -104,7 +104,7 @@ def _given(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
     if mask.dim() != 4 or mask.shape[-1] not in (1, k.shape[2]):
         raise AdapterError(
-            f"The layers get a mask of the shape {list(mask.shape)}, which is not one for {q.shape[2]} queries and "
+            f"The layers get a mask of the shape {list(mask.shape)}, which is none of {q.shape[2]} queries and "
             f"{k.shape[2]} keys, so a side network's attention cannot follow it.",
             "Use another method here.",
         )

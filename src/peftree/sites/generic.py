@@ -104,7 +104,7 @@ def unclear(kind: str, reason: str, modules: Modules, hint: str = "") -> SiteErr
     common = max(dict.fromkeys(leaves), key=leaves.count, default="")
     example = f", for example *.{common}" if common else ""
     return SiteError(
-        f"The structure of '{kind}' is unknown: {reason}.",
+        f"The structure of '{kind}' is not known: {reason}.",
         f"{hint}Name module paths instead of roles{example} (whole paths, paths with *, or their last components), or "
         "`linear`, `conv`, `norm`, `embed` or `bias` for every such module. For roles, write a record (a YAML file "
         "like those in peftree/roles) and pass its path to peftree.sites.register_record.",

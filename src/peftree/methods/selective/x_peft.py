@@ -24,9 +24,9 @@ class XPEFT(Method):
                                 small={"adapters": 12, "k": 5, "reduction": 4})  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets an adapter")
     adapters: int = Field(100, ge=1, le=65536, description="number N of frozen adapters")
-    k: int = Field(50, ge=1, le=65536, description="adapters that a hard mask takes")
+    k: int = Field(50, ge=1, le=65536, description="number of adapters that a hard mask selects")
     mask: Literal["hard", "soft"] = Field("hard", description="k of N, or a softmax")
-    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer over width b of an adapter")
+    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by width b of an adapter")
     basis_seed: int = Field(0, ge=0, lt=2**62, description="seed of the adapters")
 
     def count(self, sites: Sequence[Site]) -> int:
