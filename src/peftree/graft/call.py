@@ -58,7 +58,7 @@ class Choice(NamedTuple):
 
 
 class PerThread(threading.local):
-    """Attributes that each thread has separately; class attributes are their initial values. Copies start anew.
+    """Attributes that each thread has separately; class attributes are their initial values. Copies start with these.
 
     They exist from the start, so that a compiled run does not depend on an earlier run.
     """

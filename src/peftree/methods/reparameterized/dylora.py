@@ -1,7 +1,7 @@
 """DyLoRA: y = W x + (alpha / b) B[:, :b] A[:b] x, b drawn for each step, so that every smaller rank works too.
 
 Valipour et al. 2022, arXiv 2210.07558, section 4. A [r, in] starts Kaiming uniform, B [out, r] at zero; alpha / r times
-sqrt(r / b) on both factors is alpha / b. b is uniform in 1 .. r, drawn once a step for all sites. With `single` only
+sqrt(r / b) on both factors is alpha / b. b is uniform in 1 .. r, drawn once per step for all sites. With `single` only
 component b gets a gradient. In use all r count; `keep` cuts the trained factors to their first components.
 
 >>> DyLoRA(r=8).keep

@@ -3,7 +3,7 @@
 Aghajanyan et al. 2020, arXiv 2012.13255, equations 2 and 3. Of the d trained numbers L are the factors c of the L
 layers, from one, and d - L the shared t, from zero. P is the Fastfood transform H G Pi H S, cut to the entries of W and
 scaled so that |P t| is |t| on average: H the Walsh-Hadamard matrix, S random signs, Pi a permutation, G normal, drawn
-from `basis_seed` and not stored: 9 to 18 bytes an entry of W. The paper changes all parameters; here `sites` are named.
+from `basis_seed` and not stored: 9 to 18 bytes per entry. The paper changes all parameters; here `sites` are named.
 
 >>> SAID(d=1000).d
 1000

@@ -2,7 +2,7 @@
 
 Zeng et al. 2023, arXiv 2305.17682, sections 3.1-3.2. The prototype D [size, d], U [d, size] starts N(0, 0.02), biases
 0. A layer's masks are 1 at its largest |scores|, [d, size] and [size, d], Kaiming uniform; gradients pass straight
-through to |score|. Scores learn at `score_lr` times the rate. After training a mask is kept as one bit an entry.
+through to |score|. Scores learn at `score_lr` times the rate. After training a mask is kept as one bit per entry.
 
 >>> ProPETL().keep
 0.5

@@ -67,7 +67,7 @@ def _run(file: Path, made: Path) -> None:
 
 
 def _bounded(size: int) -> None:
-    """Limit this process to the memory it has now, four times `size`, and some room; Linux alone."""
+    """Limit this process to the memory it has now, four times `size`, and some room; only on Linux."""
     if sys.platform.startswith("linux"):
         import resource
 
