@@ -394,7 +394,7 @@ def test_demo_data(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_demo_data(tmp_path, SIZES)
     for task, sizes, message in (
         ("movie", SIZES, "mean 'movies'"), ("definitions", {"dev": 1}, "dev"),
-        ("definitions", {"train": 0}, "train"), ("definitions", {"train": 999}, "80 there"),
+        ("definitions", {"train": 0}, "train"), ("definitions", {"train": 999}, "only 80 exist"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=message):
             data.write_data(tmp_path / "bad", task, {}, sizes, quiet=True)

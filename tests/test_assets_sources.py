@@ -161,7 +161,7 @@ def test_what_is_asked_for_wrongly(invented: Path) -> None:
     for source, options, sizes, message in (
         ("movie", {}, SIZES, "no data source 'movie'.*Did you mean 'movies'"),
         ("movies", {"tsk": "x"}, SIZES, "no option 'tsk'.*Did you mean 'task'"),
-        ("movies", {"task": "generation"}, SIZES, "none of its tasks"),
+        ("movies", {"task": "generation"}, SIZES, "not one of its tasks"),
         ("movies", {"margin": "0.5"}, SIZES, "margin: '0.5' is not a float"),
         ("movies", {"margin": True}, SIZES, "margin: True is not a float"),
         ("glosses", {"classes": []}, SIZES, "no option 'classes'"),
@@ -186,7 +186,7 @@ def test_grouped_keeps_groups_and_shares() -> None:
     shares = collections.Counter(r[2] for r in splits["test"])
     assert abs(shares["a"] - shares["b"]) <= 4
     chain = [(i,) for i in range(10)]
-    with pytest.raises(DataError, match="train: 5 rows asked for, 0 there"):  # each has a key of its neighbour
+    with pytest.raises(DataError, match="train: 5 rows asked for, only 0 exist"):  # each has a key of its neighbour
         grouped(chain, lambda r: [r[0], r[0] + 1], lambda _: 0, {"train": 5}, random.Random(0))
 
 

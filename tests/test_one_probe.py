@@ -130,7 +130,7 @@ def test_two_files_of_one_name_are_refused(folder: Path) -> None:
     again = folder / "probes" / "again.py"
     again.write_text(SOURCE)
     probes.probes.cache_clear()
-    with pytest.raises(ConfigError, match=r"scaling\.py: there is a probe 'scaling' already"):
+    with pytest.raises(ConfigError, match=r"scaling\.py: there is already a probe 'scaling'"):
         probes.probes()
     again.unlink()
     probes.probes.cache_clear()

@@ -165,7 +165,7 @@ def test_mixed_environments_and_repeated_runs_are_not_passed_over() -> None:
     built = report.build([other, *found[1:]])
     task = next(task for task in built.tasks if task.name == other.task)
     assert "2 environments" in " ".join(task.notes)
-    with pytest.raises(DataError, match="there twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         report.build([*found, found[0]])
     gone = {"status": "inapplicable", "error": "MethodError: no site", "score": None, "items": (), "environment": {}}
     never_ran = report.build([found[0].model_copy(update=gone), *found[1:]])

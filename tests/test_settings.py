@@ -67,7 +67,7 @@ def test_help_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [(["adapter/manifest.json", "resolved.yaml"], "finished run: peftree eval"),
-     (["resolved.yaml", "checkpoint-3/x"], "cut off: peftree train {}/resolved.yaml resume=true"),
+     (["resolved.yaml", "checkpoint-3/x"], "interrupted run: peftree train {}/resolved.yaml resume=true"),
      (["config.json"], "peftree train model={}"), (["train.csv"], "data={}")],
 )  # fmt: skip
 def test_a_folder_is_told_what_goes_on(

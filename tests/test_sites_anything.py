@@ -215,7 +215,7 @@ def test_a_module_in_two_places_is_one_site() -> None:
     ("make", "method", "fields", "parts"),
     [
         (mlp, "lora", {}, ["'attn.q'", "'Sequential' is not known", "or `linear`"]),
-        (fnet, "prefix_tuning", {}, ["'attn'", "'fnet' is not known", "instance *.dense"]),
+        (fnet, "prefix_tuning", {}, ["'attn'", "'fnet' is not known", "example *.dense"]),
         (fnet, "lora", {"sites": "text:ffn.up vision:attn.q"}, ["'text:ffn.up'", "is not known"]),
         (fnet, "lora", {"sites": "vision:attn.q"}, ["'vision:attn.q'", "is not known"]),
         (

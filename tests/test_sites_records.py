@@ -174,7 +174,7 @@ def test_a_user_record_describes_a_class(tmp_path: Path) -> None:
         sites.resolve(model, "attn.q")
     record["stacks"][0]["roles"]["ffn.gate"] = "gate"  # type: ignore[index]
     sites.register_record(_write(tmp_path, record))
-    with pytest.raises(SiteError, match=r"not laid out .* without ffn.gate \(gate\)"):
+    with pytest.raises(SiteError, match=r"not match its role record: .* without ffn.gate \(gate\)"):
         sites.resolve(model, "attn.q")
 
 

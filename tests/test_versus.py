@@ -62,11 +62,11 @@ def test_memory_and_time_of_two_environments_are_not_compared(records: list[RunR
     moved = [r.model_copy(update={"environment": {"machine": "x"}}) if r.method == "lora" else r for r in records]
     found = versus(moved, "dora", "lora")
     assert found.costs["peak memory"] is None and found.costs["processor time"] is None
-    assert found.costs["trainable parameters"] is not None and "one environment" in found.notes[-1]
+    assert found.costs["trainable parameters"] is not None and "the same environment" in found.notes[-1]
 
 
 def test_unknown_and_ambiguous_names_are_refused(records: list[RunRecord]) -> None:
-    with pytest.raises(ConfigError, match="No run of 'lorra'") as error:
+    with pytest.raises(ConfigError, match="no run of 'lorra'") as error:
         versus(records, "lorra", "full")
     assert "Did you mean 'lora'?" in str(error.value)
     with pytest.raises(ConfigError, match="with itself"):
@@ -85,7 +85,7 @@ def test_no_common_task_is_an_error(records: list[RunRecord]) -> None:
     with pytest.raises(DataError, match="cannot be compared on any task"):
         versus(apart, "lora", "dora")
     trials = [r for r in records if r.phase == "trial"]
-    with pytest.raises(DataError, match="no final run"):
+    with pytest.raises(DataError, match="no final runs"):
         versus(trials, "lora", "dora")
 
 

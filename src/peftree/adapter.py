@@ -30,9 +30,9 @@ class Adapter:
     Attributes:
         name: its name on the model.
         method: the method with all its fields.
-        model: the model it is on; None after it was taken off.
+        model: the model that holds it; None once it is detached.
         head: whether it holds its own copy of the task head.
-        seed: the seed its tensors were drawn with.
+        seed: the seed of its random tensors.
         fixed: names of tensors that the method itself keeps frozen.
     """
 
@@ -66,9 +66,9 @@ class Adapter:
 
     @property
     def graft(self) -> Graft:
-        """The graft record of the model it is on."""
+        """The graft record of its model."""
         if self.model is None:
-            raise AdapterError(f"Adapter '{self.name}' was detached.", "Load or adapt it again.")
+            raise AdapterError(f"Adapter '{self.name}' was detached.", "Load it again or put on a new one.")
         return graft_of(self.model)
 
     @property
@@ -86,14 +86,14 @@ class Adapter:
         return list({id(p): p for d in self.deltas.values() for p in d.parameters()}.values())
 
     def requires_grad(self, on: bool = True) -> Adapter:
-        """Freeze its parameters, or make those trainable again; what the method itself keeps frozen stays so."""
+        """Freeze its parameters or make them trainable again; tensors that the method keeps frozen stay frozen."""
         for name, tensor in self.state().items():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(on and name not in self.fixed)
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """Return its tensors, parameters and persistent buffers, each once, by `path/part_role/tensor`."""
+        """Return its parameters and persistent buffers, each once, keyed by `path/part_role/tensor`."""
         out: dict[str, Tensor] = {}
         seen: set[int] = set()
         self.graft.check()
@@ -105,29 +105,29 @@ class Adapter:
         return out
 
     def unused(self) -> list[str]:
-        """Return the paths of its modules that no run has used since an adapter was last put on them or taken off.
+        """Return the paths of its modules that no forward pass has used since an adapter was last put on or taken off.
 
-        That need not be wrong: experts without a token, a tower without an input. Compiled runs do not count.
+        That can be correct: an expert may get no token, a tower no input. Compiled forward passes do not count.
         """
         return list(dict.fromkeys(s.path for _, s, _ in self.entries if s.path in self.graft.shared.unseen))
 
     def init(self, batches: Iterable[Callable[[], Tensor]]) -> None:
-        """Let a method that needs data see it before training; each batch is a call that returns the loss."""
+        """Show data to a method that needs it before training; each batch is a callable that returns the loss."""
         self.method.init(self.deltas, batches)
 
     def start(self, step: int, total: int, optimizer: Any = None) -> None:
-        """Run the method's schedule where a run starts or resumes, after `step` of `total` steps."""
+        """Run the method's schedule when a run starts or resumes, after `step` of `total` steps."""
         self.method.schedule(self.deltas, Moment(step, total, start=True, optimizer=optimizer))
 
     def before_step(self, step: int, total: int, optimizer: Any = None) -> None:
-        """Let the method change the gradients; call it before `optimizer.step()`, `step` counted from 1."""
+        """Let the method change the gradients; call it before `optimizer.step()`, with `step` counted from 1."""
         self.method.before_step(self.deltas, Moment(step, total, optimizer=optimizer))
 
     def step(self, step: int, total: int, optimizer: Any = None, batches: Iterable[Callable[[], Tensor]] = ()) -> None:
-        """Run the method's schedule; call it after `optimizer.step()` and before `zero_grad()`, `step` from 1.
+        """Run the method's schedule; call it after `optimizer.step()` and before `zero_grad()`, with `step` from 1.
 
         Args:
-            batches: calls that give the loss of training batches, for methods that look at data again.
+            batches: callables that return the loss of training batches, for methods that look at data again.
         """
         self.method.schedule(self.deltas, Moment(step, total, optimizer=optimizer, batches=batches))
 
@@ -136,13 +136,13 @@ class Adapter:
         return self.method.aux_loss(self.deltas, Moment(step, total, outputs=outputs, again=again))
 
     def param_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
-        """Return optimizer groups; `lr` None takes the method's default."""
+        """Return optimizer groups; if `lr` is None, they use the method's default."""
         return self.method.param_groups(self.deltas, self.method.tags.lr if lr is None else lr)
 
     def optimizer(self, lr: float | None = None, **more: Any) -> Optimizer | None:
-        """Return the method's own optimizer, None if any will do; `more` is for groups that say nothing else.
+        """Return the method's own optimizer, or None if any optimizer works; `more` holds defaults for its groups.
 
-        In a loop of one's own: `adapter.optimizer() or torch.optim.AdamW(adapter.param_groups())`.
+        In your own training loop: `adapter.optimizer() or torch.optim.AdamW(adapter.param_groups())`.
         """
         return self.method.optimizer([more | group for group in self.param_groups(lr)])
 
@@ -167,12 +167,12 @@ class Record:
         self.originals: dict[tuple[str, str], nn.Parameter | None] = {}
 
     def turn_on(self, names: tuple[str, ...]) -> None:
-        """Make those of `names` that are still on the model the active ones; none while weights are merged."""
+        """Activate those of `names` that are still on the model; activate none while weights are merged."""
         self.graft.shared.switch(() if self.merged else tuple(n for n in names if n in self.adapters))
 
 
 def record_of(model: nn.Module) -> Record:
-    """Return what peftree keeps on `model`; AdapterError if it has no adapter."""
+    """Return what peftree keeps on `model`; raise AdapterError if it has no adapter."""
     found = _kept(model)
     if found is None:
         raise AdapterError("This model has no adapter.", "Put one on with peftree.adapt(model, 'lora').")
@@ -198,7 +198,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that are on, in the order in which they apply."""
+    """Return the names of the adapters that are switched on, in the order in which they apply."""
     found = _kept(model)
     return found.graft.shared.now.active if found else ()
 
@@ -217,14 +217,14 @@ def adapt(
     """Put a new adapter on `model`, freeze the base, switch the adapter on, and return it.
 
     Args:
-        model: any torch module. Roles such as `attn.q` need a model of known structure; module paths, globs of them
+        model: any torch module. Roles such as `attn.q` need a model of known structure; module paths, globs
             and `linear` work on every model.
         method: a method's name, or a method object such as `peftree.get("lora")(r=16)`.
         name: `[A-Za-z0-9][A-Za-z0-9_-]{0,63}`.
-        head: give the adapter its own trainable copy of a fresh task head (classifier); None: if there is one.
-        seed: for its random tensors; the global generator is not touched.
-        sources: names of adapters on the model that a method such as `adapter_fusion` is made from; it holds copies.
-        fields: the method's fields, `r=16, sites="attn.q attn.v"` (or `"*.q_proj"`); `peftree methods NAME` lists them.
+        head: whether the adapter gets its own trainable copy of the task head (classifier); None: if the head is new.
+        seed: seed of its random tensors; the global generator is not touched.
+        sources: names of adapters on the model that a method such as `adapter_fusion` combines; it copies them.
+        fields: the method's fields: `r=16, sites="attn.q attn.v"` (or `"*.q_proj"`); `peftree methods NAME` lists them.
 
     Raises:
         ConfigError, MethodError, SiteError, AdapterError: before anything is changed.
@@ -236,11 +236,11 @@ def adapt(
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise AdapterError(f"{seed!r} is not a seed.", "Use a whole number from 0 to 2**63 - 1.")
     if isinstance(method, Method) and fields:
-        raise AdapterError(f"Fields {sorted(fields)} come with a ready method.", "Pass a name, or set them there.")
+        raise AdapterError(f"Fields {sorted(fields)} were passed with a method object.", "Set them when you create it.")
     made = method if isinstance(method, Method) else registry.make(method, fields)
     check_free(model, name)
     if isinstance(sources, str):
-        raise AdapterError(f"sources={sources!r} is one text.", "Pass names of adapters in a list: sources=['a', 'b'].")
+        raise AdapterError(f"sources={sources!r} is one string.", "Pass a list of adapter names: sources=['a', 'b'].")
     members = {n: known(record_of(model), n) for n in sources}
     made = made.of([a.method for a in members.values()]) if members else made
     with disabled(model) if adapters(model) else contextlib.nullcontext():  # a start is made from the base alone
@@ -254,14 +254,14 @@ def check_free(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not NAME.match(name):
         raise AdapterError(
             f"{name!r} is not an adapter name.",
-            "Use 1 to 64 letters, digits, '-' and '_', starting with one of the first two.",
+            "Use 1 to 64 letters, digits, '-' and '_'; start with a letter or digit.",
         )
     if found := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
-        what = f"{found[0] or 'The model'} is what torch.compile returned, so what lies in it cannot be seen."
-        raise AdapterError(what, "Adapt its _orig_mod before it is compiled, or compile in place: module.compile().")
+        what = f"{found[0] or 'The model'} was returned by torch.compile, which hides its modules."
+        raise AdapterError(what, "Adapt its _orig_mod before you compile it, or compile in place: module.compile().")
     present = adapters(model)
     if name in present:
-        raise AdapterError(f"There is an adapter '{name}' already.", "Choose another name, or detach it first.")
+        raise AdapterError(f"There is already an adapter '{name}'.", "Choose another name, or detach it first.")
     if present and record_of(model).merged:
         raise AdapterError(f"{', '.join(record_of(model).merged)} is merged.", "Call peftree.unmerge(model) first.")
 
@@ -287,7 +287,7 @@ def _base(model: nn.Module, graft: Graft) -> list[nn.Parameter]:
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take off one adapter, or all; the model is then as it was, merged weights excepted."""
+    """Detach one adapter, or all of them; the model is then as it was before, except for merged weights."""
     record = record_of(model)
     names = [known(record, name).name] if name is not None else list(record.adapters)
     for each in names:
@@ -301,16 +301,16 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 def known(record: Record, name: str) -> Adapter:
-    """Return the adapter called `name`; AdapterError, with the closest name, if there is none."""
+    """Return the adapter called `name`; if there is none, raise AdapterError with the closest name."""
     if not isinstance(name, str) or name not in record.adapters:
         raise AdapterError(f"There is no adapter {name!r}.", did_you_mean(str(name), record.adapters, "Adapters"))
     return record.adapters[name]
 
 
 def _stack(record: Record, names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the adapters that a user named, all of them known and none twice."""
+    """Return the adapters that a user named; each must be known and named once."""
     if names is not None and not isinstance(names, Sequence):
-        raise AdapterError(f"{names!r} names no adapters.", "Pass a name, a list of names, or None.")
+        raise AdapterError(f"{names!r} does not name adapters.", "Pass a name, a list of names, or None.")
     wanted = (names,) if isinstance(names, str) else tuple(names or ())
     for name in wanted:
         known(record, name)
@@ -320,9 +320,9 @@ def _stack(record: Record, names: str | Sequence[str] | None) -> tuple[str, ...]
 
 
 def switch(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Turn on exactly these adapters, applied in this order on top of each other; None: the base model.
+    """Switch on exactly these adapters, stacked in this order; None: the base model.
 
-    This sets the model, for every thread; a run in progress keeps to what it began with. To run with other adapters in
+    This acts on every thread; a forward pass in progress keeps the adapters it started with. To use other adapters in
     one thread or asyncio task only, use `peftree.route` or `peftree.disabled`.
     """
     record = record_of(model)
@@ -334,7 +334,7 @@ def switch(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the base model inside the `with` block, to the bit; other threads and asyncio tasks are not affected."""
+    """Run the base model, bit for bit, inside the `with` block; other threads and asyncio tasks are not affected."""
     record = record_of(model)
     if record.merged:
         raise AdapterError("The adapters are merged.", "Call peftree.unmerge(model) first.")
@@ -344,27 +344,27 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def route(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iterator[nn.Module]:
-    """Inside the `with` block row i of every batch runs with adapter `names[i]`; None is the base model.
+    """Inside the `with` block, row i of every batch runs with adapter `names[i]`; None is the base model.
 
     Args:
         names: one entry per row: a name, several names to stack, or None. A batch with k times as many rows (beams,
             image tiles) has k neighbouring rows for each entry.
 
-    The block is this thread's or asyncio task's own: others on the same model run with what they chose.
+    The block affects only this thread or asyncio task; others that use the same model keep their own choice.
 
     Raises:
         AdapterError: a name is unknown, adapters are merged, or (from the model) the batch has another number of rows.
     """
     record = record_of(model)
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise AdapterError(f"{names!r} is not a list of rows.", "Pass one entry per row of the batch, ['a', None].")
+        raise AdapterError(f"{names!r} is not a list of rows.", "Pass one entry per row of the batch: ['a', None].")
     rows: dict[tuple[str, ...], list[int]] = {}
     for i, entry in enumerate(names):
         rows.setdefault(_stack(record, entry), []).append(i)
     if record.merged:
         raise AdapterError("The adapters are merged.", "Call peftree.unmerge(model) first.")
     if not rows:
-        raise AdapterError("No row is named.", "Pass one entry per row of the batch.")
+        raise AdapterError("The list of rows is empty.", "Pass one entry per row of the batch.")
     groups = [Group(k, _numbers(model, v)) for k, v in rows.items()]
     shared = record.graft.shared
     with shared.block(Choice(shared.now.active, Route(groups, len(names)), task=shared.now.task)):
@@ -373,19 +373,19 @@ def route(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Iter
 
 @contextlib.contextmanager
 def context(model: nn.Module, *, task: Sequence[int]) -> Iterator[nn.Module]:
-    """Inside the `with` block row i of every batch belongs to task number `task[i]`, for methods with several tasks.
+    """Inside the `with` block, row i of every batch belongs to task number `task[i]`, for methods with several tasks.
 
-    It is this thread's or asyncio task's own, and goes with `route`. A batch with k times as many rows (beams) has k
+    It affects only this thread or asyncio task; `route` may be used with it. A batch with k times as many rows has k
     neighbouring rows for each entry.
 
     Raises:
-        AdapterError: there is no adapter, `task` is not a list of numbers from 0 on, or (from the model) the batch has
+        AdapterError: there is no adapter, `task` is not a list of numbers from 0 up, or (from the model) the batch has
             another number of rows.
     """
     shared = record_of(model).graft.shared
     listed = isinstance(task, Sequence) and not isinstance(task, str | bytes)
     if not listed or not task or not all(type(t) is int and 0 <= t < 2**63 for t in task):
-        raise AdapterError(f"task={task!r} is not a list of numbers.", "Pass one number from 0 on a row: task=[0, 2].")
+        raise AdapterError(f"task={task!r} is not a list of numbers.", "Pass one number >= 0 per row: task=[0, 2].")
     with shared.block(shared.now._replace(task=_numbers(model, task))):
         yield model
 

@@ -1,4 +1,4 @@
-"""Which tasks there are, and what is known of each before anything is loaded; the branches of the taxonomy."""
+"""The tasks, and what is known about each before anything is loaded; the branches of the taxonomy."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BRANCHES: tuple[Branch, ...] = get_args(Branch)
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the class of a task says of it, in literals.
+    """What the class of a task states about it, in literals.
 
     Attributes:
         name: of the task, in lower case with dashes.
         modality, kind: its place in the matrix {language, vision, vision-language} x {understanding, generation}.
         metric: the primary metric, see `evaluate.quality.Scores`.
         higher_is_better: the metric's direction.
-        aggregate: how per-item numbers give it.
-        columns: of a file, what is given and what is wanted of the model; none: a folder of images for each class.
+        aggregate: how per-item numbers give the metric.
+        columns: a file's columns for the input and the wanted output; none: a folder of images for each class.
         classes: whether the targets are classes, known from the training rows.
         contrastive: whether the loss compares the rows of a forward pass with each other.
         auto: transformers' auto class that builds the task's models.
-        auto_pair: that of an encoder-decoder, where the task takes one.
-        file: where the class is.
+        auto_pair: the auto class of an encoder-decoder, if the task takes one.
+        file: the file that defines the class.
     """
 
     name: str
@@ -50,12 +50,12 @@ class TaskFacts:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What every record of a run of the task says."""
+        """What every run record of the task states."""
         names = ("modality", "kind", "metric", "higher_is_better", "aggregate")
         return {name: getattr(self, name) for name in names}
 
     def text(self, given: str, wanted: str) -> str:
-        """Return the text that a model reads of a row, both sides of it where it writes the second; without images."""
+        """Return the text that a model reads from a row, without images; both sides if the model writes the second."""
         if self.modality != "language":
             return wanted if self.modality == "vision-language" else ""
         return f"{given} {wanted}" if self.kind == "generation" else given
@@ -82,7 +82,7 @@ def tasks() -> dict[str, TaskFacts]:
 
 
 def _literals(node: ast.ClassDef) -> dict[str, Any]:
-    """Return those facts that a class states as literals."""
+    """Return the facts that a class states as literals."""
     found = {}
     for line in node.body:
         named = line.targets[0] if isinstance(line, ast.Assign) else None
@@ -95,7 +95,7 @@ def task_facts(name: str) -> TaskFacts:
     """Return the facts of a task.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no task of that name.
     """
     if name not in tasks():
         raise ConfigError(f"There is no task '{name}'.", did_you_mean(name, tasks(), "Tasks"))
@@ -103,7 +103,7 @@ def task_facts(name: str) -> TaskFacts:
 
 
 def register_folder(folder: str | Path) -> None:
-    """Look for files of tasks in `folder` too."""
+    """Look for task files in `folder` too."""
     _FOLDERS.append(Path(folder).resolve())
     tasks.cache_clear()
 

@@ -28,9 +28,9 @@ app = typer.Typer(
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
-Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), a packaged or a hub name.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance r=32 method=lora.")]
-Scoring = Annotated[list[str] | None, typer.Argument(help="key=value of the data or the scoring: data.test=other.csv.")]
+Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a packaged or hub name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example r=32 method=lora.")]
+Scoring = Annotated[list[str] | None, typer.Argument(help="key=value for data or scoring: data.test=other.csv.")]
 
 
 @app.command()
@@ -52,7 +52,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def methods(
     name: Annotated[str, typer.Argument(help="One method: its equation and fields.")] = "",
-    tree: Annotated[bool, typer.Option("--tree", help="The survey's tree, row by row, with what works.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="The survey's tree, row by row, and what works.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the methods with their tags, one method with its fields, or the survey's whole tree."""
@@ -108,7 +108,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
 
 
 class _WithSettings(TyperCommand):
-    """A command whose help ends with every setting of its kind, read when it is asked for."""
+    """A command whose help ends with every setting of its kind, imported only when help is shown."""
 
     kind = ("peftree.settings", "RunConfig")
 
@@ -150,17 +150,17 @@ def train(
 
 
 def _folder(path: Path) -> ConfigError:
-    """Return the error for a folder where a file of settings is wanted: what continues what is in it."""
+    """Return the error for a folder in place of a settings file, with the command that suits its contents."""
     settings = path / "resolved.yaml"
     if (path / "adapter").is_dir():
         fix = f"It is a finished run: peftree eval {path} scores it; peftree train {settings} output=NEW runs it again."
     elif settings.is_file():
-        fix = f"It is a run that was cut off: peftree train {settings} resume=true continues it."
+        fix = f"It is an interrupted run: peftree train {settings} resume=true continues it."
     elif (path / "config.json").is_file():
         fix = f"It is a model: peftree train model={path} data=FILE method=lora."
     else:
-        fix = f"For data write data={path}, for the output output={path}."
-    return ConfigError(f"{path} is a folder, no run.yaml and no key=value.", fix)
+        fix = f"To train on it, write data={path}; to write to it, output={path}."
+    return ConfigError(f"{path} is a folder, not a run.yaml or a key=value.", fix)
 
 
 @app.command("eval")
@@ -168,7 +168,7 @@ def evaluate(
     run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
     overrides: Scoring = None,
     against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
-    split: Annotated[str, typer.Option(help="train, valid or test; empty: test where there is one.")] = "",
+    split: Annotated[str, typer.Option(help="train, valid or test; empty: test if there is one.")] = "",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -208,10 +208,10 @@ def export_run(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A folder with adapter_model.bin, or such a file.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; another than the source's.")],
+    source: Annotated[Path, typer.Argument(help="A folder with adapter_model.bin, or the file itself.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; not the source's folder.")],
 ) -> None:
-    """Turn a pickled adapter of Hugging Face PEFT into safetensors; nothing in it is run."""
+    """Convert a pickled Hugging Face PEFT adapter to safetensors; no code in the file is run."""
     from peftree.store.hfpeft.convert import convert as to_safetensors
 
     typer.echo(f"Wrote {to_safetensors(source, out)}")
@@ -269,12 +269,12 @@ app.command("plan", cls=_WithPlan, context_settings=_GRAMMAR)(plan)
 app.command("advise", cls=_WithPlan, context_settings=_GRAMMAR)(advise)
 app.command("models")(models)
 app.command("data")(data)
-bench = typer.Typer(no_args_is_help=True, help="The benchmark: suites of tasks and methods, run fairly and resumably.")
+bench = typer.Typer(no_args_is_help=True, help="The benchmark: fair, resumable runs of suites of tasks and methods.")
 app.add_typer(bench, name="bench")
 SuiteName = Annotated[str, typer.Argument(help="A suite that comes with the package, or a file.")]
-Results = Annotated[Path | None, typer.Option("--out", help="Where results are; none: results/SUITE.")]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given again.")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Only this method; may be given again.")]
+Results = Annotated[Path | None, typer.Option("--out", help="Where results are; default: results/SUITE.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Only this method; may be repeated.")]
 
 
 @bench.command("suites")
@@ -294,13 +294,13 @@ def bench_run(
     out: Results = None,
     task: Tasks = None,
     method: Methods = None,
-    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: two, or as many as cores.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0: two, or one on a single core.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the suite and show what would run.")] = False,
-    slurm: Annotated[str, typer.Option(help="Run as Slurm jobs; submitit's options, as slurm_partition=gpu.")] = "",
+    slurm: Annotated[str, typer.Option(help="Run as Slurm jobs; submitit's options: slurm_partition=gpu.")] = "",
     ray: Annotated[str, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Run what is missing of a suite; Ctrl-C keeps what is done, and the same command continues."""
+    """Run what is missing from a suite; Ctrl-C keeps finished runs, and the same command continues."""
     from peftree.bench import command
     from peftree.bench.suite import load_suite
 
@@ -317,7 +317,7 @@ def bench_run(
 
 @bench.command("status")
 def bench_status(suite: SuiteName, out: Results = None, task: Tasks = None, as_json: Json = False) -> None:
-    """Show how far a suite is and the hours left; with --task how far each method is on it."""
+    """Show the progress of a suite and the hours left; with --task, the progress of each method on that task."""
     from peftree.bench import command
     from peftree.bench.suite import load_suite
 
@@ -336,7 +336,7 @@ def bench_compare(
     results: Annotated[Path, typer.Option(help="A folder of run records, or a pack of them.")] = Path("results/small"),
     as_json: Json = False,
 ) -> None:
-    """Is one method better than another, with what confidence, at what cost?"""
+    """Compare two methods: which is better, with what confidence, and at what cost."""
     from peftree.bench.versus import versus
     from peftree.runs.read import read_results
 
@@ -347,7 +347,7 @@ def bench_compare(
 @bench.command("pack")
 def bench_pack(
     results: Annotated[Path, typer.Argument(help="A folder of results.")],
-    target: Annotated[Path, typer.Argument(help="The file to write, as study.jsonl.gz.")],
+    target: Annotated[Path, typer.Argument(help="The file to write, such as study.jsonl.gz.")],
 ) -> None:
     """Write all run records into one small file that `report`, `compare` and `unpack` read."""
     from peftree.bench import command
@@ -360,7 +360,7 @@ def bench_unpack(
     packed: Annotated[Path, typer.Argument(help="A file that `pack` wrote.")],
     out: Annotated[Path, typer.Argument(help="The folder of results to fill, for `run` to continue from.")],
 ) -> None:
-    """Put packed run records back, so that a suite continues where they end."""
+    """Unpack run records, so that a suite continues where they end."""
     from peftree.bench import command
 
     typer.echo(f"Wrote {command.unpack(packed, out)} runs into {out}.")
@@ -382,7 +382,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; an error of ours or of a file is one line on stderr and one of the codes in `EXITS`."""
+    """Run the command line; a peftree or file error prints one line on stderr and exits with a code of `EXITS`."""
     try:
         app()
     except PeftreeError as error:

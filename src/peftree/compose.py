@@ -20,7 +20,7 @@ Fill = Callable[[Delta, list[Delta], list[float]], None]
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the active adapters into the weights; the frozen tensors are kept aside for `unmerge`.
+    """Fold the active adapters into the weights; the frozen tensors are set aside for `unmerge`.
 
     Raises:
         MergeError: an active delta cannot be folded; nothing is changed then.
@@ -29,9 +29,9 @@ def merge(model: nn.Module) -> None:
     graft = record.graft
     names = graft.shared.now.active
     if record.merged:
-        raise MergeError(f"{', '.join(record.merged)} is merged already.", "Call peftree.unmerge(model) first.")
+        raise MergeError(f"{', '.join(record.merged)} is already merged.", "Call peftree.unmerge(model) first.")
     if graft.shared.open:
-        raise MergeError("Rows are routed, or adapters disabled, just now.", "Leave the `with` block first.")
+        raise MergeError("Rows are being routed, or adapters are disabled.", "Leave the `with` block first.")
     bad = sorted({type(d).__name__ for a, _, _, d in graft.entries if a in names and not isinstance(d, Reweight)})
     if bad or not names:
         what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
@@ -46,7 +46,7 @@ def merge(model: nn.Module) -> None:
                 changes += [(path, module, k, v) for k, v in new.items() if v is not module._parameters.get(k)]
     for path, _, key, value in changes:
         if value is not None and not torch.isfinite(value).all():
-            raise MergeError(f"Merging makes {path}.{key} non-finite.", "The adapter is damaged or diverged.")
+            raise MergeError(f"Merging makes {path}.{key} non-finite.", "The adapter is damaged: load or retrain it.")
     for path, module, key, value in changes:
         record.originals[path, key] = module._parameters.get(key)
         kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -57,7 +57,7 @@ def merge(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _evaluating(deltas: Iterable[Delta]) -> Iterator[None]:
-    """Put `deltas` in evaluation mode inside: what is folded is what the model computes when it is used."""
+    """Put `deltas` in evaluation mode inside, so that what is folded is what inference computes."""
     training = [m for d in deltas for m in d.modules() if m.training]
     for module in training:
         module.training = False
@@ -87,7 +87,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: s
     """Make a new adapter from a weighted sum of others and switch it on.
 
     Args:
-        weights: factor by adapter name, finite.
+        weights: a finite factor for each adapter name.
         how: `effects`: `y + sum w_i (y_i - y)` at every site, exact for any ranks of weight-changing methods and
             the sum of separate effects for branches; `weights`: the weighted sum of the tensors themselves
             (AdapterSoup), for adapters of one method with equal fields.
@@ -113,7 +113,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: s
     if how == "weights" or single:
         return _soup(model, members, list(weights.values()), name)
     if any(isinstance(m.method, Recipe) or len(m.method.parts()) > 1 for m in members):
-        raise AdapterError("An adapter of several parts has no sum of effects.", "Use how='weights'.")
+        raise AdapterError("The effects of an adapter with several parts cannot be summed.", "Use how='weights'.")
     first = members[0].method
     fusion = Fusion(
         sites=first.sites, layers=first.layers,
@@ -127,7 +127,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: s
 def _make(
     model: nn.Module, method: Method, members: list[Adapter], weights: list[float], name: str, fill: Fill
 ) -> Adapter:
-    """Adapt `model` and fill every delta from the members' by `fill`; on an error nothing stays."""
+    """Adapt `model` and fill every delta from the members' by `fill`; an error leaves nothing behind."""
     before = active(model)
     made = adapt(model, method, name=name, head=members[0].head, seed=members[0].seed)
     try:
@@ -157,7 +157,7 @@ def _fill(delta: Delta, sources: list[Delta], weights: list[float]) -> None:
 
 
 def _average(delta: Delta, sources: list[Delta], weights: list[float]) -> None:
-    """Set `delta` to the weighted sum of the tensors; one source at weight 1.0 is copied to the bit."""
+    """Set `delta` to the weighted sum of the tensors; one source at weight 1.0 is copied bit for bit."""
     states = [s.state_dict() for s in sources]
     for key, tensor in delta.state_dict().items():
         if len(states) == 1 and weights[0] == 1.0:
@@ -168,7 +168,7 @@ def _average(delta: Delta, sources: list[Delta], weights: list[float]) -> None:
             tensor.copy_(states[0][key])
         else:
             raise AdapterError(
-                f"The adapters differ in '{key}', which says what is trained and has no mean.", "Use how='effects'."
+                f"The adapters differ in '{key}', which selects what is trained and has no mean.", "Use how='effects'."
             )
 
 

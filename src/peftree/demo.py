@@ -34,10 +34,10 @@ NOTES = (
 def main(out: Path, seeds: int) -> None:
     """Run the demo and write `records/`, `runs/`, `report.html` and `table.txt` into `out`.
 
-    Runs that are done already are kept: called again after an interruption it continues.
+    Finished runs are kept: call it again to continue after an interruption.
 
     Args:
-        out: is made.
+        out: the folder to write; it is created if needed.
         seeds: runs of each method.
 
     Raises:
@@ -55,13 +55,13 @@ def main(out: Path, seeds: int) -> None:
         every = Choice(tuple(suite.tasks))  # chosen by name, so that one that cannot be fetched is said before any run
         found = run_suite(suite, out, choice=every, workers=workers, console=console, keep=KEPT)
     except KeyboardInterrupt:
-        console.print("\nStopped. What is done is kept; the same command continues.")
+        console.print("\nStopped. Finished runs are kept; the same command continues.")
         raise SystemExit(130) from None
     show(suite, found, out, console)
 
 
 def opening(suite: Suite, workers: int, out: Path) -> str:
-    """Return what will be done, and about how long it takes."""
+    """Return what will be done, and about how long it will take."""
     entries = {name: dict(suite.entries(name)) for name in suite.tasks}
     methods = {entry.method or name for each in entries.values() for name, entry in each.items()}
     spent = sum(suite.tasks[name].seconds * e.cost for name, each in entries.items() for e in each.values())
@@ -69,9 +69,9 @@ def opening(suite: Suite, workers: int, out: Path) -> str:
     lines = [
         f"{sum(map(suite.runs, suite.tasks))} runs: {len(methods)} methods, {len(suite.tasks)} tasks, seeds: "
         f"{suite.protocol.seeds}; each run is a process of its own. It takes about {math.ceil(minutes)} min.",
-        f"Models and data come from package registries and are kept for the next time ({cache_root()}).",
+        f"Models and data come from package registries and are kept for next time ({cache_root()}).",
         *(f"  {n}: {suite.tasks[n].model} on {suite.tasks[n].dataset}, {len(e)} methods" for n, e in entries.items()),
-        f"Results go to {out}. Ctrl-C keeps what is done; the same command then continues.",
+        f"Results go to {out}. Ctrl-C keeps finished runs; the same command then continues.",
     ]
     return "\n".join(lines)
 
@@ -116,7 +116,7 @@ def show(suite: Suite, records: Sequence[RunRecord], out: Path, console: Console
 
 
 def next_steps(suite: Suite, records: Sequence[RunRecord], out: Path) -> list[str]:
-    """Return commands to continue with."""
+    """Return commands to try next."""
     first, task = next(iter(suite.tasks.items()))
     sign = 1.0 if task.facts.higher_is_better else -1.0
     done = [(sign * r.score, r) for r in records if r.task == first and r.score is not None]

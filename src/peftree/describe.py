@@ -15,7 +15,7 @@ from peftree.methods.contract import Method
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """Return one row a method, in the order of the tree, from its declared tags."""
+    """Return one row per method, in the order of the tree, from its declared tags."""
     return [
         {
             "branch": cls.tags.branch, "name": name, "identity at start": cls.tags.identity_at_init,
@@ -32,7 +32,7 @@ TREE = Path(registry.__file__).parent / "methods" / "tree.yaml"
 
 
 def tree_rows() -> list[dict[str, Any]]:
-    """Return the rows of the survey's tree: number, name, branch, paper, state, what of ours does it, what is missing.
+    """Return the rows of the survey's tree: number, name, branch, paper, state, what does it, what is missing.
 
     `STATES` says what a state means, `NEEDS` what is missing.
     """
@@ -49,23 +49,23 @@ def tree_rows() -> list[dict[str, Any]]:
 
 STATES = {
     "works": "a method, or a function of peftree, does it; the last column names it",
-    "designed": "the contract can say it, and no file does",
+    "designed": "the contract can express it, but no file does",
     "open": "the contract lacks what the last column names",
     "record": "a record in docs/decisions says why there is no code",
     "out": "it does not adapt a model",
 }
 NEEDS = {
-    "GRAD": "gradients over several steps, or an optimizer of the method's own",
+    "GRAD": "gradients over several steps, or an optimizer that the method brings",
     "PROC": "stages and searches over recipes",
-    "PROMPT": "virtual tokens that enter at a deeper layer, or queries of an adapter's own",
+    "PROMPT": "virtual tokens that enter at a deeper layer, or queries that belong to an adapter",
     "QUANT": "quantised bases",
     "TASK": "the batch in a method's loss",
-    "TEXT": "token ids of a phrase when it is built",
+    "TEXT": "token ids of a phrase when the adapter is built",
 }
 
 
 def legend() -> list[str]:
-    """Return what the marks of the tree mean, a line each: states first, then what rows need."""
+    """Return what the marks of the tree mean, one per line: states first, then what rows need."""
     return [f"{mark}: {meaning}" for mark, meaning in (STATES | NEEDS).items()]
 
 

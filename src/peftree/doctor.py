@@ -20,7 +20,7 @@ EXTRAS = {"demo": ("gguf", "onnx", "PIL"), "data": ("pyarrow", "PIL")}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination."""
+    """One finding about this machine."""
 
     name: str
     state: str
@@ -77,7 +77,7 @@ def _cache() -> Finding:
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     if os.access(parent, os.W_OK):
         return Finding("cache", str(folder))
-    return Finding("cache", f"{folder} is not writable", "set PEFTREE_CACHE to a folder of yours", failed=True)
+    return Finding("cache", f"{folder} is not writable", "set PEFTREE_CACHE to a writable folder", failed=True)
 
 
 def _device() -> Finding:

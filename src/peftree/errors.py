@@ -17,14 +17,14 @@ _RUN = re.compile(rf"\S{{{LONGEST},}}")
 class PeftreeError(Exception):
     """Base of all errors raised on purpose by peftree.
 
-    Values of users and files in it are cut, and characters that would steer a terminal are replaced.
+    Long values from users and files are cut in it, and terminal control characters are replaced.
 
     Args:
         what: what is wrong, naming the offending thing.
         fix: what to do next; appended to the message.
 
     Attributes:
-        exit_code: of a command that ends with it.
+        exit_code: the exit code of a command that fails with it.
     """
 
     exit_code = USAGE
@@ -40,7 +40,7 @@ class ConfigError(PeftreeError, ValueError):
 
 
 class MethodError(PeftreeError, ValueError):
-    """A method or recipe is unknown, broken, or does not fit where it was asked to go."""
+    """A method or recipe is unknown, broken, or does not fit the place asked for."""
 
 
 class SiteError(PeftreeError, ValueError):
@@ -52,11 +52,11 @@ class AdapterError(PeftreeError, ValueError):
 
 
 class NoNameError(PeftreeError, AttributeError):
-    """A name that the package or an object of it does not have."""
+    """The package or one of its objects has no attribute of this name."""
 
 
 class MergeError(PeftreeError, RuntimeError):
-    """An adapter cannot be folded into the base weights, or is already."""
+    """An adapter cannot be folded into the base weights, or is already folded."""
 
 
 class StoreError(PeftreeError, ValueError):
@@ -86,7 +86,7 @@ class DivergedError(TrainError):
 
 
 class PeftreeWarning(UserWarning):
-    """An adapter is on, and part of it has no effect."""
+    """An adapter is switched on, but part of it has no effect."""
 
 
 class AssetError(PeftreeError, RuntimeError):
@@ -97,7 +97,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EMFILE, er
 
 
 def plain(text: str) -> str:
-    r"""Return `text` on one line, without control characters, and with long values in it cut.
+    r"""Return `text` on one line, without control characters and with long values cut.
 
     >>> plain("a\x1b[31mb: " + "x" * 1000)[:12]
     'a?[31mb: xxx'
@@ -107,8 +107,8 @@ def plain(text: str) -> str:
     return _RUN.sub(lambda m: f"{m[0][: LONGEST - 3]}...", text)
 
 
-def unwritten(path: str | Path, error: OSError, advice: str = "What was there before is as it was.") -> StoreError:
-    """Return what to raise for a file or folder that the system did not let us write."""
+def unwritten(path: str | Path, error: OSError, advice: str = "What was there before is unchanged.") -> StoreError:
+    """Return the error for a file or folder that the system did not let us write."""
     kind = BusyError if error.errno in _FULL else StoreError
     reason = error.strerror or str(error)
     return kind(
@@ -164,12 +164,12 @@ CALLS = {
 
 
 def no_model(given: object) -> AdapterError:
-    """Return what to raise for `given` where a model is wanted."""
+    """Return the error for `given` in place of a model."""
     return AdapterError(f"{given!r} is not a model: its type is {type(given).__name__}.", "Pass a torch module.")
 
 
 def no_name(what: str, name: str, known: Iterable[str]) -> NoNameError:
-    """Return what to raise where `what`, with the names `known`, is asked for another one."""
+    """Return the error for an attribute `name` that `what`, whose names are `known`, does not have."""
     hint = f"In peftree: {CALLS[name]}" if name in CALLS else did_you_mean(name, known, "Names")
     return NoNameError(f"{what} has no attribute '{name}'.", hint)
 

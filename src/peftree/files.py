@@ -22,7 +22,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
     The parent folder is created. A reader sees the old file or the new one, never a part.
 
     Raises:
-        StoreError: the system does not let us write there (BusyError: no space is left).
+        StoreError: the system refuses to write there (BusyError: no space is left).
     """
     path = Path(path)
     try:
@@ -104,13 +104,13 @@ def read_json(path: str | Path, limit: int = 1 << 20, depth: int = 16) -> dict[s
     """Read one JSON object with limits: size, nesting, no duplicate keys, no NaN.
 
     Raises:
-        StoreError: anything else than one well-formed object within the limits.
+        StoreError: the file is not one well-formed object within the limits.
     """
     raw = read_bytes(path, limit)
     try:
         return parse_object(raw, depth)
     except (ValueError, RecursionError) as error:
-        advice = "The file is damaged or not one of ours; fetch or save the adapter again."
+        advice = "The file is damaged, or peftree did not write it; fetch or save the adapter again."
         raise StoreError(f"{path} is not valid JSON: {error}.", advice) from None
 
 
@@ -118,7 +118,7 @@ def parse_object(raw: bytes, depth: int = 16) -> dict[str, Any]:
     """Parse one JSON object in UTF-8: no duplicate keys, no NaN, at most `depth` levels.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the text is anything else.
     """
     text = raw.decode("utf-8")
     if _depth(text) > depth:
@@ -148,7 +148,7 @@ def _depth(text: str) -> int:
 
 
 def load_module(path: Path, package: str) -> ModuleType:
-    """Return the module of a file: that of `package`, a folder of ours, where it lies there; else run from its path."""
+    """Return the module of a file: imported from `package` if it lies in that folder of peftree, else from its path."""
     home = Path(__file__).parent.joinpath(*package.split(".")[1:])
     if path.is_relative_to(home):
         return importlib.import_module(".".join([package, *path.relative_to(home).with_suffix("").parts]))

@@ -1,4 +1,4 @@
-"""The deltas of a method on a model, built and not yet put on."""
+"""The deltas of a method for a model, built but not yet put on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Entries = list[tuple[str, Site, Delta]]
 
 
 def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tuple[Entries, bool]:
-    """Build every delta of a method, and whether a task head is among them; the model is only read."""
+    """Build every delta of a method, and tell whether a task head is among them; the model is only read."""
     entries: Entries = []
     parts = method.parts()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -46,7 +46,7 @@ def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tup
             entries += attending(model, made)
         if not entries:  # every term was optional
             asked = " ".join(part.sites for part in parts)
-            raise SiteError(f"No site matches '{asked}'.", "`peftree inspect MODEL` lists what there is.")
+            raise SiteError(f"No site matches '{asked}'.", "`peftree inspect MODEL` lists the sites.")
         heads = site_tree.task_head(model)
         covered = {s.path for _, s, _ in entries}
         wanted = bool(heads) if head is None else head
@@ -58,12 +58,12 @@ def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tup
 
 
 def _check_depths(method: Method, site: Site, delta: Delta) -> None:
-    """Raise MethodError if the delta of a stack acts in layers that were not asked for."""
+    """Raise MethodError if the delta of a stack acts in layers that `layers` leaves out."""
     used = (0, *delta.depths) if isinstance(delta, Prepend) else range(len(site.layers))  # tokens enter at the first
     if site.depths and (outside := sorted(set(used) - set(site.depths))):
         raise MethodError(
             f"layers={method.layers!r} leaves out layer {outside[0]} of {site.name}, where {method.name} must act.",
-            "Leave layers empty, or name that layer too.",
+            "Leave layers empty, or include that layer.",
         )
 
 
@@ -76,11 +76,11 @@ def take(entries: Entries, sources: Mapping[str, Entries]) -> None:
     """Copy the tensors of adapters into the members of deltas that are made from them.
 
     Args:
-        entries: of the new adapter.
-        sources: of the others, by name, in the order of the members.
+        entries: those of the new adapter.
+        sources: those of the others, by name, in the order of the members.
 
     Raises:
-        AdapterError: one of them has no delta at a place of the new adapter, or one of other sizes.
+        AdapterError: a source has no delta at a place of the new adapter, or one of other sizes.
     """
     for _, site, delta in entries:
         members: Iterable[nn.Module] = getattr(delta, "members", ())
@@ -88,7 +88,7 @@ def take(entries: Entries, sources: Mapping[str, Entries]) -> None:
             same = (d for _, s, d in others if (s.path, s.role, s.rows) == (site.path, site.role, site.rows))
             found = next(same, None)
             if found is None or _shapes(found) != _shapes(member):
-                why = "has no delta" if found is None else "has one of another form, as training left it,"
+                why = "has no delta" if found is None else "has a delta of another form, left by training,"
                 raise AdapterError(
                     f"Adapter '{name}' {why} at {site.name}.", "Name the sites that all sources have (sites=...)."
                 )

@@ -1,4 +1,4 @@
-"""The method that settings name, made with its fields; an error says where the wrong name or value stands."""
+"""The method that settings name, made with its fields; an error says where the wrong name or value is."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def methods() -> dict[str, type[Method]]:
     """Return every method and recipe by name, in the order of the tree.
 
     Raises:
-        MethodError: a file yields no method, fails to load, or two files claim one name.
+        MethodError: a file defines no method or fails to load, or two files claim one name.
     """
     found: dict[str, type[Method]] = {}
     recipes: list[Path] = []
@@ -48,10 +48,10 @@ def methods() -> dict[str, type[Method]]:
 
 
 def register_folder(folder: str | Path) -> None:
-    """Look for methods in `folder` too; it has one sub-folder a branch, like `peftree/methods`."""
+    """Look for methods in `folder` too; it has one sub-folder per branch, like `peftree/methods`."""
     path = Path(folder).resolve()
     if not any((path / b).is_dir() for b in BRANCHES):
-        raise MethodError(f"{path} has no branch folder.", f"Make one of: {', '.join(BRANCHES)}.")
+        raise MethodError(f"{path} has no branch folder.", f"Create one of: {', '.join(BRANCHES)}.")
     if path not in _FOLDERS:
         _FOLDERS.append(path)
     methods.cache_clear()
@@ -67,7 +67,7 @@ def get(name: str) -> type[Method]:
     """Return the method called `name`.
 
     Raises:
-        MethodError: there is none; the message names the closest one.
+        MethodError: there is no such method; the message names the closest one.
     """
     known = methods()
     if name not in known:
@@ -92,7 +92,7 @@ def _add(found: dict[str, type[Method]], cls: type[Method], path: Path) -> None:
     if cls.name in found:
         raise MethodError(
             f"{path}: the name '{cls.name}' is taken by {found[cls.name].__module__}.",
-            "Rename one.",
+            "Rename one of them.",
         )
     found[cls.name] = cls
 
@@ -102,7 +102,7 @@ def _from_file(path: Path) -> type[Method]:
     try:
         module = load_module(path, "peftree.methods")
     except Exception as error:  # any fault of a plug-in file is reported with its path
-        raise MethodError(f"{path} does not load: {type(error).__name__}: {error}.", "Mend or remove it.") from error
+        raise MethodError(f"{path} does not load: {type(error).__name__}: {error}.", "Fix or remove it.") from error
     classes = [
         c for _, c in inspect.getmembers(module, inspect.isclass)
         if issubclass(c, Method) and c.__module__ == module.__name__
@@ -118,10 +118,10 @@ def _from_file(path: Path) -> type[Method]:
 
 
 def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
-    """Return `cls` if it keeps the contract's static part."""
+    """Return `cls` if it meets the contract's static part."""
     if not (inspect.isclass(cls) and issubclass(cls, Method)):
         raise MethodError(
-            f"{where} yields {cls!r}, not a Method class.",
+            f"{where} gives {cls!r}, not a Method class.",
             "Point the entry point at a Method class.",
         )
     problems = []
@@ -180,7 +180,7 @@ def _variant(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> typ
 
 
 def _with_default(base: type[Method], name: str, value: Any) -> Any:
-    """Return the base's field, bounds and all, with another default."""
+    """Return the base's field, with its bounds and another default."""
     info = copy.deepcopy(base.model_fields[name])
     info.default = value
     return info

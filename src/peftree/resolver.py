@@ -1,4 +1,4 @@
-"""Names that stand for a model's folder; any installed package may bring some, as ours brings those it packages."""
+"""Names that stand for a model's folder; any installed package may provide some, as peftree does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GROUP = "peftree.models"
 
 
 def located(model: str, quiet: bool = False) -> str:
-    """Return the folder of a model that a package brings, fetched the first time; any other name as it is.
+    """Return the folder of a model that a package provides, fetched the first time; any other name unchanged.
 
     Raises:
         AssetError: the model could not be fetched.

@@ -56,7 +56,7 @@ def _written(value: Any) -> str:
 
 def text(kind: type[RunConfig] = RunConfig, width: int = 100) -> str:
     """Return all settings of a kind as plain text of that width."""
-    lines = ["Settings, as key=value or in run.yaml (docs/settings.md); a method's own: peftree methods NAME", ""]
+    lines = ["Settings, as key=value or in run.yaml (docs/settings.md); method fields: peftree methods NAME", ""]
     for row in settings(kind):
         lines.append(f"  {row.key} = {row.default}  ({row.type})")
         lines += textwrap.wrap(row.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -69,12 +69,12 @@ def page() -> str:
         "# Settings of a run\n\n"
         "Every setting of `peftree train`, written by `make settings-page` from the code; `peftree train --help` shows "
         "the same.\n\n"
-        "On the command line a setting is `key=value`, dotted where it lies inside another (`data.test=t.csv`); in a "
-        "file, YAML. `data=reviews.csv`\n"
-        "is short for `data.train=reviews.csv`, `method=dora` for `method.name=dora`, and a key that a run does not "
-        "have, `r=32`, is one of the\n"
-        "method's fields: `peftree methods lora` lists them. `none` means: chosen by the method, the model or the "
-        "data.\n\n"
+        "On the command line, write a setting as `key=value`, dotted if it is inside another (`data.test=t.csv`); in a "
+        "file, write YAML. `data=reviews.csv`\n"
+        "is short for `data.train=reviews.csv`, `method=dora` for `method.name=dora`, and a key that is not a "
+        "setting, such as `r=32`, is one of the\n"
+        "method's fields: `peftree methods lora` lists them. `none` means that the method, the model or the "
+        "data decides.\n\n"
     )
     rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for row in settings():

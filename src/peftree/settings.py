@@ -44,14 +44,14 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     train: str = Field(description="training file, folder of images, or folder with all splits")
-    valid: str | None = Field(None, description="validation file; none: a tenth is held out")
-    test: str | None = Field(None, description="test file; none: results are on validation rows")
+    valid: str | None = Field(None, description="validation file; none: hold out a tenth of the training rows")
+    test: str | None = Field(None, description="test file; none: results use validation rows")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="the file's names of text, label, score, prompt, completion"
+        default_factory=dict, description="the file's column names for text, label, score, prompt, completion"
     )
-    skip_empty: bool = Field(False, description="leave out rows that lack a text, label, score, prompt or completion")
-    share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use, the same rows for a share")
-    label_noise: float = Field(0.0, ge=0, le=1, description="share of the training labels replaced by another label")
+    skip_empty: bool = Field(False, description="skip rows that lack a text, label, score, prompt or completion")
+    share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use, always the same rows")
+    label_noise: float = Field(0.0, ge=0, le=1, description="share of the training labels to replace by another label")
 
 
 class MethodConfig(BaseModel):
@@ -81,64 +81,64 @@ def _several(value: Any) -> Any:
 
 
 class RunConfig(BaseModel):
-    """Everything that decides a training run. `None` means: chosen by the method, model or data."""
+    """Everything that decides a training run. `None` means that the method, model or data decides."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    model: str = Field(description="folder of a transformers model, or a packaged or a hub name", min_length=1)
+    model: str = Field(description="folder of a transformers model, or name of a packaged or hub model", min_length=1)
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's own config to change")
     data: DataConfig = Field(description="where the rows are")
-    task: TaskName | None = Field(None, description="none: told from the data's columns")
+    task: TaskName | None = Field(None, description="the task; none: inferred from the data's columns")
     method: MethodConfig = Field(MethodConfig(), description="the method and its fields")
     adapter: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="the adapter's name")
-    head: bool | None = Field(None, description="train a copy of the task head; none: if it is new")
-    output: str = Field("runs/default", description="folder of everything the run writes")
+    head: bool | None = Field(None, description="train a copy of the task head; none: only if the head is new")
+    output: str = Field("runs/default", description="folder for everything that the run writes")
     epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int = Field(16, ge=1, le=65536, description="rows of one forward pass")
-    eval_batch_size: int = Field(32, ge=1, le=65536, description="rows of one scoring pass")
+    batch_size: int = Field(16, ge=1, le=65536, description="rows per forward pass")
+    eval_batch_size: int = Field(32, ge=1, le=65536, description="rows per scoring pass")
     accumulation: int = Field(
         1,
         ge=1,
         le=65536,
-        description="forward passes of one step, whose loss is the mean over all their labelled items",
+        description="forward passes per step; the loss is the mean over all their labelled items",
     )
-    lr: float | None = Field(None, gt=0, le=1e3, description="none: the method's own default")
-    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decay")
+    lr: float | None = Field(None, gt=0, le=1e3, description="learning rate; none: the method's default")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's weight decay")
     schedule: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant"] = Field(
-        "linear", description="course of the learning rate after the warm-up"
+        "linear", description="learning rate schedule after the warm-up"
     )
-    warmup: float = Field(0.06, ge=0, description="share of the steps (< 1) or their number")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: not")
+    warmup: float = Field(0.06, ge=0, description="warm-up steps, as a share of all (< 1) or a number")
+    max_grad_norm: float = Field(1.0, ge=0, description="norm that gradients are clipped to; 0: no clipping")
     max_length: int | None = Field(
         None,
         ge=4,
         le=1 << 20,
-        description="tokens of a row, the rest is cut and told; none: 256 or what the model takes",
+        description="most tokens per row; longer rows are cut, with a note; none: 256, or the model's limit if less",
     )
-    image_size: int | None = Field(None, ge=8, le=8192, description="side in pixels; none: the model's")
+    image_size: int | None = Field(None, ge=8, le=8192, description="side of the images in pixels; none: the model's")
     generate: int = Field(
         0, ge=0, le=1 << 20, description="rows to complete by greedy decoding for exact match, ROUGE-L, chrF"
     )
-    chat: bool = Field(False, description="put prompts into the tokenizer's chat template")
-    seed: int = Field(0, ge=0, lt=1 << 31, description="of head, adapter, data order and dropout")
+    chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="seed of head, adapter, data order and dropout")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the base model, auto: its own; adapters stay float32"
+        "float32", description="precision of the base model; auto: its own; adapters stay float32"
     )
     gradient_checkpointing: bool = Field(
-        False, description="keep no activations, compute them again: less memory, more time"
+        False, description="recompute activations instead of keeping them: less memory, more time"
     )
-    eval_every: int | None = Field(None, ge=0, description="steps; none: each epoch; 0: never")
-    save_every: int | None = Field(None, ge=0, description="steps; none: each epoch; 0: never")
-    keep: int = Field(2, ge=1, description="how many checkpoints stay")
-    early_stopping: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: off")
+    eval_every: int | None = Field(None, ge=0, description="steps between evaluations; none: each epoch; 0: never")
+    save_every: int | None = Field(None, ge=0, description="steps between checkpoints; none: each epoch; 0: never")
+    keep: int = Field(2, ge=1, description="number of checkpoints to keep")
+    early_stopping: int = Field(0, ge=0, description="stop after this many evaluations without a better one; 0: off")
     log_every: int = Field(10, ge=1, description="steps between two points of the loss curve")
     report_to: Annotated[tuple[Watcher, ...], BeforeValidator(_several)] = Field(
-        (), description="trackers that get the curves too, separated by commas"
+        (), description="trackers that also get the curves, separated by commas"
     )
     base_score: bool = Field(True, description="score the model without the adapter first")
     resume: bool = Field(False, description="continue from the newest complete checkpoint")
-    quiet: bool = Field(False, description="print nothing but errors")
+    quiet: bool = Field(False, description="print only errors")
     _lines: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
@@ -176,7 +176,7 @@ RENAMED = {
 
 
 def renamed(old: str, kind: type[BaseModel]) -> str:
-    """Return what the setting `old` of a kind is called now; empty if it is not an old name of one."""
+    """Return the new name of the setting `old` of a kind; empty if it was not renamed."""
     new = RENAMED.get(old, "")
     return new if new.partition(".")[0] in kind.model_fields else ""
 
@@ -190,11 +190,11 @@ def read_settings(kind: type[S], path: str | Path | None = None, words: Sequence
     """Read a YAML file, apply `key=value` words, and check everything but the method's fields.
 
     Args:
-        kind: a run's settings, or those with more beside them.
-        path: the file; None: the words say it all.
+        kind: the class of a run's settings, or a subclass with more of them.
+        path: the file; None: the words hold every setting.
         words: `epochs=5`, `data.test=t.csv`, `method=dora`, `method.r=32`; a key that a run does
             not have, `r=32`, is one of the method's fields.
-        values: settings as they are, which count most.
+        values: settings that override the file and the words.
 
     Raises:
         ConfigError: naming file, line, key, value and the closest known key.
@@ -211,7 +211,7 @@ def read_settings(kind: type[S], path: str | Path | None = None, words: Sequence
 
 
 def checked(kind: type[S], values: Mapping[str, Any], source: str = "run", lines: Mapping[str, str] | None = None) -> S:
-    """Return settings of a kind; ConfigError if a key or value is wrong, an old name answered with the new one."""
+    """Return settings of a kind; ConfigError if a key or value is wrong, naming the new key for an old one."""
     for old in values:
         if new := renamed(old, kind):
             raise ConfigError(f"{(lines or {}).get(old, source)}: {old}: was renamed.", f"Write {new}.")
@@ -222,10 +222,10 @@ def checked(kind: type[S], values: Mapping[str, Any], source: str = "run", lines
 
 
 def spoken(first: str, others: Sequence[str], kind: type[BaseModel]) -> tuple[Path | None, list[str], dict[str, str]]:
-    """Return what the words of a command line are: a run file or none, `key=value` words, and a model named first.
+    """Split the words of a command line into a run file (or None), `key=value` words, and a model named first.
 
     Raises:
-        ConfigError: an option that is none of the command's; that of a setting is answered with the setting.
+        ConfigError: the command has no such option; for the name of a setting, the message says how to write it.
     """
     for word in (first, *others):
         if word.startswith("--"):
@@ -272,7 +272,7 @@ def _override(kind: type[BaseModel], tree: dict[str, Any], text: str, lines: dic
 
 
 def _value(raw: str) -> Any:
-    """Return what YAML reads; a colon in bare words (`layers=-4:`, `layers=1:3`) is text, no mapping and no time."""
+    """Return what YAML reads; a colon in bare words (`layers=-4:`, `layers=1:3`) is text, not a mapping or a time."""
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
@@ -282,7 +282,7 @@ def _value(raw: str) -> Any:
 
 
 def _check_stray(kind: type[BaseModel], key: str, text: str) -> None:
-    """Refuse a key that is not a method's field but plainly a misspelt key of a run."""
+    """Refuse a key that is plainly a misspelt key of a run, not a method's field."""
     close = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.85)
     if close:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Strict YAML and typed values: plain values only, no key twice; what is wrong is said with key, file and line."""
+"""Strict YAML and typed values: plain values only, no key twice; errors name key, file and line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_yaml(path: str | Path, lines: dict[str, str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist or is not a file.", "Check its name.")
     if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes.", "This is not a file of settings.")
+        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes.", "This is not a settings file.")
     try:
         text = path.read_text(encoding="utf-8")
         _check_tokens(text, path)
@@ -40,7 +40,7 @@ def read_yaml(path: str | Path, lines: dict[str, str]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line}: {problem}.", "Mend the YAML there.") from None
+        raise ConfigError(f"{path}{line}: {problem}.", "Fix the YAML there.") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path} holds no keys.", "Write `key: value` lines.")
     return _mapping(node, path, lines, "")
@@ -57,7 +57,7 @@ def _check_tokens(text: str, path: Path) -> None:
     depth = 0
     for token in yaml.scan(text):
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-            raise ConfigError(f"{path} uses anchors or aliases (& *).", "Write values out.")
+            raise ConfigError(f"{path} uses anchors or aliases (& *).", "Write the values out.")
         depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
         if depth > MAX_DEPTH:
             raise ConfigError(f"{path} is nested too deeply.", f"Use {MAX_DEPTH} levels at most.")
@@ -68,10 +68,10 @@ def _mapping(node: yaml.MappingNode, path: Path, lines: dict[str, str], prefix: 
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{where}: a key is not a plain word.", "Keys are names.")
+            raise ConfigError(f"{where}: a key is not a plain word.", "Write a name as the key.")
         key = str(key_node.value)
         if key in out:
-            raise ConfigError(f"{where}: {key}: is set twice.", f"It stands in {lines[prefix + key]} too.")
+            raise ConfigError(f"{where}: {key}: is set twice.", f"Remove one; it is also in {lines[prefix + key]}.")
         lines[prefix + key] = where
         if isinstance(value_node, yaml.MappingNode):
             out[key] = _mapping(value_node, path, lines, f"{prefix}{key}.")
@@ -99,9 +99,9 @@ def explain(
     """Return what is wrong with values for `model`, and what to do, from pydantic's report.
 
     Args:
-        error: the report; of a misspelt key, which is a missing one too, the former is said.
+        error: the report; a misspelt key, which is also a missing key, is reported as misspelt.
         model: what the values were for.
-        source: where they come from, for what has no line of its own.
+        source: where the values come from, for values without a line of their own.
         lines: `file:line` of dotted keys, see `read_yaml`.
     """
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")

@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table. `css` names its kind; `notes` stand under it."""
+    """A titled table. `css` names its kind; `notes` go under it."""
 
     anchor: str
     title: str

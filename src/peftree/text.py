@@ -13,8 +13,8 @@ TERMINAL_BREAKS = str.maketrans({"\n": " ", "\t": " "})
 def clean(text: str, *, lines: bool = False, limit: int = 400) -> str:
     """Return `text` with terminal escapes, control and direction characters spelled out.
 
-    Line breaks and tabs are kept if `lines`, else become spaces. Longer text than `limit`
-    characters is cut in the middle, because errors tell most at their ends.
+    Line breaks and tabs are kept if `lines`, else they become spaces. Text longer than `limit`
+    characters is cut in the middle, because errors say most at their ends.
     """
     if len(text) > limit:
         half = limit // 2

@@ -1,4 +1,4 @@
-"""Nothing that a model's files name is fetched or run: what every loading of a folder or hub name passes and clears."""
+"""Safe loading of a folder or hub name: nothing that a model's files name is fetched or run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _BUILT_IN = (None, "eager", "sdpa", "flex_attention")
 
 
 def cleared(config: Any) -> Any:
-    """Return a config that asks for no kernel of a hub: what it names beyond torch's own is left to transformers.
+    """Return a config that asks for no kernel from a hub; in place of one it names, transformers picks torch's own.
 
-    A kernel changes how attention or experts are computed and not what; transformers fetches one that `config.json`
-    names, and one for `flash_attention_2` where the package is missing.
+    A kernel changes how attention or experts are computed, not what. Transformers fetches one that `config.json`
+    names, and one for `flash_attention_2` if that package is missing.
     """
     from transformers import PretrainedConfig
 

@@ -80,7 +80,7 @@ def test_what_is_done_is_not_done_again(records: Path) -> None:
     work(cells[:2], records)
     before = {p.name: p.read_bytes() for p in records.glob("run-*.json")}
     found, said = work(cells, records)
-    assert len(found) == 3 and "2 of 3 runs are done already" in said
+    assert len(found) == 3 and "2 of 3 runs are already done" in said
     assert sorted(starts(records)) == [0, 1, 2]
     assert all((records / name).read_bytes() == data for name, data in before.items())
 
@@ -115,7 +115,7 @@ def test_a_failing_cell_becomes_a_failed_row(records: Path, behaviour: str, word
 @pytest.mark.slow
 def test_a_hanging_cell_is_ended(records: Path) -> None:
     found, _ = work([cell(records, 0, sleep=60)], records, timeout=6)
-    assert found[0].error == "It took longer than 6 s and was ended."
+    assert found[0].error == "It took longer than 6 s and was stopped."
     assert not alive(pids(records)[0])
 
 

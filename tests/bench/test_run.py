@@ -128,7 +128,7 @@ def test_done_runs_are_not_repeated_and_a_lost_one_comes_back_the_same(found: li
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     back = next(r for r in again if r.key == lost.key)
     assert (back.score, back.items, back.curve) == (lost.score, lost.items, lost.curve)
-    assert "runs are done already" in said
+    assert "runs are already done" in said
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_second_call_does_only_what_is_missing(
     suite = tiny_suite(demo)
     monkeypatch.setattr(demos, "load_suite", lambda name: suite)
     demos.main(demo / "out", 2)
-    assert "5 of 6 runs are done already" in capsys.readouterr().out
+    assert "5 of 6 runs are already done" in capsys.readouterr().out
     assert all(path.read_bytes() == data for path, data in kept.items())
     assert read_record(paths[0]).score == score
 

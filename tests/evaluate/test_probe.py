@@ -85,7 +85,7 @@ def test_what_does_not_apply_says_so(tmp_path: Path) -> None:
         "not measured": "The probe is for text-classification, image-classification, not generation."
     }
     assert "captioning" in str(found["corruptions"]["not measured"])
-    assert found["retention"] == {"not measured": "0 general rows were given; two are the least."}
+    assert found["retention"] == {"not measured": "0 general rows were given, but at least two are needed."}
 
 
 def test_no_rows_is_no_gap(tmp_path: Path) -> None:
@@ -102,11 +102,11 @@ def test_no_rows_is_no_gap(tmp_path: Path) -> None:
 def test_an_adapter_that_is_off_or_merged_is_refused(tmp_path: Path) -> None:
     subject = tiny.subject("bert_cls", "lora", tmp_path)
     peftree.switch(subject.model, None)
-    with pytest.raises(AdapterError, match="Not 'default' alone"):
+    with pytest.raises(AdapterError, match="Only 'default' may be on"):
         run_probes(subject, {"calibration": {}})
     peftree.switch(subject.model, "default")
     peftree.merge(subject.model)
-    with pytest.raises(AdapterError, match="Not 'default' alone"):
+    with pytest.raises(AdapterError, match="Only 'default' may be on"):
         run_probes(subject, {"calibration": {}})
 
 

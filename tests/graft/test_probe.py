@@ -83,7 +83,7 @@ def test_a_weight_that_goes_around_the_graft_is_told_once_by_name(how: str) -> N
     model = Model(how)
     adapter = put(model, "lora", sites=f"{PATH} head", std=1.0)
     (text,) = told(model, X)
-    assert f"{PATH} has weights that other code" in text and "head" not in text and "rare" not in text
+    assert f"{PATH} has weights with which code other" in text and "head" not in text and "rare" not in text
     assert adapter.unused() == [PATH]
     assert told(model, X) == []
     more = put(model, "lora", name="b", sites=PATH)
@@ -140,14 +140,14 @@ def test_a_forward_put_on_the_instance() -> None:
     adapter = put(model, "lora", sites=PATH)
     layer = model.body[0][0].lin  # type: ignore[index,union-attr]
     vars(layer)["forward"] = lambda x: x * 2  # goes around torch's own attributes
-    assert f"{PATH} has another forward" in told(model, X)[0] and adapter.unused() == [PATH]
+    assert f"{PATH} has a different forward" in told(model, X)[0] and adapter.unused() == [PATH]
 
 
 def test_a_class_that_was_changed() -> None:
     model = Model()
     put(model, "lora", sites=PATH)
     model.body[0][0].lin.__class__ = nn.Linear  # type: ignore[index,union-attr,assignment]
-    assert f"{PATH} has another forward or class" in told(model, X)[0]
+    assert f"{PATH} has a different forward or class" in told(model, X)[0]
 
 
 def test_an_attention_that_goes_around_the_memory_is_told() -> None:

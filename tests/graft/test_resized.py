@@ -62,7 +62,7 @@ def test_a_module_is_replaced() -> None:
         model(torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize("change", ["replaced", "taken out"])
+@pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_module_deep_inside_is_no_longer_there(change: str, tmp_path: Path) -> None:
     model: Any = zoo.build("llama")
     adapter = put(model, "lora", sites="attn.q")
@@ -96,7 +96,7 @@ def test_what_torch_compile_returned_is_adapted_inside(path: str) -> None:
     else:
         model = compiled
     keys = list(model.state_dict())
-    with pytest.raises(AdapterError, match=r"what torch\.compile returned.*_orig_mod"):
+    with pytest.raises(AdapterError, match=r"was returned by torch\.compile.*_orig_mod"):
         peftree.adapt(model, "lora")
     assert list(model.state_dict()) == keys and not peftree.adapters(model)
     if path:

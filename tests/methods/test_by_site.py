@@ -75,17 +75,17 @@ def test_slices_of_a_fused_projection_are_apart() -> None:
 
 BAD: list[tuple[str, dict[str, Any], type[PeftreeError], str]] = [
     ("lora", {"r": {"attn.q": 0}}, ConfigError, "r='0' at 'attn.q'.*greater"),
-    ("lora", {"r": {"attn.q": True}}, ConfigError, "a number is meant"),
+    ("lora", {"r": {"attn.q": True}}, ConfigError, "must be a number"),
     ("lora", {"r": {"nope": 3}}, SiteError, "r: No site matches 'nope'"),
-    ("lora", {"r": {"attn.o": 3}}, SiteError, "none of the adapter's sites"),
+    ("lora", {"r": {"attn.o": 3}}, SiteError, "not one of the adapter's sites"),
     ("lora", {"lr_ratio": {"attn.q": 3}}, ConfigError, r"param_groups\(\)"),
     ("lora", {"by_site": {"sites": {"attn.q": "x"}}}, ConfigError, "sites cannot differ by site.*r, alpha, dropout"),
     ("adalora", {"r": {"attn.q": 3}}, ConfigError, r"schedule\(\)"),
     ("adalora", {"orthogonal": {"attn.q": 0.1}}, ConfigError, r"aux_loss\(\)"),
     ("fishmask", {"share": {"attn.q": 0.3}}, MethodError, "whose fields differ"),
     ("mam", {"by_site": {"r": {"attn.q": 3}}}, ConfigError, "no by_site of its own"),
-    *[("lora", {name: True}, ConfigError, f"{name}=True: a number") for name in ("r", "alpha", "dropout")],
-    ("prefix_tuning", {"length": False}, ConfigError, "length=False: a number"),
+    *[("lora", {name: True}, ConfigError, f"{name}=True: it must be a number") for name in ("r", "alpha", "dropout")],
+    ("prefix_tuning", {"length": False}, ConfigError, "length=False: it must be a number"),
 ]
 
 

@@ -52,7 +52,7 @@ def test_no_search_where_rows_are_routed() -> None:
     model = several("a", "b")
     with peftree.route(model, ["a", None, "b"]):
         routed = run("llama", model)
-        with pytest.raises(AdapterError, match="Search outside of the route"):
+        with pytest.raises(AdapterError, match="rows are being routed"):
             factors.search(model, ["a", "b"], lambda: run("llama", model).sum())
         assert torch.equal(run("llama", model), routed)
     assert set(peftree.adapters(model)) == {"a", "b"}
@@ -121,10 +121,10 @@ def test_a_score_that_is_not_finite_lures_the_search_nowhere() -> None:
 @pytest.mark.parametrize(
     ("names", "more", "said"),
     [
-        ([], {}, "make no search"),
-        (["a", "a"], {}, "make no search"),
+        ([], {}, "are not a search"),
+        (["a", "a"], {}, "are not a search"),
         (["a", "b"], {"steps": 2}, "more steps than adapters"),
-        (["a", "b"], {"bound": 0.0}, "bound above 0"),
+        (["a", "b"], {"bound": 0.0}, "bound > 0"),
         (["a", "z"], {}, "'z'"),
         (["a", "b"], {"score": lambda: float("inf")}, "finite score"),
     ],

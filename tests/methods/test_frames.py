@@ -59,7 +59,7 @@ def test_the_towers_share_one_factor_in_the_top_layer() -> None:
 
 def test_part_of_a_video_and_a_text_that_is_too_long_are_refused() -> None:
     model, _ = moved("vit")
-    with pytest.raises(MethodError, match=r"videos of 3 frames, and the batch has 4 images"):
+    with pytest.raises(MethodError, match=r"videos of 3 frames, but the batch has 4 images"):
         model(pixel_values=zoo.batch("vit", n=4)["pixel_values"])
     model = zoo.build("siglip")
     peftree.adapt(model, "mv_adapter", size=8, frames=3)

@@ -135,5 +135,5 @@ def test_ivon_is_its_algorithm_1() -> None:
 
 def test_ivon_is_not_trained_by_another_optimizer() -> None:
     adapter = peftree.adapt(zoo.build("llama"), "ivon_lora")
-    with pytest.raises(MethodError, match=r"AdamW learns no posterior.*adapter\.optimizer"):
+    with pytest.raises(MethodError, match=r"AdamW does not learn a posterior.*adapter\.optimizer"):
         adapter.start(0, 3, torch.optim.AdamW(adapter.param_groups()))

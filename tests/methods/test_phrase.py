@@ -78,7 +78,7 @@ def test_the_start_is_of_the_base_whatever_else_is_on() -> None:
     ("key", "fields", "said"),
     [
         ("llama", {"ids": "3 64"}, "no token 64: its ids are 0 to 63"),
-        ("clip", {"ids": "3", "sites": "vision:stack"}, "none that are known"),
+        ("clip", {"ids": "3", "sites": "vision:stack"}, "its ids are unknown"),
     ],
 )
 def test_a_token_that_is_not_there_is_refused(key: str, fields: dict[str, str], said: str) -> None:

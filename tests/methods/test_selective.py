@@ -190,7 +190,7 @@ def test_fishmask_without_data_is_an_error_in_training() -> None:
     model.train()
     with pytest.raises(MethodError, match=r"adapter\.init"):
         model(**batch)
-    with pytest.raises(MethodError, match="No batch"):
+    with pytest.raises(MethodError, match="No batches were given"):
         adapter.init([])
     with pytest.raises(MethodError, match="not finite"):
         adapter.init([lambda: model(**batch).loss * float("nan")])

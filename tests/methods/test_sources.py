@@ -104,7 +104,7 @@ def test_a_source_that_training_made_smaller_is_refused() -> None:
     delta: Any = list(peftree.adapters(model)["b"].deltas.values())[1]
     delta.A, delta.B = (nn.Parameter(p.detach()[:2]) for p in (delta.A, delta.B))
     before = run(model)
-    with pytest.raises(AdapterError, match=r"'b' has one of another form, as training left it, at text:attn\.q@1"):
+    with pytest.raises(AdapterError, match=r"'b' has a delta of another form, left by training, at text:attn\.q@1"):
         peftree.adapt(model, "moa", name="m", sources=["a", "b"], sites="attn.q", head=False)
     assert set(peftree.adapters(model)) == {"a", "b"} and torch.equal(run(model), before)
 
@@ -123,8 +123,8 @@ BAD: list[tuple[str, dict[str, Any], type[PeftreeError], str]] = [
     ("lora", {"sources": ["a"]}, MethodError, "lora is not made from other adapters"),
     ("adapter_fusion", {"sources": ["a", "c"]}, AdapterError, "no adapter 'c'"),
     ("adapter_fusion", {"sources": ["a", "b"], "sites": "ffn.up"}, AdapterError, r"'a' has no delta at text:ffn\.up@0"),
-    ("adapter_fusion", {"sources": "a"}, AdapterError, "Pass names of adapters"),
-    ("spot", {"sources": ["a"]}, MethodError, "no single prompt"),
+    ("adapter_fusion", {"sources": "a"}, AdapterError, "Pass a list of adapter names"),
+    ("spot", {"sources": ["a"]}, MethodError, "needs a single prompt"),
     ("attempt", {"sources": ["a", "b"], "length": 3}, MethodError, "needs prompts of 3 tokens"),
 ]
 
@@ -140,7 +140,7 @@ def test_bad_sources_change_nothing(method: str, fields: dict[str, Any], error: 
 
 def test_sources_of_several_parts_and_on_a_bare_model_are_refused() -> None:
     model = trained("mam", prefix_tuning={"length": 2, "hidden": 4}, parallel_adapter={"size": 3})
-    with pytest.raises(MethodError, match="one part, and mam has more"):
+    with pytest.raises(MethodError, match="one part, but mam has more"):
         peftree.adapt(model, "adapter_fusion", name="f", sources=["a", "b"])
     model = zoo.build("llama")
     with pytest.raises(AdapterError, match="no adapter"):

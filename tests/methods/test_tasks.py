@@ -181,8 +181,8 @@ def test_checkpointed_layers_have_the_same_tasks() -> None:
 
 
 BAD: list[tuple[Any, type[Exception], str]] = [
-    ([0, 1], AdapterError, "3 rows, and tasks are named for 2"),
-    ([0, 1, 3], MethodError, "a row is said to be of 3"),
+    ([0, 1], AdapterError, "3 rows, but 2 have a task"),
+    ([0, 1, 3], MethodError, "a row has task 3"),
     ([], AdapterError, "not a list of numbers"),
     ("012", AdapterError, "not a list of numbers"),
     ([0, -1, 2], AdapterError, "not a list of numbers"),
@@ -200,7 +200,7 @@ def test_bad_tasks(task: Any, error: type[Exception], words: str) -> None:
 
 
 def test_several_tasks_and_no_one_said_which() -> None:
-    with pytest.raises(MethodError, match=r"has tasks 0 to 2, and no one said.*peftree\.context"):
+    with pytest.raises(MethodError, match=r"has tasks 0 to 2, but no row has one.*peftree\.context"):
         run(adapted("mhr"))
 
 

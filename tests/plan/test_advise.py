@@ -364,7 +364,7 @@ CASES = {
     "bad goal": (["{model}", "data={data}", "--memory", "1GB", "--goal", "spede"], "Did you mean 'speed'"),
     "bad task": (["{model}", "data={data}", "--memory", "1GB", "task=x"], "there is no task 'x'"),
     "bad probe": (["{model}", "data={data}", "--memory", "1GB", "--probe", "soon"], "'soon' is not a duration"),
-    "bad column": (["{model}", "data={data}", "--memory", "1GB", "data.columns.txt=text"], "do not tell the task"),
+    "bad column": (["{model}", "data={data}", "--memory", "1GB", "data.columns.txt=text"], "do not determine the task"),
     "no budget": (["{model}", "data={data}"], "Add --memory 24GB"),
     "an option of old": (["{model}", "--data", "{data}", "--memory", "1GB"], "Settings are key=value: data="),
     "another of old": (["{model}", "data={data}", "--memory", "1GB", "--length", "40"], "key=value: max_length="),

@@ -107,7 +107,7 @@ def test_rounds_share_the_time_and_drop_candidates_where_there_is_little() -> No
     assert rounds(pace, 120.0, 3, 1000) == [(3, 380)]
     assert rounds(pace, 30.0, 9, 1000)[0][0] < 9
     assert rounds(pace, 1e6, 9, 50) == [(9, 50)], "no second round where the first reached the end"
-    with pytest.raises(ConfigError, match=r"too short: a run of 8 steps takes 3 s.*Give --probe 1min"):
+    with pytest.raises(ConfigError, match=r"too short: a run of 8 steps takes 3 s.*Give --probe at least 1min"):
         rounds(pace, 4.0, 9, 1000)
 
 
@@ -191,7 +191,7 @@ def test_failures_are_named_and_come_last_and_a_late_one_keeps_its_first_score(t
     assert first.verdict == "fewer steps" and first.score == pytest.approx(0.6)
     assert sum("did not finish" in note for note in found.notes) == 2
     everything = {("lora", 0): "failed", ("dora", 0): "failed", ("ia3", 0): "failed"}
-    with pytest.raises(ConfigError, match=r"No run came to its end\. ia3: ia3 went wrong"):
+    with pytest.raises(ConfigError, match=r"No run finished\. ia3: ia3 went wrong"):
         probing._halve(Script(tmp_path, hits, everything), ARMS[:3], 120.0)
 
 

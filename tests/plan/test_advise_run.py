@@ -107,10 +107,10 @@ def test_a_method_is_checked_and_left_open(model: str, data: str) -> None:
     done = CliRunner().invoke(app, [*words, "rank=4"])
     assert str(done.exception).startswith("'rank=4': dora has no field 'rank'")
     found = advise(Asked(model=model, data=data, memory=1 << 30, top=1, method={"name": "dora", "r": 4}, lr=0.5))
-    assert any("leaves the method open" in note and "dora" in note for note in found.notes)
+    assert any("advice chooses the method" in note and "dora" in note for note in found.notes)
     assert found.recommended[0].judged.candidate.method == "houlsby" and found.recommended[0].run["lr"] < 0.5
     plain = advise(Asked(model=model, data=data, memory=1 << 30, top=1))
-    assert not any("leaves the method open" in note for note in plain.notes)
+    assert not any("advice chooses the method" in note for note in plain.notes)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_twenty_steps_are_timed_after_two(folders: dict[str, str], monkeypatch: 
 def test_the_command_gives_the_time_and_the_memory(folders: dict[str, str]) -> None:
     words = ["plan", folders["llama"], "method=dora", "batch_size=2", "max_length=6", "--calibrate"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert "s a step (" in result.stdout and "expected" in result.stdout
+    assert "s per step (" in result.stdout and "expected" in result.stdout
     said = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
     assert said["time"]["steps"] == 20 and said["time"]["seconds"] > 0 and said["low"] > 0
 
@@ -120,7 +120,7 @@ def test_the_batches_of_a_step_are_all_run(folders: dict[str, str], monkeypatch:
         ({"mode": "eval"}, "Only a training step"),
         ({"quantize": "nf4"}, "Only a training step"),
         ({"devices": 2, "shard": "ddp"}, "Only a training step"),
-        ({"optimizer": "adamw_8bit"}, "adamw_8bit is not at hand"),
+        ({"optimizer": "adamw_8bit"}, "adamw_8bit is not available"),
     ],
 )
 def test_what_cannot_be_run_is_refused(folders: dict[str, str], fields: dict[str, Any], words: str) -> None:

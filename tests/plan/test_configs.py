@@ -81,7 +81,7 @@ def test_experts_are_traced_in_any_dtype() -> None:
         ("bert-large", {"max_length": 513}, "512 positions"),
         ("bert-large", {"task": "image-classification"}, "has no model for image-classification"),
         ("bert-large", {"task": "cooking"}, "there is no task 'cooking'"),
-        ("vit-large-patch16-224", {"mode": "generate"}, "ViTForImageClassification generates no text"),
+        ("vit-large-patch16-224", {"mode": "generate"}, "ViTForImageClassification does not generate text"),
         ("llama-2-7b", {"method": "lorra"}, "lorra"),
         ("llama-2-7b", {"method": {"name": "lora", "r": 0}}, "r=0"),
         ("llama-2-7b", {"method": {"name": "lora", "rank": 8}}, "lora has no field 'rank'"),

@@ -108,7 +108,7 @@ def test_the_tokenizer_of_a_packaged_model_counts(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(models.MODELS, "tiny-packaged", packaged)
     rows = tiny.write_csv(tmp_path / "rows.csv", [("good " * 9 + "film", "a"), ("bad " * 4, "b")] * 4)
     asked, said = show.with_data(read_settings(Request, None, ["model=tiny-packaged", f"data={rows}"]))
-    assert asked.max_length == 10 and "10 at most" in said
+    assert asked.max_length == 10 and "at most 10" in said
     tiny.write_csv(rows, [("good " * 50, "a"), ("bad " * 4, "b")] * 4)
     asked, said = show.with_data(read_settings(Request, None, ["model=tiny-packaged", f"data={rows}"]))
     assert asked.max_length == words.model_max_length == 40 and "max_length=40 cuts the longest" in said, "as training"

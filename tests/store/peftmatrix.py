@@ -35,22 +35,22 @@ REASONS: dict[str, tuple[str, str]] = {
     "pool": (
         "virtual tokens stay in the output there, so a classifier of sequences reads them (RoBERTa's reads the cache "
         "of a prefix); here they are taken out",
-        r"PEFT pools a virtual token|something else than its own forward",
+        r"PEFT pools a virtual token|other inputs than its own forward",
     ),
     "decoder": (
         "a prefix in a decoder behind an encoder has positions of its own there, and none here",
-        r"positions of its own in the decoder",
+        r"positions in the decoder in PEFT",
     ),
     "class": ("PEFT gives virtual tokens a meaning for other classes of models", r"no virtual tokens for this class"),
     "stacks": (
         "PEFT has virtual tokens in the encoder alone, or the only stack, and prefixes in all of its layers",
-        r":stack alone|one prefix for every layer",
+        r"only in .*:stack|one prefix for each layer",
     ),
     "base": (
         "the tensors belong to a base that the start has changed; PEFT's own conversion to a plain LoRA is read",
         r"changed base",
     ),
-    "llama": ("the adaption prompt exists for Llama and Mistral alone", r"adaption prompt for Llama"),
+    "llama": ("the adaption prompt exists for Llama and Mistral alone", r"adaption prompt only for Llama"),
     "site": ("this model has no such place", r"No site matches|no sites of this model|is a site of kind|is of kind"),
     "option": (
         "an option of PEFT that changes what an adapter computes and that nothing here equals",
@@ -58,9 +58,9 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "pattern": (
         "a scale is set by a regular expression beyond names, wildcards and alternatives; none is run",
-        r"of a kind that is not run here",
+        r"of a kind that is not supported here",
     ),
-    "network": ("the network behind a prefix is still being trained; call `adapter.finish()`", r"not folded away"),
+    "network": ("the network behind a prefix is still being trained; call `adapter.finish()`", r"not yet folded in"),
 }
 
 

@@ -64,7 +64,7 @@ def test_the_sentence_says_what_differs() -> None:
     other = zoo.build("llama")
     other.model.layers[1].self_attn.k_proj.weight.data += 1e-6
     assert difference(saved, other) == "the values of model.layers.1.self_attn.k_proj.weight are not those of its base"
-    assert difference(saved, zoo.build("bert")) == "it was made for a LlamaForCausalLM, this is a BertModel"
+    assert difference(saved, zoo.build("bert")) == "it was made for a LlamaForCausalLM, but this is a BertModel"
 
 
 def test_what_a_config_says_further_in_counts() -> None:
@@ -194,7 +194,7 @@ def test_a_record_of_the_first_format_is_compared_by_its_samples() -> None:
     assert "model.norm.weight" in difference(saved, model)
     raw = bytes(base64.b64decode(saved.samples))
     cut = saved.model_copy(update={"samples": base64.b64encode(raw[:-4]).decode()})
-    assert "another length" in difference(cut, model)
+    assert "the wrong length" in difference(cut, model)
 
 
 def test_a_folder_of_the_first_format_loads(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_damaged_record_is_refused() -> None:
     with pytest.raises(StoreError, match="record of the base is damaged"):
         difference(saved.model_copy(update={"digests": "AAA"}), model)
     short = base64.b64encode(b"\0" * 8).decode()
-    assert "another length" in difference(saved.model_copy(update={"digests": short}), model)
+    assert "the wrong length" in difference(saved.model_copy(update={"digests": short}), model)
 
 
 def test_a_model_without_values_has_none(tmp_path: Path) -> None:

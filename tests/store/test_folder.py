@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_old_adapter(two: tuple[Adapter, Adapter], tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folders, "_write", full)
-    with pytest.raises(BusyError, match=r"/a could not be written: No space left.*free space.*as it was"):
+    with pytest.raises(BusyError, match=r"/a could not be written: No space left.*free space.*unchanged"):
         store.save(two[1], tmp_path / "a")
     assert contents(tmp_path) == before
 

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another start": (peft.LoraConfig(init_lora_weights="gaussian", **QV), "init_lora_weights='gaussian'"),
     "a network behind tokens": (
         peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=4, task_type="CAUSAL_LM"),
-        "no network behind the tokens",
+        "a network behind the tokens is not trained here",
     ),
     "nothing matched": (peft.LoraConfig(target_modules=["nothing"]), "matches no module"),
 }

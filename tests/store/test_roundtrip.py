@@ -127,7 +127,7 @@ def test_several_adapters_are_loaded_side_by_side(tmp_path: Path) -> None:
         "two": False,
     }
     assert torch.equal(tools.output("llama", model), tools.output("llama", tools.adapted("llama", "houlsby")[0]))
-    with pytest.raises(AdapterError, match="'one' already"):
+    with pytest.raises(AdapterError, match="already an adapter 'one'"):
         store.load(model, one, name="one")
 
 

@@ -83,7 +83,7 @@ def test_a_config_that_builds_no_model_is_one_line(text: str, tmp_path: Path, re
 def test_an_error_of_a_file_is_one_line(trained: Path, refused: Say) -> None:
     blocked = trained / "resolved.yaml" / "page.html"
     assert "Check the path" in refused("report", str(trained), "--html", str(blocked))
-    assert "cannot be made: " in refused("export", str(trained), str(blocked / "adapter"))
+    assert "cannot be created: " in refused("export", str(trained), str(blocked / "adapter"))
 
 
 def test_a_merged_model_is_ready_to_use(trained: Path, review_data: Path, tmp_path: Path) -> None:
@@ -132,9 +132,7 @@ def test_the_example_of_eval_and_the_advice_for_folders_work(
     shown("eval", str(trained), "batch_size=16", "r=2", "max_length=8", "eval_batch_size=2", "--json")  # nothing new
     for words, what in ((["r=4"], "method"), (["lr=1", "epochs=9"], "epochs, lr"), (["method=dora"], "method")):
         said = refused("eval", str(trained), *words)
-        assert (
-            f"{what} of {trained} cannot be changed" in said and f"resolved.yaml {' '.join(words)} output=NEW" in said
-        )
+        assert f"trained: {what} cannot be changed" in said and f"resolved.yaml {' '.join(words)} output=NEW" in said
     assert "'batch=8': lora has no field 'batch'. Write batch_size." in refused("eval", str(trained), "batch=8")
     shown("train", f"{trained}/resolved.yaml", f"output={trained.parent / 'new'}", "-q")
     cut = trained.parent / "cut"

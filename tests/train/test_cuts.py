@@ -59,7 +59,7 @@ def test_a_long_prompt_is_cut_in_its_middle(decoder: str, tmp_path: Path) -> Non
     assert rows[2] == ("<unk>", "w1 w2 w3 w4 w5 w6")
     cuts = [note for note in task.notes if " cut " in note]
     assert [note.partition(" are")[0] for note in cuts] == ["2 of 3 prompts", "1 of 3 completions"]
-    assert cuts[0].endswith("as that of a.jsonl:0") and "have no stop token, as that of a.jsonl:2" in cuts[1]
+    assert cuts[0].endswith("(first: a.jsonl:0)") and "have no stop token (first: a.jsonl:2)" in cuts[1]
 
 
 def test_what_the_chat_template_adds_stays(decoder: str, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_the_chat_template_adds_stays(decoder: str, tmp_path: Path) -> None
         (whole.format("w1 w2 w7 w8 w9"), "good <eos>"),
         (whole.format("").replace("  ", " "), "w1 w2 w3 w4 w5 w6 w7"),
     ]
-    with pytest.raises(ConfigError, match=r"max_length=7: 6 stand around every prompt.*Raise max_length"):
+    with pytest.raises(ConfigError, match=r"max_length=7: 6 tokens surround every prompt.*Raise max_length"):
         made(model, tmp_path, [(LONG, "good")], max_length=7, chat=True)
 
 
@@ -84,7 +84,7 @@ def test_cut_texts_are_said_before_training(encoder: str, tmp_path: Path, capsys
     settings = [f"model={encoder}", f"data.train={path}", f"data.test={path}", "max_length=9", "steps=1"]
     run(load_config(None, [*settings, f"output={tmp_path / 'out'}", "seed=3", "base_score=false"]))
     said = capsys.readouterr().err
-    assert "note: 1 of 23 texts are cut at their end, to max_length=9 tokens, as that of" in said and "a.csv:24" in said
+    assert "note: 1 of 23 texts are cut at the end, to max_length=9 tokens (first:" in said and "a.csv:24" in said
     assert said.index("texts are cut") < said.index("adapter 'default'")
 
 
@@ -92,7 +92,7 @@ def test_cut_captions_of_pairs_are_said(dual: str, pair_data: Path) -> None:
     data = load_data(pair_data, task="image-text-retrieval")
     task = build_task(dual, data, Options(max_length=4))
     task.items([data.train[0]._replace(target=LONG, where="m:1"), data.train[1]])
-    assert task.notes[-1] == "1 of 2 texts are cut at their end, to max_length=4 tokens, as that of m:1"
+    assert task.notes[-1] == "1 of 2 texts are cut at the end, to max_length=4 tokens (first: m:1)"
 
 
 def test_what_ends_every_text_does_not_end_a_prompt(decoder: str, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_image_folder(image_data: Path) -> None:
 def test_columns_of_other_names(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", reviews(20), ("review", "mood"))
     assert load_data(path, columns={"text": "review", "label": "mood"}).task == "text-classification"
-    with pytest.raises(DataError, match=r"do not tell the task.*: data\.columns\.text=your_column data\.col"):
+    with pytest.raises(DataError, match=r"do not determine the task.*: data\.columns\.text=your_column data\.col"):
         load_data(path)
     with pytest.raises(DataError, match=r"no column 'text'\. Columns: mood, review\. Name yours: data\.columns\.text="):
         load_data(path, task="text-classification")
@@ -70,7 +70,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
 
 def test_rows_of_one_class_each_cannot_be_held_out(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [(f"text {i}", f"label{i}") for i in range(30)])
-    with pytest.raises(DataError, match=r"every label stands in one training row alone.*data\.valid="):
+    with pytest.raises(DataError, match=r"every label is in only one training row.*data\.valid="):
         load_data(path)
     assert len(load_data(path, valid=path).train) == 30
 
@@ -94,7 +94,7 @@ def test_rows_of_training_in_the_test_file_are_named(review_data: Path) -> None:
     write_csv(review_data / "test.csv", [("  " + rows[0][0].upper(), rows[0][1]), ("new words", "pos")])
     found = [w for w in load_data(review_data).warnings if "test" in w]
     assert len(found) == 1
-    assert "1 of 2 test rows are training rows too" in found[0]
+    assert "1 of 2 test rows are also training rows" in found[0]
     assert "test.csv:2 repeats" in found[0]
 
 
@@ -113,7 +113,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.csv", b"text,text\ngood,pos\n", "named twice"),
     ("a.csv", b"text,label\n\xff\xfe,pos\n", "not UTF-8"),
     ("a.csv", b'text,label\n"go"od,pos\n', r"a\.csv:2: "),
-    ("a.csv", b"text,lable\ngood,pos\n", "do not tell the task"),
+    ("a.csv", b"text,lable\ngood,pos\n", "do not determine the task"),
     ("a.csv", b"text,label\ngood,pos\nbad,pos\n", "All training rows have the label"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "b"}\n', r"a\.jsonl:2: no column 'label'"),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": \n', r"a\.jsonl:2: "),

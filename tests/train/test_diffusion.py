@@ -206,7 +206,7 @@ def test_data_may_have_one_class_and_is_read_as_folders(image_data: Path, saved:
     task, data = task_of(saved, one)
     assert task.labels == data.labels == ("dark",)
     assert task.notes == []
-    with pytest.raises(DataError, match="two at least"):
+    with pytest.raises(DataError, match="at least two"):
         load_data(one)
 
 

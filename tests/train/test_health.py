@@ -95,7 +95,7 @@ def test_2_optimizer_with_too_much(classifier: Task, review_data: Path, tmp_path
     adapter = peftree.adapt(classifier.model, "lora")
     extra = {"params": [nn.Parameter(torch.zeros(2))], "lr": 1e-3}
     optimizer = torch.optim.AdamW([*adapter.param_groups(), extra])
-    fails("holds others than the", adapter, classifier, review_data, tmp_path, optimizers=(optimizer, None))
+    fails("holds more than the", adapter, classifier, review_data, tmp_path, optimizers=(optimizer, None))
 
 
 def collating(task: Task, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Any], dict[str, Tensor]]:
@@ -124,7 +124,7 @@ def test_4_stop_token_outside_the_loss(generator: Task, prompt_data: Path, tmp_p
     adapter = peftree.adapt(generator.model, "lora")
     # Padding masked by id, where the pad token is the stop token: the usual mistake.
     by_id = collating(generator, lambda b: b["labels"].masked_fill_(b["input_ids"] == generator.stop, -100))
-    fails(r"The stop token 2 is in the loss of none of", adapter, generator, prompt_data, tmp_path, collate=by_id)
+    fails(r"The stop token 2 is not in the loss of any of", adapter, generator, prompt_data, tmp_path, collate=by_id)
 
 
 def test_9_loaded_adapter_that_is_frozen(classifier: Task, review_data: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_9_loaded_adapter_that_is_frozen(classifier: Task, review_data: Path, tm
 def test_adapter_that_is_not_on(classifier: Task, review_data: Path, tmp_path: Path) -> None:
     adapter = peftree.adapt(classifier.model, "lora", name="a")
     peftree.adapt(classifier.model, "lora", name="b")
-    fails(r"'a' is trained but not on.*switch", adapter, classifier, review_data, tmp_path)
+    fails(r"'a' is trained but not switched on.*switch", adapter, classifier, review_data, tmp_path)
 
 
 def test_second_adapter_trains_beside_an_idle_one(classifier: Task, review_data: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_stacked_adapter_below_must_be_frozen(classifier: Task, review_data: Pat
     first = peftree.adapt(classifier.model, "lora", name="a")
     second = peftree.adapt(classifier.model, "lora", name="b")
     peftree.switch(classifier.model, ["a", "b"])
-    fails("trainable tensors are not of adapter 'b'", second, classifier, review_data, tmp_path)
+    fails("are not part of adapter 'b'", second, classifier, review_data, tmp_path)
     first.requires_grad(False)
     trainer(second, classifier, review_data, tmp_path / "2", steps=3).train()
 
@@ -158,7 +158,7 @@ def test_stacked_adapter_below_must_be_frozen(classifier: Task, review_data: Pat
 def test_base_made_trainable_again(classifier: Task, review_data: Path, tmp_path: Path) -> None:
     adapter = peftree.adapt(classifier.model, "lora")
     classifier.model.get_parameter("bert.pooler.dense.weight").requires_grad_(True)
-    fails("trainable tensors are not of adapter", adapter, classifier, review_data, tmp_path)
+    fails("trainable tensors, such as .* are not part of adapter", adapter, classifier, review_data, tmp_path)
 
 
 class Lifeless(Method):

@@ -67,7 +67,7 @@ def test_without_a_processor_ours(vit: str, image_data: Path, tmp_path: Path) ->
     model = with_processor(vit, {}, tmp_path)
     (model / "preprocessor_config.json").unlink()
     task = build_task(str(model), load_data(image_data))
-    assert any("16 x 16 pixels at the short side and cut" in note for note in task.notes)
+    assert any("16 x 16 pixels by short side and cropped" in note for note in task.notes)
     keeps = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": False}
     (model / "preprocessor_config.json").write_text(json.dumps(keeps))  # unlike shapes make no batch
     assert read_look(str(model), True, None, None).processor is None

@@ -141,7 +141,7 @@ def test_another_optimizer_is_refused(encoder: str, review_data: Path, tmp_path:
     assert made.create_optimizer() is given
     peftree.detach(task.model)
     both = peftree.adapt(task.model, Own() + peftree.get("ia3")())
-    with pytest.raises(MethodError, match="own_steps has an optimizer of its own, which knows nothing"):
+    with pytest.raises(MethodError, match="own_steps has an optimizer of its own, which does not know the other parts"):
         trainer(both, task, review_data, tmp_path)
     assert peftree.adapt(task.model, "lora", name="b").optimizer() is None
 
@@ -181,7 +181,7 @@ def test_a_plan_counts_what_it_keeps(tmp_path: Path) -> None:
     per_site = 2 * 32 + 2 * 32 + 2 + 2  # sums of A and B, and of their rows
     assert made.parts["optimizer"] == 4 * 2 * 2 * per_site
     assert not any("optimizer" in way.changes for way in ways(request(**asked), int(made.expected * 0.6), 40))
-    with pytest.raises(ConfigError, match="own_steps has an optimizer of its own; optimizer=sgd"):
+    with pytest.raises(ConfigError, match="own_steps has an optimizer of its own, but optimizer=sgd"):
         plan(request(**asked, optimizer="sgd"))
 
 

@@ -159,7 +159,7 @@ def test_the_largest_batch_is_scored_in_batches_no_larger(decoder: str) -> None:
 
 def test_rows_that_are_compared_are_not_split_over_passes(dual: str, pair_data: Path) -> None:
     asked = asking(dual, pair_data, "task=image-text-retrieval", "batch_size=8")
-    assert asked.contrastive and not [c for c in fit._training_changes(asked) if "to a step" in c.what]
+    assert asked.contrastive and not [c for c in fit._training_changes(asked) if "per step" in c.what]
     assert cost._with(asked, 2, True).batch_size == 8 and cost._with(asked, 2, True).accumulation == 1
 
 

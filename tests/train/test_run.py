@@ -198,7 +198,7 @@ def test_bfloat16_base(encoder: str, review_data: Path, tmp_path: Path) -> None:
 def test_two_runs_do_not_share_a_folder(encoder: str, review_data: Path, tmp_path: Path) -> None:
     settings = ("epochs=1", "base_score=false")
     run(configured(encoder, review_data, tmp_path / "out", *settings))
-    with pytest.raises(ConfigError, match=r"holds a run already.*resume: true"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*resume: true"):
         run(configured(encoder, review_data, tmp_path / "out", *settings))
     with pytest.raises(ConfigError, match=r"other settings: lr, seed"):
         run(configured(encoder, review_data, tmp_path / "out", *settings, "resume=true", "lr=0.1", "seed=3"))
@@ -215,8 +215,8 @@ BAD: list[tuple[list[str], type[PeftreeError], str]] = [
     (["sites=attn.qq"], PeftreeError, "attn.qq"),
     (["max_length=4000"], ConfigError, "the model takes 40 tokens"),
     (["data.train=nothing.csv"], DataError, "nothing.csv does not exist"),
-    (["config.layers=3"], ConfigError, "config.layers: BertConfig has none"),
-    ([f"output={__file__}/x"], ConfigError, "test_run.py is not a folder that can be written to"),
+    (["config.layers=3"], ConfigError, "config: BertConfig has no 'layers'"),
+    ([f"output={__file__}/x"], ConfigError, "test_run.py is not a writable folder"),
 ]
 
 

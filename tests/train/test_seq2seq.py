@@ -126,7 +126,7 @@ def test_retention_reads_labels_where_they_stand(translator: str, tmp_path: Path
 
 
 def test_what_is_refused(translator: str, t5: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="an encoder-decoder has no chat template"):
+    with pytest.raises(ConfigError, match="An encoder-decoder has no chat template"):
         task_of(translator, tmp_path, chat=True)
-    with pytest.raises(ConfigError, match="does not say with which token its decoder starts"):
+    with pytest.raises(ConfigError, match="does not say which token its decoder starts with"):
         task_of(t5, tmp_path, config={"decoder_start_token_id": None})

@@ -208,7 +208,7 @@ def test_a_contrastive_loss_is_not_split(dual: str, pair_data: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
     data = load_data(pair_data, task="image-text-retrieval")
     task = build_task(dual, data)
-    with pytest.raises(TrainError, match=r"2 passes a step are not a larger batch.*raise batch_size"):
+    with pytest.raises(TrainError, match=r"2 per step are not a larger batch.*raise batch_size"):
         gradients(task.model, task.items(data.train[:8]), task.collate, tmp_path, 4, 2)
 
 

@@ -170,7 +170,7 @@ def test_fields_of_the_models_config(encoder: str, review_data: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "mended"),
     [
-        ("num_hidden_layer", 1, r"config\.num_hidden_layer: BertConfig has none.*'(?P<key>num_hidden_layers)'"),
+        ("num_hidden_layer", 1, r"config: BertConfig has no 'num_hidden_layer'.*'(?P<key>num_hidden_layers)'"),
         ("num_hidden_layers", "abc", r"config\.num_hidden_layers='abc'.*like the model's own, (?P<value>\d+)"),
         ("id2label", 3, r"config\.id2label=3 is refused.*Leave it out"),
         ("num_attention_heads", 3, r"not a multiple.*Leave config\.num_attention_heads=3 out"),
@@ -227,14 +227,14 @@ def test_tokens_without_an_embedding(encoder: str, tmp_path: Path) -> None:
     words.add_tokens([f"new{i}" for i in range(40)])
     words.save_pretrained(folder)
     data = load_data(write_csv(tmp_path / "a.csv", reviews(20)))
-    with pytest.raises(DataError, match="The tokenizer has 77 tokens, the model embeds 64"):
+    with pytest.raises(DataError, match="The tokenizer has 77 tokens, but the model embeds 64"):
         build_task(str(folder), data)
 
 
 def test_an_encoder_is_no_generator(encoder: str, prompt_data: Path) -> None:
     """Without a causal mask a token's loss is on what the model was shown; the loss would fall and teach nothing."""
     data = load_data(prompt_data)
-    with pytest.raises(ConfigError, match="its tokens see those after them"):
+    with pytest.raises(ConfigError, match="its tokens see the later ones"):
         build_task(encoder, data)
     build_task(encoder, data, Options(config={"is_decoder": True}))
 

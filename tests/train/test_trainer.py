@@ -248,7 +248,7 @@ def test_damaged_checkpoint_is_passed_over(saved: Path, name: str, injury: str) 
         path.write_bytes(data if injury == "flip" else data[:-1])
     said: list[str] = []
     assert newest_checkpoint(saved, said.append) == saved / "checkpoint-4"
-    assert "checkpoint-6 is passed over" in said[0]
+    assert "checkpoint-6 is skipped" in said[0]
     assert name in said[0]
 
 
@@ -262,7 +262,7 @@ def test_resume_uses_the_previous_one_and_refuses_when_all_are_damaged(
     made.train(resume_from_checkpoint=True)
     assert made.state.global_step == 8
     assert not (saved / ".checkpoint-7.killed").exists()
-    assert "checkpoint-6 is passed over" in capsys.readouterr().err
+    assert "checkpoint-6 is skipped" in capsys.readouterr().err
     for path in saved.glob("checkpoint-*/training.json"):
         path.write_text("{}")
     task, adapter = fresh(decoder, prompt_data, r=2)
@@ -300,7 +300,7 @@ def test_not_finite_stops_within_a_step_and_saves_nothing(
         adapter, task, prompt_data, tmp_path, steps=20, save_strategy="steps", save_steps=1, save_total_limit=2,
         callbacks=[callback],
     )  # fmt: skip
-    with pytest.raises(TrainError, match=r"not finite.*nothing of this step was saved"):
+    with pytest.raises(TrainError, match=r"not finite.*nothing from this step was saved"):
         made.train()
     assert made.state.global_step <= 6
     kept = sorted(tmp_path.glob("checkpoint-*"))
@@ -345,7 +345,7 @@ def test_disk_full_keeps_the_previous_checkpoint(
 
     monkeypatch.setattr(checkpoint, "atomic_write", full)
     task, adapter = fresh(decoder, prompt_data)
-    with pytest.raises(PeftreeError, match=r"No space left.*Earlier checkpoints are whole"):
+    with pytest.raises(PeftreeError, match=r"No space left.*Earlier checkpoints are complete"):
         trainer(adapter, task, prompt_data, tmp_path / "out", steps=6, save_strategy="steps", save_steps=2).train()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "checkpoint-2"]
     assert damage(tmp_path / "out" / "checkpoint-2") == ""

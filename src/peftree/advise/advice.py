@@ -1,4 +1,4 @@
-"""The advice: candidates that fit, ranked for a goal by what was measured, each with its reasons and its doubts."""
+"""The advice: candidates that fit, ranked for a goal by what was measured, each with its reasons and doubts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Told = Callable[[str], None]
 
 
 class Asked(Request):
-    """What advice is asked for: a run, whose method is left open; what else it leaves open model and data decide."""
+    """The question for advice: a run whose method is open; model and data decide whatever else it leaves open."""
 
     data: DataConfig = Field(description="where the rows are")
     goal: str = Field("quality", description="quality, memory, speed, retention or serving")
@@ -45,9 +45,9 @@ class Asked(Request):
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate with what the evidence says of it; `cost` once the planner was asked.
+    """A candidate with what the evidence says about it, and its `cost` once it was planned.
 
-    `against` is its expected relative score less full fine-tuning's with the interval of a new task; None: one of the
+    `against` is its expected relative score minus full fine-tuning's, with the interval of a new task; None: one of the
     two is unknown.
     """
 
@@ -67,8 +67,8 @@ class Recommendation:
 
     Attributes:
         judged: the candidate, its evidence and cost.
-        why: sentences.
-        separable: whether the evidence separates its quality from the first one's; None for the first.
+        why: the reasons, as sentences.
+        separable: whether the evidence separates its quality from that of the first; None for the first.
         run: the settings of its `run.yaml`.
     """
 
@@ -84,10 +84,10 @@ class Advice:
 
     Attributes:
         recommended: best first.
-        misfits: label -> why a better ranked candidate is not among them.
-        others: the rest by the evidence, not asked of the planner.
-        rules: those that apply.
-        notes: sentences that the reader should see.
+        misfits: label -> why a better-ranked candidate is not recommended.
+        others: the rest, in the order of the evidence; they were not planned.
+        rules: the rules that apply.
+        notes: sentences for the reader.
         origins: where the evidence comes from.
     """
 
@@ -120,11 +120,11 @@ def check_goal(goal: str) -> None:
 
 
 def look(asked: Asked) -> tuple[ModelProfile, DataProfile, Setting, Data]:
-    """Return what is known of model and data, everything checked before any work.
+    """Return what is known about model and data; everything is checked before any work.
 
     Raises:
-        ConfigError: an unknown goal or task, a setting that advice cannot keep, a wrong field, no config, a budget
-            below the weights, a length that the model lacks.
+        ConfigError: the goal or task is unknown, a setting cannot be kept, a field is wrong, no config exists,
+            the model does not take the length, or the budget is below the weights.
         DataError: the data do not parse.
     """
     check_goal(asked.goal)
@@ -138,7 +138,7 @@ def look(asked: Asked) -> tuple[ModelProfile, DataProfile, Setting, Data]:
 
 
 def _check_kept(asked: Asked) -> None:
-    """Raise ConfigError for a setting of a plan that no run file says: advice would have to drop it."""
+    """Raise ConfigError for a setting of a plan that a run file cannot hold: advice would have to drop it."""
     for name in sorted(asked.model_fields_set & (set(Request.model_fields) - set(RunConfig.model_fields) - KEPT)):
         raise ConfigError(
             f"{asked.where(name)}{name}: a run has no such setting, so advice cannot keep it.",
@@ -151,10 +151,10 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
 
     Args:
         asked: the question.
-        told: gets a word on what is being worked on.
+        told: called with what is being worked on.
 
     Raises:
-        PeftreeError: as `look`; or nothing fits the budget.
+        PeftreeError: as for `look`, or nothing fits the budget.
     """
     model, data, how, _ = look(asked)
     evidence = Evidence(known())
@@ -183,7 +183,7 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
 
 
 def judge(evidence: Evidence, query: Query, candidate: Candidate, task: str) -> Judged:
-    """Return a candidate with what the evidence says of it."""
+    """Return a candidate with what the evidence says about it."""
     words = (evidence, query, candidate.method, candidate.fields)
     mine, full = evidence.estimate(*words[1:]), evidence.estimate(query, "full")
     gap = against(mine, full, evidence.spread[1]) if mine.known and full.known else None
@@ -193,14 +193,14 @@ def judge(evidence: Evidence, query: Query, candidate: Candidate, task: str) -> 
 
 
 def _worth(judged: Sequence[Judged], goal: str) -> tuple[list[Judged], list[Judged]]:
-    """Split the candidates by whether their expected quality is near enough to the best for the goal."""
+    """Split the candidates by whether their expected quality is close enough to the best for the goal."""
     best = max((j.estimate.value for j in judged if j.estimate.known), default=0.0)
     near = [j for j in judged if j.estimate.value >= best - GIVE[goal]]
     return near, [j for j in judged if j.estimate.value < best - GIVE[goal]]
 
 
 def ordered(judged: Sequence[Judged], goal: str) -> list[Judged]:
-    """Return the candidates in the order of the goal, as far as it goes without the planner; unknown ones come last."""
+    """Return the candidates in the order of the goal, as far as known without the planner; unknown ones come last."""
 
     def place(j: Judged) -> tuple[float, ...]:
         unknown, value = float(not j.estimate.known), -j.estimate.value
@@ -217,7 +217,7 @@ def ordered(judged: Sequence[Judged], goal: str) -> list[Judged]:
 
 
 def _full_behind(order: Sequence[Judged]) -> list[Judged]:
-    """Put full fine-tuning, which takes most, behind every candidate that the evidence does not separate from it."""
+    """Put full fine-tuning, which costs most, after every candidate that the evidence does not separate from it."""
     full = next((j for j in order if j.candidate.method == "full"), None)
     if full is None:
         return list(order)
@@ -230,9 +230,9 @@ def _full_behind(order: Sequence[Judged]) -> list[Judged]:
 def _fitting(
     order: Sequence[Judged], asked: Asked, data: DataProfile, how: Setting, told: Told
 ) -> tuple[list[Judged], dict[str, str], list[Cost]]:
-    """Return the first of each method that fit, why others do not, and all that was planned.
+    """Return the first candidate of each method that fits, why others do not, and all that was planned.
 
-    For the goal memory all candidates are planned, and the leanest come first.
+    For the goal memory, all candidates are planned, and those that take least come first.
     """
     found: list[Judged] = []
     misfits: dict[str, str] = {}
@@ -282,17 +282,17 @@ def _nothing_fits(asked: Asked, misfits: Mapping[str, str], planned: Sequence[Co
         return ConfigError(f"No candidate applies to {asked.model}: {first[0]} {first[1]}.", "Choose another model.")
     least = min(c.plan.expected for c in planned)
     return ConfigError(
-        f"Nothing fits {costs.size(asked.memory)}: the leanest candidate takes {costs.size(least)} "
+        f"Nothing fits {costs.size(asked.memory)}: the smallest candidate takes {costs.size(least)} "
         "with one row at a time and gradient checkpointing.",
-        f"Give {costs.size(least * 1.05)}, shorter rows (max_length), or a smaller model.",
+        f"Give {costs.size(least * 1.05)}, or use shorter rows (max_length) or a smaller model.",
     )
 
 
 def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
-    """Return why, in sentences."""
+    """Return the reasons, as sentences."""
     e = judged.estimate
     if not e.known:
-        said = ["quality unknown: nothing was measured of it"]
+        said = ["quality unknown: it was not measured"]
     else:
         whose = " and ".join(e.sources)
         said = [
@@ -303,12 +303,12 @@ def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
             gap, low, high = judged.against
             said.append(f"against full fine-tuning {gap:+.2f} [{low:+.2f}, {high:+.2f}] in the same units")
         if not e.exact:
-            said.append("these very settings were not measured: the figure leans on other settings of the method")
+            said.append("these exact settings were not measured: the figure rests on other settings of the method")
         said.append(f"nearest evidence: {_nearest(e, evidence)}")
     if goal == "speed" and judged.time is None:
-        said.append("the time of its step was never measured; operations do not predict it")
+        said.append("the time of its step was not measured; operations do not predict it")
     if judged.forgets is not None:
-        said.append(f"forgets more than {judged.forgets.place:.0%} of the methods measured beside it")
+        said.append(f"forgets more than {judged.forgets.place:.0%} of the methods measured with it")
     return tuple(said)
 
 
@@ -320,15 +320,15 @@ def _nearest(estimate: Estimate, evidence: Evidence) -> str:
 
 
 def left_open(asked: Asked) -> list[str]:
-    """Return what the run says that advice does not follow, in a sentence or none."""
+    """Return what the run says but advice does not follow, as a sentence or none."""
     named = [asked.method.name] if "method" in asked.model_fields_set else []
     named += [f"lr={asked.lr:g}"] if asked.lr is not None else []
-    said = "advice leaves the method open, and the learning rate with it: what the run says of them counts for nothing"
+    said = "advice chooses the method and its learning rate: what the run says about them is ignored"
     return [f"{said} ({', '.join(named)})"] if named else []
 
 
 def notes(recommended: Sequence[Recommendation], evidence: Evidence, query: Query) -> tuple[str, ...]:
-    """Return what the reader should know about the advice as a whole."""
+    """Return remarks on the advice as a whole."""
     said = []
     tied = [r.judged.candidate.label for r in recommended if r.separable is False]
     first = recommended[0].judged
@@ -340,5 +340,5 @@ def notes(recommended: Sequence[Recommendation], evidence: Evidence, query: Quer
     said.append("all evidence is from other models and data than yours; --probe measures on yours")
     sigma, whence = evidence.spread[1], " (assumed: too few tasks)" if evidence.assumed else ""
     said.append(f"a method's relative score varies by {sigma:.2f} (standard deviation) from task to task{whence}")
-    said.append("full fine-tuning stands behind all that the evidence does not separate from it: it takes most")
+    said.append("full fine-tuning ranks after all that the evidence does not separate from it, since it costs most")
     return tuple(said)

@@ -1,4 +1,4 @@
-"""The candidates: every method at its paper's defaults, LoRA on all linear layers, some ranks, what was measured."""
+"""The candidates: every method at its paper's defaults, LoRA on all linear layers, some ranks, measured settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Candidate:
 
 
 def candidates(tables: Iterable[Table]) -> list[Candidate]:
-    """Return all candidates, each once: those of the registry, variants of LoRA, and settings that were measured."""
+    """Return all candidates, each once: those of the registry, variants of LoRA, and measured settings."""
     found = [Candidate(name) for name in registry.methods()]
     found += [Candidate(name, fields) for name, fields in VARIANTS]
     found += [

@@ -26,7 +26,7 @@ def seconds(text: str) -> float:
     (300.0, 5400.0)
 
     Raises:
-        ConfigError: it is not a duration.
+        ConfigError: the text is not a duration.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if found is None or not float(found[1]):
@@ -37,17 +37,17 @@ def seconds(text: str) -> float:
 def advise(
     first: Annotated[str, typer.Argument(help="run.yaml, a model (folder with config.json, or a name), or key=value.")],
     words: Annotated[list[str] | None, typer.Argument(help="key=value: data=FILE max_length=512 device=cpu.")] = None,
-    memory: Annotated[str, typer.Option(help="Of one device: 24GB, 24GiB, 800MB.")] = "",
+    memory: Annotated[str, typer.Option(help="Memory of one device: 24GB, 24GiB, 800MB.")] = "",
     goal: Annotated[str, typer.Option(help="quality (the default), memory, speed, retention or serving.")] = "",
     write: Annotated[Path | None, typer.Option(help="Write a run.yaml for each recommendation here.")] = None,
-    probe: Annotated[str, typer.Option(help="Spend so long on trying candidates on the data: 5min.")] = "",
+    probe: Annotated[str, typer.Option(help="Time to spend on trying candidates on the data: 5min.")] = "",
     out: Annotated[Path, typer.Option(help="Where --probe keeps its runs; the same command continues.")] = Path(
         "probe"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")] = False,
 ) -> None:
-    """Say which methods fit a model, data and a memory budget, with evidence and doubts; write a run.yaml for each."""
+    """Recommend methods for a model, data and a memory budget, with evidence and doubts; write a run.yaml for each."""
     from peftree.plan import parse_bytes
     from peftree.settings import read_settings, spoken
 
@@ -55,7 +55,7 @@ def advise(
     more: dict[str, Any] = {"memory": parse_bytes(memory)} if memory else {}
     more |= {"goal": goal} if goal else {}
     if write is not None and write.exists() and not write.is_dir():
-        raise ConfigError(f"--write {write} is not a folder.", "Name a folder, or one to make.")
+        raise ConfigError(f"--write {write} is not a folder.", "Name a folder; it may be new.")
     from peftree.advise.advice import Asked
     from peftree.advise.advice import advise as give
 
@@ -76,7 +76,7 @@ def advise(
 
 
 def _status(silent: bool) -> Any:
-    """Return a context that gives a function for progress: a line that says what is being worked on."""
+    """Return a context that gives a function for progress: it shows a line with what is being worked on."""
     if silent:
         return nullcontext(lambda _: None)
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What a candidate takes, and the settings with which it fits the budget: the planner is asked, nothing is guessed."""
+"""What a candidate takes, and the settings with which it fits the budget, from the planner; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Setting:
     """How the model is trained, whatever the method.
 
     Attributes:
-        length: tokens of a row; image: pixels of a side, 0 without images.
-        dtype: of the base.
-        batch: rows wanted at a time.
-        labels: classes, 0 for none.
+        length: tokens per row; image: side of the images in pixels, 0 without images.
+        dtype: the dtype of the base.
+        batch: rows at a time, as requested.
+        labels: number of classes, 0 for none.
     """
 
     length: int
@@ -40,10 +40,10 @@ class Cost:
     """What a candidate takes.
 
     Attributes:
-        plan: of the settings that fit, or else of those that take least.
-        fits: whether that is within the budget.
-        batch, accumulation, checkpointing: of these settings.
-        largest: rows at a time that still fit; None: not asked.
+        plan: the plan of the settings that fit, or else of those that take least.
+        fits: whether the plan is within the budget.
+        batch, accumulation, checkpointing: those of these settings.
+        largest: the most rows at a time that fit; None: not computed.
     """
 
     plan: Plan
@@ -55,10 +55,10 @@ class Cost:
 
 
 def setting(model: ModelProfile, data: DataProfile, run: Request) -> Setting:
-    """Choose length and precision for a model, data and a budget; what the run names is kept.
+    """Choose length and precision for a model, data and a budget; what the run sets is kept.
 
     Raises:
-        ConfigError: the budget is below the weights themselves, or the model takes no rows of that length.
+        ConfigError: the budget is below the weights themselves, or the model does not take rows of that length.
     """
     budget, length = run.memory, run.max_length
     if budget <= model.weights:
@@ -78,7 +78,7 @@ def setting(model: ModelProfile, data: DataProfile, run: Request) -> Setting:
 
 
 def _length(model: ModelProfile, data: DataProfile) -> int:
-    """Return the length of all but one row in a hundred, in steps of 8, and what an image adds."""
+    """Return the length that covers all but one row in a hundred, in steps of 8, plus what an image adds."""
     if data.tokens is None:
         return 1
     found = -(-data.tokens[2] // 8) * 8 + (model.patches if data.task == "captioning" else 0)
@@ -86,7 +86,7 @@ def _length(model: ModelProfile, data: DataProfile) -> int:
 
 
 def request(run: Request, data: DataProfile, how: Setting, method: str, fields: dict[str, Any]) -> Request:
-    """Return what the planner is asked for a candidate: the run, with what advice decides."""
+    """Return the planner's request for a candidate: the run, with what advice decides."""
     decided = {
         "method": MethodConfig(name=method, fields=fields), "task": data.task, "labels": how.labels or 2,
         "batch_size": how.batch, "max_length": max(how.length, LEAST_LENGTH), "image_size": how.image or None,
@@ -96,7 +96,7 @@ def request(run: Request, data: DataProfile, how: Setting, method: str, fields: 
 
 
 def cost(asked: Request, budget: int) -> Cost:
-    """Return what a candidate takes, with the settings that give up least to fit.
+    """Return what a candidate takes, with the settings that sacrifice least to fit.
 
     Raises:
         PeftreeError: the method does not fit the model.
@@ -118,7 +118,7 @@ def cost(asked: Request, budget: int) -> Cost:
 
 
 def _with(asked: Request, rows: int, checkpointing: bool) -> Request:
-    """Return the request with so many rows at a time, and no fewer of them a step; all where they are compared."""
+    """Return the request with this many rows at a time and no fewer per step; with all if their rows are compared."""
     rows = asked.batch_size if asked.contrastive else rows
     passes, scored = -(-asked.batch_size * asked.accumulation // rows), min(rows, asked.eval_batch_size)
     changes = {"batch_size": rows, "accumulation": passes, "gradient_checkpointing": checkpointing}
@@ -136,7 +136,7 @@ def with_largest(found: Cost, budget: int) -> Cost:
 
 
 def size(amount: float) -> str:
-    """Return bytes for people: `23.4 GB`, 1 GB being 10^9 bytes."""
+    """Return bytes in words: `23.4 GB`, where 1 GB is 10^9 bytes."""
     for unit, bytes_ in (("GB", 1e9), ("MB", 1e6)):
         if amount >= bytes_:
             return f"{amount / bytes_:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What else the evidence says of a method: what it forgets, the time of a step, the learning rate that did best."""
+"""What else the evidence says about a method: what it forgets, the time of a step, the best learning rate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GOOD = 0.9  # a rate that nobody searched for counts only if the run did this we
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What was lost of what the model knew.
+    """What the model lost of what it knew.
 
     Attributes:
-        place: among the methods measured beside it, 0 forgetting least and 1 most.
+        place: its place among the methods measured with it; 0 forgets least and 1 most.
         measured: task, what was measured, figure, and full fine-tuning's figure (None: not measured).
     """
 
@@ -27,21 +27,21 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate: `times` the method's default, from so many tasks."""
+    """A learning rate: `times` the method's default, from `tasks` tasks."""
 
     times: float
     tasks: int
 
 
 def _rows(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) -> list[tuple[Measured, float]]:
-    """Return the rows that speak for a method, with their weights; the very settings alone where there are any."""
+    """Return the rows that count for a method, with their weights; only those of the exact settings if any."""
     found = [(row, likeness(method, fields, row), nearness(query, context)) for row, context in evidence.rows()]
     best = max((like for _, like, _ in found), default=0.0)
     return [(row, near) for row, like, near in found if like == best and best > 0]
 
 
 def forgetting(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) -> Forgetting | None:
-    """Return what `method` forgot where that was measured, or None."""
+    """Return what `method` forgot if that was measured, or None."""
     contexts = _contexts(evidence)
     all_rows: dict[str, list[Measured]] = {}
     for row, _ in evidence.rows():
@@ -62,14 +62,14 @@ def forgetting(evidence: Evidence, query: Query, method: str, fields: dict[str, 
 
 
 def step_time(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) -> float | None:
-    """Return the time of a step over that of full fine-tuning, a geometric mean, or None."""
+    """Return the time of a step relative to full fine-tuning, as a geometric mean, or None."""
     rows = _rows(evidence, query, method, fields)
     mean = average([(math.log(row.time), near) for row, near in rows if row.time])
     return None if mean is None else math.exp(mean)
 
 
 def rate(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) -> Rate | None:
-    """Return the learning rate to start from: the geometric mean of the best ones, drawn to the method's default.
+    """Return the learning rate to start from: the geometric mean of the best ones, pulled towards the method's default.
 
     The default counts as one task of weight 1: few or far tasks do not move the rate far.
     """

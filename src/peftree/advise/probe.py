@@ -1,7 +1,7 @@
 """Probing: successive halving over the candidates on the user's own data, within a stated time.
 
-Every run is a process of its own and a record on disk, so a probe that was stopped continues. The first run tells what
-a run costs; then all candidates train for few steps, the best third for more. Scores are on validation rows.
+Every run is a separate process and a record on disk, so a stopped probe can continue. The first run tells what
+a run costs; then all candidates train for a few steps, and the best third for more. Scores are on validation rows.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Tried:
     """What a candidate reached.
 
     Attributes:
-        run: settings of its `run.yaml`; text: what was measured, in a sentence.
-        score, low, high: on validation rows, with an interval over rows; None: it did not finish.
-        verdict: against the best, on the same rows.
-        peak: bytes of memory of the process; seconds: of the run.
+        run: the settings of its `run.yaml`; text: what was measured, as a sentence.
+        score, low, high: the score on validation rows, with an interval over rows; None: it did not finish.
+        verdict: the comparison with the best, on the same rows.
+        peak: the process's peak memory in bytes; seconds: the time of the run.
     """
 
     candidate: Candidate
@@ -84,10 +84,10 @@ class Probed:
     """The answer of a probe.
 
     Attributes:
-        tried: best first; those that left early, or failed, last.
+        tried: best first; those that stopped early or failed come last.
         before: the score without training, on the same rows.
-        spent: seconds; runs: how many.
-        notes: what to know.
+        spent: seconds spent; runs: number of runs.
+        notes: remarks for the reader.
     """
 
     metric: str
@@ -106,26 +106,26 @@ class Probed:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a run costs: seconds beside its steps, and seconds a step."""
+    """What a run costs: seconds besides its steps, and seconds per step."""
 
     beside: float
     step: float
 
     def steps(self, seconds: float, runs: int) -> int:
-        """Return how many steps each of so many runs can do in so many seconds."""
+        """Return how many steps each of `runs` runs can do in this many seconds."""
         return int((seconds / runs - self.beside) / self.step)
 
 
 def rounds(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, int]]:
-    """Return (candidates, steps) of each round: the time is shared evenly, a third of the candidates go on.
+    """Return (candidates, steps) of each round: the time is shared evenly, and a third of the candidates continue.
 
-    Fewer candidates start where there is no time for `LEAST` steps of all.
+    Fewer candidates start if there is no time for `LEAST` steps of all.
 
     >>> rounds(Pace(2.0, 0.1), 120.0, 9, 1000)
     [(9, 46), (3, 180)]
 
     Raises:
-        ConfigError: there is no time for two.
+        ConfigError: there is no time for two candidates.
     """
     for start in range(min(arms, MOST), 1, -1):
         sizes = [start, math.ceil(start / THIRD)] if start > THIRD else [start]
@@ -135,7 +135,7 @@ def rounds(pace: Pace, seconds: float, arms: int, most: int) -> list[tuple[int, 
     need = pace.beside + LEAST * pace.step
     raise ConfigError(
         f"The time is too short: a run of {LEAST} steps takes {need:.0f} s here.",
-        f"Give --probe {math.ceil(need * 3 / 60)}min at least, or shorter rows (max_length).",
+        f"Give --probe at least {math.ceil(need * 3 / 60)}min, or use shorter rows (max_length).",
     )
 
 
@@ -143,18 +143,18 @@ def probe(asked: Asked, advice: Advice, spend: float, out: Path, told: Callable[
     """Spend `spend` seconds on the candidates of `advice` and say what was measured.
 
     Args:
-        asked: the question; its data are read again.
-        advice: whose candidates, best first, are tried.
-        spend: seconds; runs that `out` holds already count with the time that they took.
-        out: a folder for data and records; is made.
-        told: gets words on what is being worked on.
+        asked: the question; its data is read again.
+        advice: the advice whose candidates are tried, best first.
+        spend: seconds; runs that `out` already holds count with the time that they took.
+        out: a folder for data and records; created if needed.
+        told: called with what is being worked on.
 
     Raises:
-        PeftreeError: the folder is not good, or the time is too short for two runs.
-        SystemExit: with code 130 after Ctrl-C; what is done stays.
+        PeftreeError: the folder cannot be used, or the time is too short for two runs.
+        SystemExit: with code 130 after Ctrl-C; finished runs are kept.
     """
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is not a folder.", "Name a folder, or one to make.")
+        raise ConfigError(f"--out {out} is not a folder.", "Name a folder; it may be new.")
     data = rows_of(asked)
     arms = _arms(asked, advice, told)
     subset = write_subset(data, out / "data")
@@ -162,12 +162,12 @@ def probe(asked: Asked, advice: Advice, spend: float, out: Path, told: Callable[
     try:
         return _halve(runner, arms, spend)
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"\nStopped; what is done is kept in {out}, and the same command continues.")
+        Console(stderr=True).print(f"\nStopped; finished runs are kept in {out}, and the same command continues.")
         raise SystemExit(130) from None
 
 
 def _arms(asked: Asked, advice: Advice, told: Callable[[str], None]) -> list[Arm]:
-    """Return what is tried: the recommended ones, then the next by the evidence that fit the budget."""
+    """Return the candidates to try: the recommended ones, then the next by the evidence that fit the budget."""
     arms = [Arm(r.judged.candidate, r.run) for r in advice.recommended]
     seen = {a.candidate.method for a in arms}
     for one in [j for j in advice.others if j.candidate.method not in ("full", "head_only")]:
@@ -194,7 +194,7 @@ def _fitting(asked: Asked, advice: Advice, one: Judged) -> dict[str, Any] | None
 
 
 class _Runner:
-    """Makes cells of arms, runs them within the time, and knows what they took."""
+    """Turns arms into cells, runs them within the time, and records how long they took."""
 
     def __init__(
         self, asked: Asked, advice: Advice, subset: Subset, out: Path, spend: float, told: Callable[[str], None]
@@ -208,7 +208,7 @@ class _Runner:
         }  # fmt: skip
 
     def cell(self, arm: Arm, steps: int, base: bool) -> Cell:
-        """Return the run of an arm with so many steps."""
+        """Return the run of an arm with this number of steps."""
         method = registry.make(arm.candidate.method, arm.candidate.fields)
         rate = float(arm.run.get("lr") or method.tags.lr)
         config = arm.run | {
@@ -225,7 +225,7 @@ class _Runner:
         return Cell(facts, "peftree.bench.cell:work", job)
 
     def run(self, arm: Arm, steps: int, *, base: bool = False, limit: float = math.inf) -> RunRecord | None:
-        """Return the record of a run, done now or before; None if there is no time for it."""
+        """Return the record of a run, done now or earlier; None if there is no time for it."""
         cell, records = self.cell(arm, steps, base), self.out / "records"
         left = self.spend - self.spent
         done = finished(cell, records) if records.is_dir() else None
@@ -246,7 +246,7 @@ class _Runner:
 
 
 def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
-    """Do the rounds; how long the second's runs are follows from what the first's took."""
+    """Do the rounds; the length of the second round's runs follows from the time that the first took."""
     first = _calibrated(runner, arms)
     batch = int(arms[0].run["batch_size"]) * int(arms[0].run.get("accumulation", 1))
     most = max(math.ceil(PASSES * runner.subset.rows / batch), 1)
@@ -269,7 +269,7 @@ def _halve(runner: _Runner, arms: Sequence[Arm], spend: float) -> Probed:
 
 
 def pace(records: Sequence[RunRecord], scored: int = 1) -> Pace:
-    """Return what a run costs, from runs of one length that scored the rows so many times: the dearest decides."""
+    """Return what a run costs, from runs of one length that scored the rows this many times: the slowest decides."""
     slowest = max(records, key=lambda record: record.seconds)
     beside = (slowest.setup_seconds or 0.0) + (slowest.eval_seconds or 0.0) / scored
     return Pace(beside + START, max((slowest.train_seconds or 0.0) / max(slowest.steps or 1, 1), 1e-3))
@@ -278,7 +278,7 @@ def pace(records: Sequence[RunRecord], scored: int = 1) -> Pace:
 def _round(
     runner: _Runner, arms: Sequence[Arm], steps: int, latest: dict[str, tuple[Arm, RunRecord]], notes: list[str]
 ) -> list[Arm]:
-    """Run the arms; return those that finished, best first. What did not keeps its record of an earlier round."""
+    """Run the arms; return those that finished, best first. The others keep their record of an earlier round."""
     done: list[tuple[Arm, RunRecord]] = []
     for arm in arms:
         record = runner.run(arm, steps)
@@ -299,7 +299,7 @@ def _rank(record: RunRecord) -> float:
 
 @dataclass
 class _Rounds:
-    """The rounds as they were decided, on disk: a probe that continues does the same runs."""
+    """The rounds that were decided, on disk, so that a continued probe does the same runs."""
 
     path: Path
     given: dict[str, Any]
@@ -307,19 +307,19 @@ class _Rounds:
 
     @classmethod
     def read(cls, path: Path, given: dict[str, Any]) -> _Rounds:
-        """Return the rounds decided before for the same time and data, or none."""
+        """Return the rounds decided earlier for the same time and data, or none."""
         found = read_json(path) if path.is_file() else {}
         same = found.get("given") == given
         return cls(path, given, [(int(n), int(s)) for n, s in found["rounds"]] if same else [])
 
     def add(self, one: tuple[int, int]) -> None:
-        """Decide one more."""
+        """Decide one more round."""
         self.done.append(one)
         atomic_write(self.path, json.dumps({"given": self.given, "rounds": self.done}) + "\n")
 
 
 def _calibrated(runner: _Runner, arms: Sequence[Arm]) -> RunRecord:
-    """Return the first short run that comes to an end; it scores the untrained model too."""
+    """Return the first short run that finishes; it also scores the untrained model."""
     last = ""
     for arm in arms:
         record = runner.run(arm, FIRST, base=True)
@@ -328,17 +328,17 @@ def _calibrated(runner: _Runner, arms: Sequence[Arm]) -> RunRecord:
         if record.status == "ok":
             return record
         last = f" {arm.candidate.label}: {record.error.strip().splitlines()[-1]}"
-    raise ConfigError(f"No run came to its end.{last}", "Try one with `peftree train`, or give more time.")
+    raise ConfigError(f"No run finished.{last}", "Try one with `peftree train`, or give more time.")
 
 
 def _answer(
     runner: _Runner, alive: Sequence[Arm], latest: dict[str, tuple[Arm, RunRecord]], first: RunRecord,
     notes: Sequence[str],
 ) -> Probed:  # fmt: skip
-    """Put the longest runs first, the best of them on top, and what failed last."""
+    """Sort the longest runs first, the best of them on top, and failed ones last."""
     items = sorted(latest.values(), key=lambda i: (i[1].score is None, -(i[1].steps or 0), _rank(i[1])))
     best = items[0][1] if alive else None
-    said = ["one seed each: the intervals are over rows and do not hold what another seed would change", *notes]
+    said = ["one seed each: the intervals are over rows and do not include what another seed would change", *notes]
     if runner.asked.goal != "quality":
         said.append("the probe ranks by score; memory, speed and serving are as advised above")
     return Probed(

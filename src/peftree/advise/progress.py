@@ -1,4 +1,4 @@
-"""One line of progress: what is being worked on, and since when."""
+"""One line of progress: what is being worked on, and for how long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 @contextmanager
 def line(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show a line that is gone at the end; yield a function that changes its words."""
+    """Show a line that disappears at the end; yield a function that changes its text."""
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as bar:

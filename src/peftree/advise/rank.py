@@ -1,13 +1,13 @@
-"""What to expect of a method on a new task: a partial-pooling mean of relative scores, nearer tasks counting more.
+"""What to expect of a method on a new task: a partial-pooling mean of relative scores; nearer tasks count more.
 
-The model, stated in docs/decisions/0004-advice.md. Of method c on task t the evidence holds y, the relative score
+The model is stated in docs/decisions/0004-advice.md. For method c on task t the evidence holds y, the relative score
 (`Measured.relative`: 0 is the baseline, 1 what the best methods reach), with standard error s. Then
 
     y_ct = theta_c + e_ct,   Var(e_ct) = s_ct^2 + sigma^2 / w_ct,   theta_c ~ N(mu, tau^2),
 
-w being how near task and settings are to those asked for (1: the same kind of task, the very settings). mu, sigma
+where w is how near task and settings are to the requested ones (1: the same kind of task, the same settings). mu, sigma
 (between tasks) and tau (between methods) come from the evidence. The estimate is the mean of theta_c given the y; its
-interval is that of a new task, sigma included.
+interval is that of a new task, including sigma.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OTHER_FIELDS, OTHER_SITES, RELATIVE = 0.7, 0.4, 0.3
 
 @dataclass(frozen=True)
 class Query:
-    """The task that advice is asked for; 0: unknown."""
+    """The task that advice is wanted for; 0: unknown."""
 
     modality: Modality
     kind: Kind
@@ -50,11 +50,11 @@ class Estimate:
 
     Attributes:
         value: relative score: 0 is the baseline, 1 what the best methods of a task reach.
-        low, high: where a new task's lies with 95 %.
+        low, high: the 95 % interval for a new task.
         error: standard error of the method's mean, for comparing two methods.
-        tasks, runs: how much was measured of this method.
-        exact: whether these very settings were measured.
-        sources: whose figures these are.
+        tasks, runs: the number of tasks and runs that measured this method.
+        exact: whether these exact settings were measured.
+        sources: the sources of the figures.
         measured: the tasks behind it, nearest first.
     """
 
@@ -70,12 +70,12 @@ class Estimate:
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured of the method at all."""
+        """Whether the method was measured at all."""
         return self.tasks > 0
 
 
 def nearness(query: Query, context: Context) -> float:
-    """Return how much a task says about the one asked for, 1 being most."""
+    """Return how much a task says about the requested one; 1 is most."""
     near = 1.0 if context.modality == query.modality else OTHER_MODALITY
     near *= 1.0 if context.kind == query.kind else OTHER_KIND
     for mine, other in ((query.parameters, context.parameters), (query.rows, context.rows)):
@@ -85,7 +85,7 @@ def nearness(query: Query, context: Context) -> float:
 
 
 def likeness(method: str, fields: dict[str, Any], row: Measured) -> float:
-    """Return how much a row says about a method with these fields: 1 for the very settings, 0 for another method."""
+    """Return how much a row says about a method with these fields: 1 for the same settings, 0 for another method."""
     if row.method == method:
         if row.fields == fields:
             return 1.0
@@ -103,7 +103,7 @@ def likeness(method: str, fields: dict[str, Any], row: Measured) -> float:
 
 @dataclass(frozen=True)
 class _Point:
-    """One relative score with what is known of it."""
+    """One relative score with what is known about it."""
 
     row: Measured
     context: Context
@@ -113,7 +113,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Vote:
-    """What one task says of a method: the mean of the rows that are most like it."""
+    """What one task says about a method: the mean of the rows that are most like it."""
 
     context: Context
     task: str
@@ -129,8 +129,8 @@ class Evidence:
 
     Attributes:
         tables: the tables.
-        without: a group of tasks to leave out, for the evaluation of the ranking itself.
-        plain: count all tasks alike, for the same.
+        without: a group of tasks to leave out, to evaluate the ranking itself.
+        plain: count all tasks equally, for the same purpose.
     """
 
     tables: tuple[Table, ...]
@@ -154,7 +154,7 @@ class Evidence:
     def spread(self) -> tuple[float, float, float]:
         """Return mu, sigma and tau by the method of moments; the references are not a sample of methods.
 
-        sigma is `ASSUMED` where too few methods were measured on several tasks.
+        sigma is `ASSUMED` if too few methods were measured on several tasks.
         """
         by: dict[str, list[_Point]] = {}
         for point in self.points:
@@ -174,7 +174,7 @@ class Evidence:
 
     @property
     def assumed(self) -> bool:
-        """Whether sigma is assumed and not measured."""
+        """Whether sigma is assumed, not measured."""
         return self.spread[1] == ASSUMED
 
     def estimate(self, query: Query, method: str, fields: dict[str, Any] | None = None) -> Estimate:
@@ -199,7 +199,7 @@ class Evidence:
         )  # fmt: skip
 
     def _votes(self, method: str, fields: dict[str, Any]) -> list[_Vote]:
-        """Return what each task says of a method with these fields."""
+        """Return what each task says about a method with these fields."""
         by: dict[str, list[tuple[float, _Point]]] = {}
         for point in self.points:
             like = likeness(method, fields, point.row)
@@ -225,17 +225,17 @@ def _believed(row: Measured) -> tuple[float, float]:
 
 
 def shown(first: Estimate, second: Estimate) -> bool:
-    """Return whether the evidence separates two methods: the interval of their difference does not hold 0."""
+    """Return whether the evidence separates two methods: the interval of their difference does not contain 0."""
     return abs(first.value - second.value) > Z * math.hypot(first.error, second.error)
 
 
 def against(one: Estimate, full: Estimate, sigma: float) -> tuple[float, float, float]:
-    """Return a method's expected relative score less full fine-tuning's, and the 95 % interval of a new task's."""
+    """Return a method's expected relative score minus full fine-tuning's, and the 95 % interval for a new task."""
     gap, half = one.value - full.value, Z * math.sqrt(one.error**2 + full.error**2 + 2 * sigma**2)
     return gap, gap - half, gap + half
 
 
 def average(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return the weighted mean of (value, weight) pairs, or None without any."""
+    """Return the weighted mean of (value, weight) pairs, or None if there are none."""
     weights = sum(w for _, w in pairs)
     return sum(v * w for v, w in pairs) / weights if weights else None

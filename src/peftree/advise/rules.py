@@ -1,4 +1,4 @@
-"""Rules of others, each with its source; they explain and set, and rank nothing."""
+"""Rules from the literature, each with its source; they explain and set values, but do not rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RULES = Path(__file__).with_name("rules.yaml")
 
 
 class _When(BaseModel):
-    """Where a rule applies; nothing said: everywhere."""
+    """Where a rule applies; empty: everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     methods: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Rule(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What rules are asked about."""
+    """The case that rules are matched against."""
 
     methods: tuple[str, ...]
     modality: str

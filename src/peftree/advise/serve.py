@@ -2,7 +2,7 @@
 
 vLLM loads adapters in Hugging Face PEFT's format of LoRA and rsLoRA, refuses DoRA and trained heads
 (`vllm/lora/peft_helper.py`, vLLM 0.10), and holds ranks up to `--max-lora-rank`, 16 unless set.
-llama.cpp's `convert_lora_to_gguf.py` takes `lora_A` and `lora_B` tensors and nothing else.
+llama.cpp's `convert_lora_to_gguf.py` takes only `lora_A` and `lora_B` tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Serving:
 
     Attributes:
         peft: whether it has a form in Hugging Face PEFT's format.
-        vllm, llama_cpp: whether these load it as an adapter beside the base.
-        merged: whether it folds into the weights, for whatever serves the base model.
-        notes: what to know.
+        vllm, llama_cpp: whether these load it as an adapter next to the base.
+        merged: whether it folds into the weights, so that whatever serves the base model serves it.
+        notes: remarks for the reader.
     """
 
     peft: bool
@@ -35,12 +35,12 @@ class Serving:
 
     @property
     def rank(self) -> int:
-        """How many ways there are; adapters beside the base count double, for many can share it."""
+        """The number of ways; adapters next to the base count double, since many can share it."""
         return 2 * (self.vllm + self.llama_cpp) + self.merged + self.peft
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """One readable line."""
         ways = [
             *(["vLLM"] if self.vllm else []), *(["llama.cpp"] if self.llama_cpp else []),
             *(["Hugging Face PEFT"] if self.peft else []),
@@ -62,7 +62,7 @@ def serving(candidate: Candidate, task: str) -> Serving:
     rank = int(candidate.fields.get("r", type(method).model_fields["r"].default)) if plain else 0
     rank *= 2 if method.name == "pissa" else 1  # written with the subtracted start, as twice the rank
     if rank > VLLM_RANK:
-        notes.append(f"vLLM: start it with --max-lora-rank {rank} or the next that it offers")
+        notes.append(f"vLLM: start it with --max-lora-rank {rank} or the next rank that it offers")
     if plain:
         notes.append("llama.cpp: convert with its convert_lora_to_gguf.py; all sites must be linear maps")
     if method.tags.branch == "reference" and method.name == "full":

@@ -22,7 +22,7 @@ from peftree.settings import RunConfig
 def run_settings(
     asked: Request, data: DataProfile, candidate: Candidate, how: Setting, found: Cost, rate: Rate | None
 ) -> dict[str, Any]:
-    """Return the settings of a run as it was asked for; what is left out is the run's or the method's own default."""
+    """Return the settings of a run as it was requested; what is left out is the default of the run or the method."""
     settings = asked.model_dump(mode="json", include=set(RunConfig.model_fields) - {"lr"}, exclude_unset=True)
     settings |= {
         "model": folder_of(asked.model), "task": data.task,
@@ -46,13 +46,13 @@ def run_settings(
 
 
 def write_run(folder: Path, settings: Mapping[str, Any], candidate: Candidate, why: Sequence[str]) -> Path:
-    """Write the settings as YAML, with the reasons as comments; an existing file of other content is kept.
+    """Write the settings as YAML, with the reasons as comments; an existing file with other content is kept.
 
     Raises:
-        ConfigError: the folder is a file, or the file is there with other content.
+        ConfigError: the folder is a file, or the file exists with other content.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--write {folder} is not a folder.", "Name a folder, or one to make.")
+        raise ConfigError(f"--write {folder} is not a folder.", "Name a folder; it may be new.")
     comments = "".join(f"# {line}\n" for line in [candidate.label, *why])
     text = comments + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     path = folder / f"{candidate.slug}.yaml"

@@ -1,4 +1,4 @@
-"""The advice for people: a table, and the reasons below it."""
+"""The advice for the terminal: a table, and the reasons below it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def _heads(advice: Advice) -> list[str]:
         rows += f" in {d.classes} classes (the rarest has {d.smallest})"
     if d.tokens:
         about = "" if d.counted else "about "
-        rows += (
-            f"; {about}{d.tokens[0]} tokens in the middle, {about}{d.tokens[2]} at 99 %, {about}{d.tokens[3]} at most"
-        )
+        rows += f"; {about}{d.tokens[0]} tokens (median), {about}{d.tokens[2]} at 99 %, {about}{d.tokens[3]} at most"
     lines.append(rows)
     lines += [f"   note: {line}" for line in d.notes]
     precision = f"{m.dtype or 'float32'}, its own" if how.dtype == "auto" else how.dtype
@@ -79,7 +77,7 @@ def _lines(one: Recommendation) -> list[str]:
         )
     lines.append(f"memory: {memory(cost)}")
     lines.append(f"forgets: {forgotten(judged.forgets)}")
-    took = f"{judged.time:.2f} of full fine-tuning's time, where it was measured" if judged.time else "unknown"
+    took = f"{judged.time:.2f} of full fine-tuning's time, as measured" if judged.time else "unknown"
     lines.append(f"a step takes: {took}")
     lines.append(f"served by: {judged.serving.text}")
     lines += [f"   {note}" for note in judged.serving.notes]
@@ -88,19 +86,19 @@ def _lines(one: Recommendation) -> list[str]:
 
 
 def memory(cost: Cost) -> str:
-    """Return what a candidate takes, in a sentence."""
+    """Return what a candidate takes, as a sentence."""
     p = cost.plan
     said = f"{size(p.expected)} expected, {size(p.high)} at most, with {cost.batch} rows at a time"
     if cost.accumulation > 1:
-        said += f", {cost.accumulation} times a step"
+        said += f", {cost.accumulation} times per step"
     if cost.checkpointing:
         said += ", gradient checkpointing"
-    said += f"; {p.trainable:,} of {p.total:,} parameters train" + ("" if p.how == "traced" else " (a rule of thumb)")
+    said += f"; {p.trainable:,} of {p.total:,} parameters trained" + ("" if p.how == "traced" else " (a rule of thumb)")
     return said + (f"; {cost.largest:,} rows at a time would fit" if cost.largest else "")
 
 
 def forgotten(found: Forgetting | None) -> str:
-    """Return what was lost where it was measured, the nearest task first."""
+    """Return what was lost, as measured, for the nearest task first."""
     if found is None:
         return "unknown: it was not measured"
     task, what, figure, full = found.measured[0]
@@ -109,7 +107,7 @@ def forgotten(found: Forgetting | None) -> str:
 
 
 def rate(judged: Judged) -> str:
-    """Return the learning rate to start from, in a sentence."""
+    """Return the learning rate to start from, as a sentence."""
     if judged.rate is None:
         return "the method's default; nothing was measured"
     tasks = f"{judged.rate.tasks} task{'s' * (judged.rate.tasks != 1)}"
@@ -119,7 +117,7 @@ def rate(judged: Judged) -> str:
 def _rest(advice: Advice) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for label, why in list(advice.misfits.items())[:OTHERS]:
-        parts.append(Text(f"Passed over: {label}: {why}"))
+        parts.append(Text(f"Not chosen: {label}: {why}"))
     others = [f"{j.candidate.label} {j.estimate.value:.2f}" for j in advice.others if j.estimate.known][:OTHERS]
     if others:
         parts.append(Text(f"Next by the evidence: {', '.join(others)}"))
@@ -147,7 +145,7 @@ def render_probe(found: Probed) -> RenderableType:
             escape(t.candidate.label), escape(_interval(t)), str(t.steps), f"{t.lr:.2g}",
             size(t.peak) if t.peak else "", f"{t.seconds:.0f}", t.verdict,
         )  # fmt: skip
-    lines = [f"{found.runs} runs, {found.spent:.0f} s; memory is the most that the process held, libraries included"]
+    lines = [f"{found.runs} runs, {found.spent:.0f} s; memory is the peak of the process, including libraries"]
     lines += [f"{t.candidate.label}: {t.text}" for t in found.tried if t.score is None]
     return Group(table, *(Text(f"Note: {line}") for line in [*lines, *found.notes]))
 

@@ -1,4 +1,4 @@
-"""What the adviser looks at: the model by its config, the data by its rows."""
+"""What the adviser looks at: the model's config and the data's rows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ModelProfile:
     """A model, from its config.
 
     Attributes:
-        name: of the class that the task trains; parameters: all of its.
-        weights: bytes in the precision with the fewest that a base is trained in.
-        dtype: the config's own, empty if it names none.
+        name: the class that the task trains; parameters: the number of all its parameters.
+        weights: their bytes in the smallest precision that a base is trained in.
+        dtype: the config's own; empty if it names none.
         decoder: whether it generates text.
-        positions: tokens that it takes, 0 if that is open.
-        side: pixels that its images are brought to; patches: tokens of one; 0: it takes none.
-        towers: tower -> places that can be adapted; roles: theirs.
+        positions: the number of tokens that it takes; 0 if unknown.
+        side: the side in pixels that its images are resized to; patches: tokens per image; 0: it takes no images.
+        towers: tower -> number of places that can be adapted; roles: their roles.
     """
 
     source: str
@@ -51,13 +51,13 @@ class ModelProfile:
 
 @dataclass(frozen=True)
 class DataProfile:
-    """Data, from their rows.
+    """Data, from its rows.
 
     Attributes:
-        rows, valid, test: of each split; classes: none where there are none; smallest: rows of the rarest class.
-        tokens: of a row: middle, 95 %, 99 %, most; None where rows are not text.
-        counted: whether a tokenizer counted them; else they are estimated from characters.
-        side: pixels of the first image.
+        rows, valid, test: rows of each split; classes: None if there are none; smallest: rows of the rarest class.
+        tokens: tokens per row: median, 95 %, 99 %, most; None if rows are not text.
+        counted: whether a tokenizer counted them; otherwise they are estimated from characters.
+        side: the side of the first image in pixels.
     """
 
     path: str
@@ -81,13 +81,13 @@ def model_profile(
     """Return the profile of a model for a task; no weights are read.
 
     Args:
-        source: a folder or hub name.
-        task: what it is to be trained for; labels: how many classes.
-        image: pixels that images are to be brought to; 0: what a run takes by itself.
+        source: a model folder or hub name.
+        task: the task to train it for; labels: the number of classes.
+        image: the side in pixels to resize images to; 0: a run's default.
         changes: fields of the model's config to change.
 
     Raises:
-        ConfigError: there is no config, it refuses a change, has no model for the task, or takes no images of that
+        ConfigError: there is no config, it refuses a change, has no model for the task, or does not take images of that
             size.
     """
     config = changed(skeleton.read_config(source), changes or {})
@@ -111,7 +111,7 @@ def model_profile(
 
 
 def _side_of(source: str, config: Any, modality: Modality, image: int) -> int:
-    """Return the size to which a run brings images."""
+    """Return the size to which a run resizes images."""
     if modality == "language":
         return 0
     from peftree.data.images import read_look
@@ -121,13 +121,13 @@ def _side_of(source: str, config: Any, modality: Modality, image: int) -> int:
 
 
 def folder_of(source: str) -> str:
-    """Return the folder of a model named by it, by its config.json, or as a packaged one; a hub name as it is."""
+    """Return the folder of a model that is named by it, by its config.json or as a packaged model; or the hub name."""
     path = Path(located(source)).expanduser()
     return str(path.parent) if path.is_file() else str(path) if path.is_dir() else source
 
 
 def _patches(config: Any, side: int) -> int:
-    """Return the tokens of an image among those of the text."""
+    """Return the number of tokens that an image takes among those of the text."""
     patch = getattr(getattr(config, "vision_config", None), "patch_size", 0)
     if not isinstance(patch, int) or not patch:
         return 0
@@ -136,14 +136,14 @@ def _patches(config: Any, side: int) -> int:
 
 
 def data_profile(path: str, data: Data, source: str) -> DataProfile:
-    """Return the profile of data that the model `source` is to learn."""
+    """Return the profile of the data that the model `source` will be trained on."""
     about = task_facts(data.task)
     counts = Counter(row.target for row in data.train) if data.labels else Counter()
     tokens, counted, notes = None, False, list(data.warnings)
     if about.modality != "vision":
         tokens, counted = _tokens(data, source)
         if not counted:
-            notes.append(f"{source} has no tokenizer: tokens are estimated, {CHARACTERS} characters each")
+            notes.append(f"{source} has no tokenizer: tokens are estimated at {CHARACTERS} characters each")
     return DataProfile(
         path, data.task, about.modality, about.kind, len(data.train), len(data.valid), len(data.test),
         len(data.labels), min(counts.values(), default=0), tokens, counted,

@@ -1,4 +1,4 @@
-"""Some rows of the user's data, written where probing runs read them: never a test row."""
+"""Some rows of the user's data, written for the probing runs; never a test row."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TRAIN, VALID = 4000, 200  # rows at most
 
 @dataclass(frozen=True)
 class Subset:
-    """What probing runs read.
+    """The data that probing runs read.
 
     Attributes:
-        train, valid: paths as `RunConfig` takes them.
-        rows, scored: of each.
-        sha256: of what is in them.
+        train, valid: paths, as in `RunConfig`.
+        rows, scored: the number of rows in each.
+        sha256: the hash of their contents.
     """
 
     train: str
@@ -36,7 +36,7 @@ class Subset:
 
 
 def write_subset(data: Data, folder: Path, train: int = TRAIN, valid: int = VALID) -> Subset:
-    """Write at most so many rows, the same ones for the same data, every class of the training rows among them."""
+    """Write at most this many rows, the same ones for the same data, with every class of the training rows."""
     rows = {"train": pick(data.train, train, bool(data.labels)), "valid": pick(data.valid, valid, False)}
     paths: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -47,7 +47,7 @@ def write_subset(data: Data, folder: Path, train: int = TRAIN, valid: int = VALI
 
 
 def pick(rows: Sequence[Example], count: int, classes: bool) -> list[Example]:
-    """Return `count` rows at most, drawn with a fixed seed; with `classes` at least one of each target."""
+    """Return at most `count` rows, drawn with a fixed seed; with `classes`, at least one of each target."""
     if len(rows) <= count:
         return list(rows)
     order = random.Random(0).sample(range(len(rows)), len(rows))  # noqa: S311  no secret

@@ -1,4 +1,4 @@
-"""Evidence as small tables: what was measured of a method on a task, where, and how sure it is. Imports no torch."""
+"""Evidence as small tables: what was measured of a method on a task, where, how certain it is. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Context(_Strict):
     """A task on which methods were compared.
 
     Attributes:
-        group: tasks of one group share data and tuning: they are not independent evidence.
-        tier: `small`, `full` ..., or `published` for figures of others.
-        parameters: of the base model; rows and steps: of a run's training.
-        baseline: from where the gain counts: `head_only`, `untrained` (the model before training), or `zero`.
+        group: tasks of one group share data and tuning, so they are not independent evidence.
+        tier: `small`, `full` ..., or `published` for figures from elsewhere.
+        parameters: those of the base model; rows and steps: those of a run's training.
+        baseline: what the gain is measured from: `head_only`, `untrained` (the model before training), or `zero`.
         forgetting: what `Measured.forgets` is, empty if it was not measured.
     """
 
@@ -48,16 +48,16 @@ class Context(_Strict):
 
 
 class Measured(_Strict):
-    """What one method reached on one task.
+    """The result of one method on one task.
 
     Attributes:
-        fields: those that differ from the method's defaults.
-        seeds: finished runs; diverged: runs that did not finish because a number was not finite.
-        score: in the metric's own units; gain: above the baseline, better being more (log units for perplexity).
+        fields: the fields that differ from the method's defaults.
+        seeds: number of finished runs; diverged: number of runs that ended because a number was not finite.
+        score: in the metric's units; gain: above the baseline, higher is better (log units for perplexity).
         relative: gain over the mean of the task's three best gains: 0 is the baseline, 1 what the best methods
             reach; low, high: its 95 % interval.
-        times: the learning rate that was best over the method's default.
-        time: of a step, over that of full fine-tuning.
+        times: the best learning rate, relative to the method's default.
+        time: the time of a step, relative to full fine-tuning.
         forgets: see `Context.forgetting`; more is worse.
     """
 
@@ -86,9 +86,9 @@ class Table(_Strict):
     """One source's evidence.
 
     Attributes:
-        origin: where the figures come from, a commit or hash with it.
-        contexts: task -> what it is.
-        results: one a method and task.
+        origin: where the figures come from, with a commit or hash.
+        contexts: task -> its description.
+        results: one per method and task.
     """
 
     origin: str
@@ -96,7 +96,7 @@ class Table(_Strict):
     results: tuple[Measured, ...]
 
     def write(self, path: Path) -> Path:
-        """Write the table as JSON, a result a line, atomically."""
+        """Write the table as JSON, one result per line, atomically."""
         plain = self.model_dump(mode="json", exclude_defaults=True)
         contexts = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in plain["contexts"].items())
         results = ",\n".join(f"  {json.dumps(row)}" for row in plain["results"])
@@ -117,7 +117,7 @@ def read_table(path: Path) -> Table:
     """Read a table.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: the table is missing or damaged.
     """
     try:
         return Table.model_validate(read_json(path, limit=16 << 20))

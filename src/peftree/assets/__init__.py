@@ -1,1 +1,1 @@
-"""Real pretrained models and real data out of package registries: no model hub, no account."""
+"""Real pretrained models and real data from package registries: no model hub, no account."""

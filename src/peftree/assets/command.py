@@ -1,4 +1,4 @@
-"""`peftree models` and `peftree data`: what comes out of package registries, by name. Imports no torch."""
+"""`peftree models` and `peftree data`: what package registries provide, by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def models(
 
 def data(
     name: Annotated[str, typer.Argument(help="One data set: write it as files.")] = "",
-    out: Annotated[Path | None, typer.Argument(help="The new folder; none: ./NAME.")] = None,
-    train: Annotated[int, typer.Option(min=1, help="Rows to train on.")] = 1000,
-    valid: Annotated[int, typer.Option(min=1, help="Rows to choose settings by.")] = 200,
-    test: Annotated[int, typer.Option(min=1, help="Rows to score on.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows are drawn.")] = 0,
+    out: Annotated[Path | None, typer.Argument(help="The new folder; default: ./NAME.")] = None,
+    train: Annotated[int, typer.Option(min=1, help="Number of training rows.")] = 1000,
+    valid: Annotated[int, typer.Option(min=1, help="Number of validation rows.")] = 200,
+    test: Annotated[int, typer.Option(min=1, help="Number of test rows.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Seed that draws the rows.")] = 0,
     as_json: Json = False,
 ) -> None:
     """List the packaged data sets, or write one as the files that `peftree train data=FOLDER` reads."""

@@ -1,4 +1,4 @@
-"""Vision-language models made of packaged parts; only what joins the towers starts from nothing.
+"""Vision-language models made of packaged parts; only what joins the towers is untrained.
 
 The tensors that join the towers are left out of the folders: `from_pretrained` draws them, as it draws a
 new classifier. `fresh_modules` in config.json names their modules, so that every method trains them.
@@ -21,7 +21,7 @@ EIGHT = (0, 1, *range(24, 30))
 
 
 def dual(vision: Path, text: Path, folder: Path) -> None:
-    """Write a dual encoder out of a vision and a text encoder: two projections are new."""
+    """Write a dual encoder made of a vision and a text encoder; two projections are new."""
     from transformers import AutoModel, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     with _quiet():
@@ -35,7 +35,7 @@ def dual(vision: Path, text: Path, folder: Path) -> None:
 
 
 def llava(vision: Path, text: Path, folder: Path, kept: Sequence[int] = ()) -> None:
-    """Write a LLaVA out of a vision encoder and a decoder, or the `kept` layers of it: the projector is new.
+    """Write a LLaVA made of a vision encoder and a decoder, or its `kept` layers; the projector is new.
 
     A token `<image>` joins the vocabulary; its own embedding is never read.
     """
@@ -67,7 +67,7 @@ def llava(vision: Path, text: Path, folder: Path, kept: Sequence[int] = ()) -> N
 
 
 def _write(model: Any, folder: Path, fresh: tuple[str, ...]) -> None:
-    """Save what is pretrained, in half precision where that loses nothing, and name what is not."""
+    """Save what is pretrained, in half precision if that loses nothing, and name what is not."""
     import torch
 
     model.config.fresh_modules = list(fresh)
@@ -92,7 +92,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _image_settings(vision: Path, folder: Path) -> None:
-    """Copy the tower's image settings, at a size at which a step takes about a second on one core."""
+    """Copy the tower's image settings, with a size at which a step takes about a second on one core."""
     settings = json.loads((vision / "preprocessor_config.json").read_text())
     settings |= {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -100,7 +100,7 @@ def _image_settings(vision: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back transformers' lines and bars, which would break our progress line."""
+    """Suppress transformers' output and bars, which would break our progress line."""
     from transformers.utils import logging as hub
 
     level, bars = hub.get_verbosity(), hub.is_progress_bar_enabled()

@@ -1,6 +1,6 @@
-"""Real data sets as files of a user's form: train, valid and test as CSV, JSONL or folders of images.
+"""Real data sets as files that a user would have: train, valid and test as CSV, JSONL or folders of images.
 
-`write_data` draws disjoint splits out of one packaged source; the loaders of `sources` give the plain rows.
+`write_data` draws disjoint splits from one packaged source; the loaders of `sources` give the plain rows.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Source:
 
     Attributes:
         asset: the archive it comes from.
-        about: what the rows are and for which task.
-        options: what it takes, with the defaults.
+        about: what the rows are, and for which task.
+        options: its options, with their defaults.
         write: writes the splits into a folder.
     """
 
@@ -70,22 +70,22 @@ class Source:
 def write_data(
     folder: str | Path, source: str, options: Mapping[str, Any], sizes: Sizes, seed: int = 0, quiet: bool = False
 ) -> Path:
-    """Write small real data files in the form a user would have, and return `folder`.
+    """Write small files of real data, in the form that a user would have, and return `folder`.
 
-    No row, text, word or concept is in two splits, classes keep their share in every split, and the
+    No row, text, word or concept is in two splits, classes keep their share in each split, and the
     same arguments write the same bytes.
 
     Args:
-        folder: is made; if it was written by an earlier call with other arguments, it is replaced.
+        folder: created if needed; if an earlier call with other arguments wrote it, it is replaced.
         source: a name of `SOURCES`.
-        options: those of the source; what is not named keeps its default.
-        sizes: rows of train, valid and test.
+        options: options of the source; the others keep their defaults.
+        sizes: number of rows of train, valid and test.
         seed: decides which rows are drawn.
         quiet: show no progress line.
 
     Raises:
-        DataError: unknown source, option or split, or more rows asked for than there are.
-        AssetError: the data could not be fetched, or `folder` holds files of someone else.
+        DataError: the source, an option or a split is unknown, or there are too few rows.
+        AssetError: the data could not be fetched, or `folder` holds other files.
     """
     if source not in SOURCES:
         raise DataError(f"There is no data source '{source}'.", did_you_mean(source, SOURCES))
@@ -95,7 +95,7 @@ def write_data(
         if split not in SPLITS or sizes[split] < 1:
             raise DataError(
                 f"'{split}: {sizes[split]}' is not a split and its size.",
-                f"Give one or more rows for each of: {', '.join(SPLITS)}.",
+                f"Give a size of at least 1 for each of: {', '.join(SPLITS)}.",
             )
     ensure(chosen.asset, quiet)
     ordered = {split: sizes[split] for split in SPLITS if split in sizes}
@@ -108,7 +108,7 @@ def write_data(
 
 
 def _settings(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a source with its defaults; each must be of its default's type."""
+    """Return the options of a source with its defaults; each must have its default's type."""
     defaults = SOURCES[source].options
     for name, value in options.items():
         if name not in defaults:
@@ -125,12 +125,12 @@ def stratified(
     """Draw disjoint random splits of `rows` in which each label keeps its share.
 
     Raises:
-        DataError: fewer rows than the sizes ask for.
+        DataError: there are fewer rows than the sizes ask for.
     """
     placed = _spread(rows, label, rng)
     total = sum(sizes.values())
     if total > len(placed):
-        raise DataError(f"{total:,} rows asked for, {len(placed):,} there.", "Ask for fewer.")
+        raise DataError(f"{total:,} rows asked for, only {len(placed):,} exist.", "Ask for fewer.")
     splits, start = {}, 0
     for split, size in sizes.items():
         splits[split] = placed[start : start + size]
@@ -143,10 +143,10 @@ def grouped(
     rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]], label: Callable[[Row], Hashable], sizes: Sizes,
     rng: random.Random,
 ) -> dict[str, list[Row]]:  # fmt: skip
-    """Draw as `stratified` does, with rows that share a key, directly or through others, all in one split.
+    """Draw as `stratified` does, with all rows that share a key, directly or through others, in one split.
 
     Raises:
-        DataError: fewer rows than the sizes ask for, once whole groups are kept together.
+        DataError: there are fewer rows than the sizes ask for, once groups are kept together.
     """
     left = _spread(_joined(rows, keys), lambda group: label(group[0]), rng)
     splits: dict[str, list[Row]] = {}
@@ -159,14 +159,14 @@ def grouped(
             else:
                 rest.append(group)
         if len(splits[split]) < size:
-            raise DataError(f"{split}: {size:,} rows asked for, {len(splits[split]):,} there.", "Ask for fewer.")
+            raise DataError(f"{split}: {size:,} rows asked for, only {len(splits[split]):,} exist.", "Ask for fewer.")
         rng.shuffle(splits[split])
         left = rest
     return splits
 
 
 def _spread(rows: Sequence[Row], label: Callable[[Row], Hashable], rng: random.Random) -> list[Row]:
-    """Return the rows in a random order of which any stretch has every label's share."""
+    """Return the rows in a random order in which any stretch has each label's share."""
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         groups.setdefault(label(row), []).append(row)
@@ -178,7 +178,7 @@ def _spread(rows: Sequence[Row], label: Callable[[Row], Hashable], rng: random.R
 
 
 def _joined(rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]]) -> list[list[Row]]:
-    """Return the rows in groups: two rows with a key in common are in the same."""
+    """Return the rows in groups: two rows with a common key are in the same group."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -218,7 +218,7 @@ def _ratings(domain: str, folder: Path, sizes: Sizes, rng: random.Random, option
             _table(folder / f"{split}.csv", ("text", "score"), ratings)
     else:
         known = ("text-classification", "text-regression")
-        raise DataError(f"{domain}: task: {options['task']!r} is none of its tasks.", f"Use {' or '.join(known)}.")
+        raise DataError(f"{domain}: task: {options['task']!r} is not one of its tasks.", f"Use {' or '.join(known)}.")
 
 
 def _glosses(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
@@ -230,7 +230,7 @@ def _examples(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[s
 
 
 def _classes(folder: Path, rows: list[tuple[str, str]], sizes: Sizes, rng: random.Random) -> None:
-    """Write texts with one of many classes; those too rare to get a training row are left out."""
+    """Write texts with one of many classes; classes too rare to get a training row are left out."""
     while True:
         splits = stratified(rows, lambda row: row[1], sizes, rng)
         known = {label for _, label in splits.get("train", rows)}
@@ -250,7 +250,7 @@ def _definitions(folder: Path, sizes: Sizes, rng: random.Random, options: Mappin
 
 
 def plain_definitions(rows: Sequence[Definition]) -> list[Definition]:
-    """Keep single lower-case words with a definition of 3 to 30 words; each of both only once."""
+    """Keep single lower-case words with a definition of 3 to 30 words; each word and definition only once."""
     words: set[str] = set()
     definitions: set[str] = set()
     kept = []
@@ -285,7 +285,7 @@ def _interface(language: str, folder: Path, sizes: Sizes, rng: random.Random, op
 
 
 def _letters(text: str) -> str:
-    """Return a text without figures and signs: texts that differ in these alone are near-duplicates."""
+    """Return a text without digits and signs: texts that differ only in these are near-duplicates."""
     return " ".join(re.findall(r"[^\W\d_]+", text.lower())) or plain(text)
 
 
@@ -309,7 +309,7 @@ def _fashion(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[st
 
 
 def _emoji(form: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
-    """Write emoji on white: with `form` classes a folder a category, with pairs one with metadata.jsonl."""
+    """Write emoji on white: for `form` classes one folder per category, for pairs one with metadata.jsonl."""
     rows = emoji(quiet=True)
     known = sorted({row.category for row in rows})
     for name in options["categories"]:

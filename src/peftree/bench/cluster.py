@@ -1,4 +1,4 @@
-"""Runs cells on many machines: Slurm through submitit, or a Ray cluster; the folder of records is shared.
+"""Runs cells on many machines: Slurm through submitit, or a Ray cluster; they share the folder of records.
 
 A cell is idempotent and locks itself, so a scheduler only has to start each one somewhere. What a
 machine, queue or process does to a job becomes that cell's failed record, as on one machine.
@@ -24,7 +24,7 @@ POLL = 0.5  # seconds between two looks at the jobs
 
 
 class Job(NamedTuple):
-    """A submitted cell: whether it ended, how to wait for its end, and how to call it off."""
+    """A submitted cell: whether it ended, how to wait for its end, and how to cancel it."""
 
     done: Callable[[], bool]
     wait: Callable[[], Any]
@@ -43,16 +43,16 @@ def perform(cell: Cell, records: str, timeout: float) -> str:
 def slurm(
     logs: Path, options: Mapping[str, Any] | None = None, *, cluster: str = "slurm", timeout: float = 3600.0
 ) -> Submit:
-    """Return what submits a cell as a Slurm job.
+    """Return a callable that submits a cell as a Slurm job.
 
     Args:
         logs: shared folder for submitit's scripts and logs.
         options: submitit's parameters, such as `slurm_partition`, `mem_gb`, `cpus_per_task`.
-        cluster: `slurm`; `local` for processes of this machine.
-        timeout: seconds of one cell.
+        cluster: `slurm`; `local` for processes on this machine.
+        timeout: seconds per cell.
 
     Raises:
-        ConfigError: submitit is not installed, Slurm is not there, or an option is unknown.
+        ConfigError: submitit is not installed, Slurm is not available, or an option is unknown.
     """
     try:
         import submitit
@@ -63,7 +63,7 @@ def slurm(
         executor.update_parameters(**{"timeout_min": int(timeout // 60) + 5, "name": "peftree", **(options or {})})
     except (RuntimeError, TypeError, NameError, AssertionError) as error:
         raise ConfigError(
-            f"submitit: {str(error).strip().rstrip('.')}.", "Check the options, and that Slurm is there."
+            f"submitit: {str(error).strip().rstrip('.')}.", "Check the options, and that Slurm is available."
         ) from None
 
     def submit(cell: Cell, records: Path) -> Job:
@@ -74,11 +74,11 @@ def slurm(
 
 
 def ray(address: str = "auto", *, timeout: float = 3600.0) -> Submit:
-    """Return what submits a cell as a Ray task of one processor and the memory it is expected to take.
+    """Return a callable that submits a cell as a Ray task of one processor and the memory it is expected to take.
 
     Args:
-        address: of a cluster; `auto` for the one this machine belongs to; `local` starts one here.
-        timeout: seconds of one cell.
+        address: the address of a cluster; `auto` for the one that this machine belongs to; `local` starts one here.
+        timeout: seconds per cell.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
@@ -114,7 +114,7 @@ def runner(
 ) -> Callable[[Sequence[Cell], Path, float], list[RunRecord]]:
     """Return a runner of cells for `run_suite` that submits them, `jobs` at a time.
 
-    What is settled already is not submitted. On Ctrl-C the jobs at work are called off.
+    Cells that are already settled are not submitted. Ctrl-C cancels the running jobs.
     """
     said = console or Console(stderr=True)
 
@@ -142,7 +142,7 @@ def runner(
 
 
 def _settled(cell: Cell, job: Job, records: Path) -> RunRecord:
-    """Return the record of an ended job; one that left none becomes a failed record."""
+    """Return the record of an ended job; a job that left none gets a failed record."""
     error = "The job ended without a record."
     try:
         job.wait()

@@ -1,4 +1,4 @@
-"""What `peftree bench` does: run, plan, state and pack, as data and tables."""
+"""What `peftree bench` does: run, plan, status and pack, as data and tables."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def run(
     slurm: str = "",
     ray: str = "",
 ) -> None:
-    """Run what is missing and say what comes next; exit code 1 if a run failed, 130 after Ctrl-C.
+    """Run what is missing and print the next step; exit code 1 if a run failed, 130 after Ctrl-C.
 
     Raises:
-        PeftreeError: as `run_suite`; or a scheduler is not there.
+        PeftreeError: as for `run_suite`, or a scheduler is not available.
         SystemExit: see above.
     """
     console = Console()
@@ -88,10 +88,10 @@ def run(
 
 
 def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2) -> dict[str, Any]:
-    """Return how far a suite is: per task, per method, and the hours left at the pace measured so far.
+    """Return the progress of a suite: per task, per method, and the hours left at the pace measured so far.
 
     Raises:
-        ConfigError: the suite has no such task as one of `only`.
+        ConfigError: the suite does not have one of the tasks in `only`.
     """
     Choice(only).check(suite)
     folder = out / "records"
@@ -115,7 +115,7 @@ def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2
 
 
 def _progress(task: str, found: Sequence[State]) -> dict[str, Any]:
-    """Return how far one task is."""
+    """Return the progress of one task."""
     ends = {name: sum(getattr(s, name) for s in found) for name in ("failed", "diverged", "inapplicable")}
     return {
         "task": task, "finished": f"{sum(not s.missing for s in found)}/{len(found)}",

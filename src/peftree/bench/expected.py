@@ -51,19 +51,19 @@ def expected(
     """Return the curve up to half of the trials, where the estimate is still steady.
 
     Args:
-        scores: one a trial; a diverged trial has the worst score, not none.
+        scores: one per trial; a diverged trial has the worst score, not none.
         seconds: the mean time of a trial; B trials are taken to need B times as long.
         higher_is_better: else the expected minimum is returned.
-        level: of the percentile bootstrap over trials.
+        level: the level of the percentile bootstrap over trials.
         draws: number of resamples.
-        seed: of the resampling.
+        seed: the seed of the resampling.
 
     Raises:
         DataError: there are fewer than 2 trials, or a score is not finite.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
-        raise DataError(f"{values.size} trials give no expected maximum.", "Give 2 finite scores or more.")
+        raise DataError(f"{values.size} trials give no expected maximum.", "Give at least 2 finite scores.")
     sign = 1.0 if higher_is_better else -1.0
     largest = values.size // 2
     resampled = np.random.default_rng(seed).choice(sign * values, (draws, values.size))

@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Sample:
-    """The finished runs of one method: per-item numbers where usable, else one score a seed."""
+    """The finished runs of one method: per-item numbers if usable, else one score per seed."""
 
     seeds: tuple[int, ...]
     matrix: Array
@@ -45,8 +45,8 @@ class Sample:
 def sample(records: Sequence[RunRecord]) -> Sample | None:
     """Return the sample of the finished runs among `records` (one method's), or None.
 
-    Items are used if every run has equally many and they average to its score; else the scores
-    alone are used and a note says why.
+    Items are used if every run has the same number and they average to its score; otherwise only the scores
+    are used, and a note says why.
     """
     done = sorted((r for r in records if r.status == "ok"), key=lambda r: r.seed)
     if not done:
@@ -86,11 +86,11 @@ def comparisons(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
 
 
 def labelled(records: Sequence[RunRecord], *, rates: bool = True) -> dict[str, list[RunRecord]]:
-    """Group runs of one table by method and settings; name each group by what tells it apart.
+    """Group runs of one table by method and settings; name each group by what distinguishes it.
 
     Args:
-        records: in the order that decides between equal labels.
-        rates: whether runs that differ in their learning rate alone are groups of their own.
+        records: run records, in the order that decides between equal labels.
+        rates: whether runs that differ only in their learning rate form separate groups.
     """
     variants: dict[str, list[RunRecord]] = {}
     for r in records:
@@ -113,9 +113,9 @@ def labelled(records: Sequence[RunRecord], *, rates: bool = True) -> dict[str, l
 def _differing(record: RunRecord, siblings: Sequence[RunRecord], rates: bool) -> str:
     """Return the settings in which `record` and its siblings differ: ``r=8``, or ``r=8 lr=0.001``.
 
-    Fields that have the method's default are not named, so that a method as its author made it has the same
-    label whatever it is compared with. The rate is named only where nothing else tells all siblings apart, so
-    that a method tuned on each task has one label everywhere.
+    Fields at the method's default are not named, so that a method as its author made it has the same
+    label whatever it is compared with. The rate is named only if nothing else distinguishes all siblings, so
+    a method tuned on each task has one label everywhere.
     """
 
     def choices(r: RunRecord) -> dict[str, object]:
@@ -134,7 +134,7 @@ def _differing(record: RunRecord, siblings: Sequence[RunRecord], rates: bool) ->
 
 @functools.cache
 def _defaults(method: str) -> dict[str, object]:
-    """Return the fields of the method as its author made it; none for one that is not here."""
+    """Return the fields of the method as its author made it; empty for an unknown method."""
     from peftree import registry  # imports torch, which most reports do without
 
     try:

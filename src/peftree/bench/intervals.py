@@ -44,7 +44,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the ends of its interval; infinite ends mean that the data allow none."""
+    """An estimate with the ends of its interval; infinite ends mean that the data allow no interval."""
 
     value: float
     low: float
@@ -89,10 +89,10 @@ def bootstrap(
         statistic: takes as many arrays as there are samples, works elementwise.
         level: nominal coverage.
         draws: number of resamples.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: the seed of the resampling; the same seed gives the same interval.
 
     Raises:
-        DataError: a sample is empty, not finite, or of another shape than the first.
+        DataError: a sample is empty, not finite, or has another shape than the first.
     """
     found = matrices(samples)
     items = found[0].shape[1]
@@ -135,8 +135,8 @@ def spread(matrix: Array) -> tuple[float, float]:
 def mean_interval(sample: ArrayLike, *, exponential: bool = False, level: float = LEVEL, seed: int = 0) -> Interval:
     """Return the mean of a sample ``[seeds, items]``, or its ``exp``, with its interval.
 
-    Where all values lie in 0..1 the interval is made on the logit scale, so its ends do too. Where
-    every item is right (all 1) or wrong (all 0) it is Wilson's for that proportion of items.
+    If all values lie in 0..1, the interval is made on the logit scale, so its ends do too. If
+    every item is right (all 1) or wrong (all 0), it is Wilson's for that proportion of items.
     """
     (matrix,) = matrices([sample])
     first, mean = matrix.flat[0], float(matrix.mean())
@@ -160,7 +160,7 @@ def difference(
 ) -> Interval:
     """Return sample minus reference, paired on the same seeds and items, with its interval.
 
-    With `exponential` the difference of ``exp(mean)`` (perplexities from losses), by the delta method.
+    With `exponential`, it is the difference of ``exp(mean)`` (perplexities from losses), by the delta method.
     """
     pair = matrices([sample, reference])
     if pair[0].shape[0] == 1 and pair[0].shape[1] > 1:
@@ -200,7 +200,7 @@ def relative_score(
     """Return ``(m - b) / (f - b)``: the part of full fine-tuning's gain that the method reaches.
 
     Several seeds: Fieller's interval (1954), all r that a t test of ``(m - b) - r (f - b) = 0``
-    does not reject. None where the interval of ``f - b`` holds 0: no gain to take a part of.
+    does not reject. None if the interval of ``f - b`` contains 0: there is no gain to take a part of.
     """
     gain = difference(full, baseline, exponential=exponential, level=level, seed=seed)
     if not gain.known or gain.holds(0.0):
@@ -249,7 +249,7 @@ def retained(relative: Interval | None, share: float = 0.9) -> Retained:
     """Say whether at least `share` of full fine-tuning's gain is kept: "yes", "no" or "not shown".
 
     "yes" only if the interval's lower end reaches `share`, "no" only if its upper end stays below;
-    "not shown" else, and where full fine-tuning's own gain is not shown (`relative` is then None).
+    "not shown" otherwise, and if full fine-tuning's own gain is not shown (`relative` is then None).
     """
     if relative is None or not relative.known:
         return "not shown"
@@ -257,7 +257,7 @@ def retained(relative: Interval | None, share: float = 0.9) -> Retained:
 
 
 def verdict(interval: Interval) -> Verdict:
-    """Say what the interval of a difference shows: nothing if it holds 0, else the direction."""
+    """Say what the interval of a difference shows: nothing if it contains 0, else the direction."""
     if interval.holds(0.0):
         return "no difference shown"
     return "higher" if interval.low > 0 else "lower"
@@ -267,7 +267,7 @@ def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
     """Return a proportion with Wilson's score interval (Wilson 1927).
 
     Raises:
-        DataError: there is no trial, or successes are not within 0..trials.
+        DataError: there are no trials, or successes are not within 0..trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"{successes} of {trials} is not a proportion.", "Give 0 <= k <= n, n > 0.")
@@ -279,7 +279,7 @@ def matrices(samples: Sequence[ArrayLike]) -> list[Array]:
     """Return samples as matrices ``[seeds, items]``, checked.
 
     Raises:
-        DataError: a sample is not finite or not a matrix, is empty, or of another shape than the first.
+        DataError: a sample is not finite or not a matrix, is empty, or has another shape than the first.
     """
     found = [np.asarray(sample, dtype=np.float64) for sample in samples]
     shape = found[0].shape
@@ -287,7 +287,7 @@ def matrices(samples: Sequence[ArrayLike]) -> list[Array]:
         if matrix.ndim != 2 or matrix.size == 0 or not np.isfinite(matrix).all():
             raise DataError(
                 f"A sample of shape {matrix.shape} is not a finite matrix [seeds, items].",
-                "Give one row a seed and one column a test item.",
+                "Give one row per seed and one column per test item.",
             )
         if matrix.shape != shape:
             raise DataError(
@@ -336,7 +336,7 @@ def _resampled_means(matrix: Array, draws: int, seed: int) -> Array:
 
 @functools.lru_cache(maxsize=4)
 def _counts(size: int, draws: int, seed: int) -> NDArray[np.float32]:
-    """Return how often each of `size` things occurs in each of `draws` resamples."""
+    """Return how often each of `size` elements occurs in each of `draws` resamples."""
     rng = np.random.default_rng([seed, size])
     out = np.empty((draws, size), dtype=np.float32)
     for row in range(draws):
@@ -345,7 +345,7 @@ def _counts(size: int, draws: int, seed: int) -> NDArray[np.float32]:
 
 
 def _student(value: float, by_seed: Array, level: float) -> Interval:
-    """Return Student's t interval around `value` from one number a seed."""
+    """Return Student's t interval around `value` from one number per seed."""
     if not np.isfinite(by_seed).all():
         return Interval(value, -math.inf, math.inf)
     return Interval(value, *_ends(value, *spread(np.reshape(by_seed, (-1, 1))), level))

@@ -1,6 +1,6 @@
 """Paired tests of two methods on the same seeds and items, and of several tests at once.
 
-All are about the null hypothesis that two methods are exchangeable. Samples as in
+All test the null hypothesis that two methods are exchangeable. Samples are as in
 `peftree.bench.intervals`: matrices ``[seeds, items]``.
 """
 
@@ -22,7 +22,7 @@ EXACT = 1 << 14  # sign patterns that are enumerated
 
 
 def paired_p(sample: ArrayLike, reference: ArrayLike) -> tuple[float, Test]:
-    """Return the two-sided p of the fitting test, and which: McNemar for one seed of 0/1 items."""
+    """Return the two-sided p of the test that fits, and its name: McNemar for one seed of 0/1 items."""
     first, second = matrices([sample, reference])
     binary = all(np.isin(each, (0.0, 1.0)).all() for each in (first, second))
     if first.shape[0] == 1 and first.shape[1] > 1 and binary:
@@ -33,7 +33,7 @@ def paired_p(sample: ArrayLike, reference: ArrayLike) -> tuple[float, Test]:
 def mcnemar(sample: ArrayLike, reference: ArrayLike) -> float:
     """Return the exact two-sided p of McNemar's test (1947) on 0/1 results of the same items.
 
-    Of the items that only one of both has right, each has either with probability 1/2.
+    Under the null hypothesis, an item that only one method gets right is either's with probability 1/2.
     """
     gaps = np.asarray(sample, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     won, lost = int((gaps > 0).sum()), int((gaps < 0).sum())
@@ -45,8 +45,8 @@ def permutation_test(sample: ArrayLike, reference: ArrayLike, *, draws: int = 50
 
     Under the null hypothesis a method and the reference are exchangeable on every item, so the
     sign of each item's difference (averaged over seeds) is flipped at random; the trained models
-    are taken as fixed. With one item the seeds are flipped instead. Exact where few
-    sign patterns exist, else Monte Carlo with ``(1 + hits) / (1 + draws)``.
+    are taken as fixed. With one item, the seeds are flipped instead. It is exact if few
+    sign patterns exist, otherwise Monte Carlo with ``(1 + hits) / (1 + draws)``.
     """
     first, second = matrices([sample, reference])
     gaps = first - second

@@ -1,10 +1,10 @@
-"""A local runner of cells: each run is a process of its own, done once, resumable after any kill.
+"""A local runner of cells: each run is a separate process, done once, resumable after any kill.
 
-A cell is named by what defines its run (`record.run_key`). It is done when its record lies in the
-records folder with status ``ok``; whatever stopped the runner before, calling it again does what is
+A cell is named by what defines its run (`record.run_key`). It is done when its record is in the
+records folder with status ``ok``. Whatever stopped the runner, calling it again does what is
 missing. A cell that fails, is killed or hangs becomes a record with status ``failed`` and the error.
-On Linux the processes are forked from one that has imported what all of them need and run nothing,
-which saves each its seconds of imports. No process outlives its runner.
+On Linux the processes are forked from one that has only imported what all of them need,
+which saves each the seconds of its imports. No process outlives its runner.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Cell:
 
     Attributes:
         facts: the fields of its `RunRecord` that are known before it starts, the identity among them.
-        target: `module:function`; called with `job` in a process of its own, it writes the record.
-        job: what the function is told, as plain data.
+        target: `module:function`; called with `job` in a separate process, it writes the record.
+        job: the argument of the function, as plain data.
         seconds: how long it took elsewhere, for the estimate.
-        memory: bytes that it takes at its peak.
+        memory: bytes at its peak.
     """
 
     facts: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The content address of its record."""
+        """The content address of the cell's record."""
         return run_key(self.facts)
 
 
@@ -108,7 +108,7 @@ def _child(target: str, job: Mapping[str, Any], output: str, threads: int) -> No
 
 
 def _watch() -> None:
-    """End this process when its runner is gone."""
+    """End this process when its runner has ended."""
     runner = multiprocessing.parent_process()
     assert runner is not None
     multiprocessing.connection.wait([runner.sentinel])
@@ -121,7 +121,7 @@ def _settings(threads: int) -> dict[str, str]:
 
 
 def finished(cell: Cell, folder: Path) -> RunRecord | None:
-    """Return the record of `cell` if it is settled; a failed or damaged one does not count."""
+    """Return the record of `cell` if it is settled; a failed or damaged record does not count."""
     try:
         record = read_record(folder / file_name(cell.key))
     except DataError:
@@ -143,27 +143,27 @@ def run_cells(
 ) -> list[RunRecord]:
     """Do every cell that has no finished record in `folder`; return all records, in the order of cells.
 
-    Two runners may work on one folder: a cell is done by whichever starts it first. Failed cells
+    Two runners may work on one folder: whichever starts a cell first does it. Failed cells
     are tried again by the next call.
 
     Args:
-        cells: in the order in which to start them; no two of one key.
-        folder: of the records; is made.
+        cells: the cells, in the order in which to start them; no two with the same key.
+        folder: the folder of the records; created if needed.
         workers: processes at a time.
-        threads: CPU threads of each.
-        memory: bytes that the cells at work may take together; one alone is always let run.
+        threads: CPU threads per process.
+        memory: bytes that the running cells may take together; a single cell may always run.
         timeout: seconds after which a cell has failed.
-        preload: modules that every cell needs, imported once where processes are forked.
+        preload: modules that every cell needs, imported once if processes are forked.
         later: expected seconds of cells that come after these, for the time left.
-        console: where lines and the bar go; none: standard error.
+        console: where lines and the bar go; None: standard error.
 
     Raises:
-        ConfigError: two cells have one key, or a number is below 1.
+        ConfigError: two cells have the same key, or a number is below 1.
     """
     if len({cell.key for cell in cells}) != len(cells):
-        raise ConfigError("Two cells define the same run.", "Give each once.")
+        raise ConfigError("Two cells define the same run.", "Give each run once.")
     if min(workers, threads) < 1:
-        raise ConfigError(f"workers={workers}, threads={threads}: both count from 1.", "Raise them.")
+        raise ConfigError(f"workers={workers}, threads={threads}: both must be at least 1.", "Raise them.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _context().set_forkserver_preload(list(preload))
@@ -196,14 +196,14 @@ def time_left(
     workers: int,
     later: float = 0.0,
 ) -> float:
-    """Return the seconds that are left, from what was expected and what the finished ones took.
+    """Return the seconds that are left, from the expected times and those of finished cells.
 
     Args:
         waiting: expected seconds of each cell to come.
-        running: expected seconds and age of each cell at work.
+        running: expected seconds and age of each running cell.
         done: expected seconds and time taken of each cell done by this call.
-        workers: cells at work at a time.
-        later: expected seconds of cells that are not known yet.
+        workers: cells that run at a time.
+        later: expected seconds of cells that are not yet known.
 
     >>> time_left([10, 10], [(10, 5)], [(10, 20)], 1)  # everything takes twice as long here
     55.0
@@ -257,7 +257,7 @@ class _Pool:
             else:
                 self.records[cell.key] = record
         if self.records:
-            self.console.print(f"{len(self.records)} of {self.total} runs are done already.")
+            self.console.print(f"{len(self.records)} of {self.total} runs are already done.")
         bar = Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console)
         with bar:
             shown = bar.add_task("", total=max(self.total, 1))
@@ -270,7 +270,7 @@ class _Pool:
         return [self.records[cell.key] for cell in cells]
 
     def stop(self) -> None:
-        """Kill what is at work and give its cells free."""
+        """Kill the running processes and release their cells."""
         for child in self.running:
             child.process.kill()
             child.process.join()
@@ -298,7 +298,7 @@ class _Pool:
         return not self.running or held + cell.memory <= self.limits.memory
 
     def _lock(self, cell: Cell) -> FileLock | None:
-        """Return the cell's lock, or None while another runner is at it."""
+        """Return the cell's lock, or None while another runner does the cell."""
         folder = self.folder / ".locks"
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / f"{cell.key}.lock")
@@ -321,7 +321,7 @@ class _Pool:
         return _Child(cell, process, output, lock, time.monotonic(), datetime.now(UTC))
 
     def _settle(self) -> None:
-        """Take in the children that ended, and end those that hang."""
+        """Collect the processes that ended, and end those that hang."""
         for child in list(self.running):
             code = child.process.exitcode
             if code is None and child.age < self.limits.timeout:
@@ -342,7 +342,7 @@ class _Pool:
     def _failure(self, child: _Child, code: int | None) -> RunRecord:
         said = child.output.read_text("utf-8", "replace").strip()[-TAIL:]
         if code is None:
-            why = f"It took longer than {self.limits.timeout:g} s and was ended."
+            why = f"It took longer than {self.limits.timeout:g} s and was stopped."
         elif code < 0:
             why = f"It was ended by {signal.Signals(-code).name}."
             why += " Memory may have run out." if -code == signal.SIGKILL else ""

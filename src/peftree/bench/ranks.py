@@ -19,10 +19,10 @@ class Ranks:
     Attributes:
         names: the methods, best first.
         means: their mean ranks.
-        tasks: on how many tasks.
-        p: of Friedman's test that all methods are alike, with Iman and Davenport's correction.
-        critical: mean ranks closer than this are not told apart at level .05 (Nemenyi).
-        groups: maximal runs of methods, as first and last index, that are not told apart.
+        tasks: the number of tasks.
+        p: the p of Friedman's test that all methods are equal, with Iman and Davenport's correction.
+        critical: mean ranks closer than this are not distinguished at level .05 (Nemenyi).
+        groups: maximal runs of methods, as first and last index, that are not distinguished.
     """
 
     names: tuple[str, ...]
@@ -34,18 +34,18 @@ class Ranks:
 
 
 def mean_ranks(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Ranks:
-    """Return the mean ranks of methods from their scores on the same tasks, higher being better.
+    """Return the mean ranks of methods from their scores on the same tasks; higher scores are better.
 
     Ties share their mean rank. ``critical = q sqrt(k (k + 1) / (6 N))`` with q the studentized
     range of k groups over ``sqrt(2)``; k methods, N tasks.
 
     Raises:
-        DataError: fewer than 2 methods or 2 tasks, or unequal numbers of scores.
+        DataError: there are fewer than 2 methods or 2 tasks, or unequal numbers of scores.
     """
     names = list(scores)
     counts = {len(values) for values in scores.values()}
     if len(names) < 2 or len(counts) != 1 or min(counts) < 2:
-        raise DataError("Mean ranks need 2 methods or more on the same 2 tasks or more.", "Run more of both.")
+        raise DataError("Mean ranks need at least 2 methods on the same 2 or more tasks.", "Run more of both.")
     table = np.asarray([scores[name] for name in names], dtype=np.float64).T
     n, k = table.shape
     ranks = stats.rankdata(-table, axis=1)

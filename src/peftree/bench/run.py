@@ -31,7 +31,7 @@ Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a suite to run; empty: all."""
+    """Which part of a suite to run; empty: all."""
 
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -44,17 +44,17 @@ class Choice:
                     raise ConfigError(f"The suite {suite.suite} has no '{name}'.", did_you_mean(name, known))
 
     def entries(self, suite: Suite) -> dict[str, list[str]]:
-        """Return the chosen entries of each chosen task that has any; ConfigError if there is none."""
+        """Return the chosen entries of each chosen task that has any; ConfigError if there are none."""
         found = {t: [n for n, _ in suite.entries(t) if n in (self.methods or (n,))] for t in self.chosen(suite)}
         if not any(found.values()):
-            raise ConfigError(f"No chosen task of {suite.suite} has a chosen method.", "Choose others.")
+            raise ConfigError(f"No chosen task of {suite.suite} has a chosen method.", "Choose other tasks or methods.")
         return {task: names for task, names in found.items() if names}
 
     def chosen(self, suite: Suite) -> list[str]:
-        """Return the tasks that are to run; raise ConfigError for a chosen one that is closed."""
+        """Return the tasks to run; raise ConfigError for a chosen task that is closed."""
         for name in self.tasks:
             if suite.tasks[name].closed:
-                raise ConfigError(f"{name} no longer runs: {suite.tasks[name].closed}.", "Choose another task.")
+                raise ConfigError(f"{name} is closed: {suite.tasks[name].closed}.", "Choose another task.")
         return [name for name, task in suite.tasks.items() if not task.closed and name in (self.tasks or suite.tasks)]
 
 
@@ -73,7 +73,7 @@ class Planned:
         """Return the trials of the methods, trial by trial.
 
         Trial t of every method of a task draws the same point of the range, and ranges differ only by
-        the methods' default rates: luck with the draw is then nobody's advantage.
+        the methods' default rates, so no method gains from a lucky draw.
         """
         draws = self.suite.protocol.draws(self.name, self.suite.trials(self.name))
         return [
@@ -95,7 +95,7 @@ class Planned:
         return self.suite.methods[entry]
 
     def _chosen(self, entry: str, tried: Sequence[RunRecord]) -> float:
-        """Return the rate of the best trial; of equal ones, and if all diverged, the lowest."""
+        """Return the rate of the best trial; among equal ones, and if all diverged, the lowest."""
         if not self.suite.protocol.trials:
             return self._rate(entry, self._entry(entry).times)
         method, fields = _identity(entry, self._entry(entry))
@@ -133,7 +133,7 @@ class Planned:
         return Cell(facts, "peftree.bench.cell:work", job, seconds, task.memory * chosen.memory * GIB)
 
     def _facts(self) -> dict[str, Any]:
-        """Return what all records of the task say."""
+        """Return what all records of the task hold."""
         task = self.task
         settings = {k: v for k, v in task.settings.items() if k not in _FREE}
         budget: dict[str, Any] = {
@@ -187,23 +187,23 @@ def run_suite(
     console: Console | None = None,
     keep: int = 0,
 ) -> list[RunRecord]:
-    """Run what is missing of a suite; return all records of what was chosen, trials first, task by task.
+    """Run what is missing from a suite; return all records of what was chosen, trials first, task by task.
 
-    The records go to ``out/records``; ``out/suite.json`` keeps the suite as it was run.
+    The records go to ``out/records``; ``out/suite.json`` keeps the suite that was run.
 
     Args:
         suite: what to run.
-        out: is made.
-        choice: a part of it.
-        runner: does cells, given the folder of records and the seconds expected after them; none: processes here.
-        workers: processes at a time; 0: two, or as many as there are cores.
+        out: the folder of the results; created if needed.
+        choice: the part of it to run.
+        runner: does cells, given the folder of records and the seconds expected after them; None: processes here.
+        workers: processes at a time; 0: two, or one on a single core.
         console: where lines and the bar go.
         keep: bytes of an adapter up to which a final run's folder stays.
 
     Raises:
         ConfigError, MethodError: the suite or the choice names something unknown, before any run.
         AssetError: material could not be fetched: before any run if its task was chosen by name, else after the rest.
-        DataError: material is not what the suite was made for, before any run.
+        DataError: material is not what the suite was made for; raised before any run.
     """
     choice, out = choice or Choice(), out.absolute()
     choice.check(suite)
@@ -229,7 +229,7 @@ def run_suite(
 
 
 def _gathered(suite: Suite, names: Sequence[str], console: Console) -> tuple[dict[str, Material], list[AssetError]]:
-    """Return the material of each task, and why that of others, or of those that they are tuned on, is not there."""
+    """Return the material of each task, and why that of other tasks, or of those they are tuned on, is missing."""
     material, lost = dict[str, Material](), dict[str, AssetError]()
     for name in names:
         try:
@@ -250,7 +250,7 @@ def _identity(name: str, entry: Entry) -> tuple[str, dict[str, Any]]:
 
 
 def completed(record: RunRecord) -> dict[str, Any]:
-    """Return the method's fields in a record, those that did not exist yet when it ran at their defaults of today."""
+    """Return the method's fields in a record, with today's defaults for those that did not exist when it ran."""
     try:
         method = registry.from_spec({"method": record.method, "fields": record.fields})
     except PeftreeError:  # a method or a value of another time
@@ -264,7 +264,7 @@ def _tuned(suite: Suite, name: str, found: Sequence[RunRecord]) -> list[RunRecor
     other = suite.tasks[name].tuned_on
     tried = [r for r in found if r.task == other and r.phase == "trial"]
     if other and suite.protocol.trials and not tried:
-        raise ConfigError(f"{name} takes its rates from {other}, which was not run.", f"Run --task {other} too.")
+        raise ConfigError(f"{name} takes its rates from {other}, which was not run.", f"Also run --task {other}.")
     return tried
 
 
@@ -283,7 +283,7 @@ def _here(workers: int, console: Console | None) -> Runner:
 
 @dataclass(frozen=True)
 class State:
-    """How far one method is on one task."""
+    """The progress of one method on one task."""
 
     task: str
     method: str
@@ -297,15 +297,15 @@ class State:
 
     @property
     def missing(self) -> int:
-        """How many runs are still to do."""
+        """The number of runs still to do."""
         return self.trials_wanted + self.finals_wanted - self.trials - self.finals
 
 
 def states(suite: Suite, records: Sequence[RunRecord]) -> list[State]:
     """Return the state of every method on every task, from the records that exist.
 
-    Records of other fields or, where nothing is tuned, of another rate than the suite names do not count. Of a closed
-    task nothing is wanted but what is there.
+    Records with other fields, or with another rate than the suite names if nothing is tuned, do not count. A closed
+    task needs no more runs.
     """
     out = []
     for name in suite.tasks:
@@ -326,12 +326,12 @@ def states(suite: Suite, records: Sequence[RunRecord]) -> list[State]:
 
 
 def seconds_left(suite: Suite, found: Sequence[State], pace: Mapping[str, float]) -> float:
-    """Return the processor seconds that the missing runs will take, from the pace of those that are done.
+    """Return the processor seconds that the missing runs will take, from the pace of finished runs.
 
     Args:
         suite: the suite.
         found: its states.
-        pace: seconds of a run by task, as measured; tasks that are not in it go by the suite's estimate.
+        pace: measured seconds of a run by task; other tasks use the suite's estimate.
     """
     costs = {name: entry.cost for name, entry in suite.methods.items()}
     return sum(s.missing * costs[s.method] * pace.get(s.task, suite.tasks[s.task].seconds) for s in found)

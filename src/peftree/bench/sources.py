@@ -1,4 +1,4 @@
-"""Models and data of a suite's tasks: fetched or found, written once, and hashed."""
+"""Models and data of a suite's tasks: fetched or found, written once and hashed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one source: its folder, and the SHA-256 of what lies in it."""
+    """The files of one source: its folder, and the SHA-256 of its contents."""
 
     folder: Path
     sha256: str
@@ -27,14 +27,14 @@ class Files:
         """Return the path of a split.
 
         Raises:
-            DataError: there is none.
+            DataError: there is no such split.
         """
         found = sorted(p for p in self.folder.glob(f"{name}*") if p.stem == name and not p.name.startswith("."))
         if len(found) != 1:
             there = ", ".join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))) or "nothing"
             raise DataError(
-                f"{self.folder} holds {len(found)} splits called '{name}'.",
-                f"It needs one file or folder {name}; it holds {there}.",
+                f"{self.folder} has {len(found)} splits called '{name}'.",
+                f"It needs one file or folder {name}; it has {there}.",
             )
         return str(found[0])
 
@@ -60,11 +60,11 @@ class Material:
 
 
 def gather(task: SuiteTask, quiet: bool = False) -> Material:
-    """Return model and data of a task, fetching and writing what is not there yet.
+    """Return the model and data of a task; fetch and write what is missing.
 
     Raises:
         AssetError: something could not be fetched.
-        DataError: files are missing, or not those that the suite names by hash.
+        DataError: files are missing, or do not have the hash that the suite names.
     """
     model = str(model_folder(task.model, quiet)) if task.model in MODELS else task.model
     return Material(
@@ -81,7 +81,7 @@ def files(source: Source, quiet: bool = False) -> Files:
     """Return the files of one source.
 
     Raises:
-        DataError: they are missing, or their hash is not the one that the suite names.
+        DataError: files are missing, or do not have the hash that the suite names.
     """
     if source.source == "files":
         folder = Path(str(source.path)).expanduser()
@@ -96,14 +96,14 @@ def files(source: Source, quiet: bool = False) -> Files:
     found = folder_hash(folder)
     if source.sha256 and found != source.sha256:
         raise DataError(
-            f"The files in {folder} have SHA-256 {found}, the suite was made for {source.sha256}.",
-            "Restore the files, or change the suite: its results are then others.",
+            f"The files in {folder} have SHA-256 {found}, but the suite was made for {source.sha256}.",
+            "Restore the files, or change the suite, which changes its results.",
         )
     return Files(folder, found)
 
 
 def folder_hash(folder: Path) -> str:
-    """Return the SHA-256 over names and contents of the files below a folder, hidden ones left out."""
+    """Return the SHA-256 over names and contents of the files below a folder, except hidden ones."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()

@@ -1,7 +1,7 @@
 """A suite: which methods on which tasks under which protocol, read from a YAML file and hashed. Imports no torch.
 
 The file is the pre-registration: its hash goes into every record, and what defines a run (data, model,
-settings, fields, rate, seed) is the run's address, so an edited suite never mixes with what was run before.
+settings, fields, rate, seed) is the run's address, so an edited suite never mixes with earlier runs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where rows come from: a packaged data set, or files of one's own."""
+    """Where rows come from: a packaged data set, or your own files."""
 
     source: str = Field("files", description="a packaged data set, or 'files'")
-    path: str | None = Field(None, description="with 'files': a folder that holds the splits, or one file")
-    options: dict[str, Any] = Field(default_factory=dict, description="what the packaged data set takes")
+    path: str | None = Field(None, description="with 'files': a folder with the splits, or one file")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the packaged data set")
     sizes: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description="rows of each split")
     seed: int = Field(0, ge=0, description="which rows are drawn")
-    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="of the files; other data are refused")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="hash of the files; other data is refused")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -52,13 +52,13 @@ class Source(_Strict):
 
 
 class Entry(_Strict):
-    """A method in a suite; several entries may be one method with other fields."""
+    """A method in a suite; several entries may be the same method with different fields."""
 
     method: str = Field("", description="the method's name; none: the entry's")
     fields: dict[str, Any] = Field(default_factory=dict, description="fields that differ from the defaults")
-    times: float = Field(1.0, gt=0, description="without trials: learning rate over the method's default")
-    cost: float = Field(1.0, gt=0, description="time of a run over the task's usual, for estimates")
-    memory: float = Field(1.0, gt=0, description="peak memory over the task's usual, for estimates")
+    times: float = Field(1.0, gt=0, description="without trials: learning rate relative to the method's default")
+    cost: float = Field(1.0, gt=0, description="time of a run relative to the task's usual time, for estimates")
+    memory: float = Field(1.0, gt=0, description="peak memory relative to the task's usual peak, for estimates")
     named: bool = Field(False, description="only for tasks that name it in their methods")
 
 
@@ -67,7 +67,7 @@ class SuiteTask(_Strict):
 
     task: TaskName = Field(description="the kind of task, as in `RunConfig`")
     model: str = Field(description="a packaged model, a folder, or a hub name")
-    dataset: str = Field(description="what the data are, for people")
+    dataset: str = Field(description="readable description of the data")
     data: Source
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of `RunConfig`")
     share: float = Field(1.0, gt=0, le=1, description="share of the training rows")
@@ -76,11 +76,11 @@ class SuiteTask(_Strict):
     shifted: dict[str, Source] = Field(default_factory=dict, description="other test sets, scored by final runs")
     stages: dict[str, Source] = Field(default_factory=dict, description="data to continue training with, one by one")
     general: Source | None = Field(None, description="held-out general rows for the probe 'retention'")
-    probes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what final runs are probed for")
-    methods: tuple[str, ...] = Field((), description="entries to run; none: all that need no naming")
-    seconds: float = Field(20.0, gt=0, description="how long a usual run takes")
-    memory: float = Field(1.0, gt=0, description="GiB that a usual run takes")
-    closed: str = Field("", description="why it no longer runs; its records stand")
+    probes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="probes of final runs")
+    methods: tuple[str, ...] = Field((), description="entries to run; empty: all except `named` ones")
+    seconds: float = Field(20.0, gt=0, description="seconds of a usual run")
+    memory: float = Field(1.0, gt=0, description="GiB of a usual run")
+    closed: str = Field("", description="why it no longer runs; its records remain valid")
 
     @property
     def facts(self) -> TaskFacts:
@@ -107,12 +107,12 @@ class SuiteTask(_Strict):
 
 
 class Protocol(_Strict):
-    """How fair the comparison is."""
+    """The rules of a fair comparison."""
 
-    trials: int = Field(ge=0, le=1000, description="random learning rates tried by every method on every task")
+    trials: int = Field(ge=0, le=1000, description="random learning rates that every method tries on every task")
     seeds: int = Field(ge=1, le=100, description="fresh seeds of the chosen rate")
-    probe_seeds: int = Field(0, ge=0, description="how many of these are probed, the first ones; 0: all")
-    rates: tuple[float, float] = Field((0.1, 100.0), description="range of the search, over a method's default rate")
+    probe_seeds: int = Field(0, ge=0, description="number of these, from the first, that are probed; 0: all")
+    rates: tuple[float, float] = Field((0.1, 100.0), description="range of the search, times a method's default rate")
     gap: float | None = Field(None, description="widest factor between neighbouring trials, and to the range's ends")
 
     @model_validator(mode="after")
@@ -123,14 +123,14 @@ class Protocol(_Strict):
         least = (high / low) ** (1.5 / (self.trials + 1))  # half as much again as evenly spaced: draws do get there
         if self.gap is not None and self.gap < least:
             raise ValueError(
-                f"gap: {self.trials} random trials cannot cover the range so well; {least:.3g} is the least"
+                f"gap: {self.trials} random trials cannot cover the range that well; the least is {least:.3g}"
             )
         return self
 
     def draws(self, task: str, trials: int) -> list[float]:
-        """Return the learning rates to try on a task, each over a method's default: log-uniform, seeded by its name.
+        """Return the learning rates to try on a task, relative to a method's default: log-uniform, seeded by its name.
 
-        With `gap`, sets of draws that leave a wider part of the range untried are drawn again.
+        With `gap`, sets of draws that leave a wider part of the range untried are redrawn.
         """
         low, high = (math.log(end) for end in self.rates)
         for again in itertools.count():
@@ -166,7 +166,7 @@ class Suite(_Strict):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the suite says, estimates of time and memory, and which tasks are closed, left out."""
+        """SHA-256 of the suite, without estimates of time and memory and without which tasks are closed."""
         plain = self.model_dump(mode="json")
         if self.protocol.gap is None:
             plain["protocol"].pop("gap")  # a suite that says nothing of a later key has the hash that it always had
@@ -202,11 +202,11 @@ def known_suites() -> dict[str, Path]:
 def load_suite(name: str | Path) -> Suite:
     """Read a suite by its name or from a file.
 
-    A task with `like: OTHER` starts as a copy of that one; what it says itself replaces or, in
-    mappings, adds to it. Its shifted sets, stages and probes, and that it is closed, are its own.
+    A task with `like: OTHER` starts as a copy of that task; its own keys replace or, in
+    mappings, add to it. Shifted sets, stages, probes and `closed` are not copied.
 
     Raises:
-        ConfigError: no such suite, or a key or value in it is wrong: named, with file and line.
+        ConfigError: there is no such suite, or a key or value in it is wrong; the message names file and line.
     """
     known = known_suites()
     path = known.get(str(name), Path(name))

@@ -29,12 +29,12 @@ MEASURED = ("peak memory", "processor time")  # comparable within one environmen
 
 @dataclass(frozen=True)
 class Duel:
-    """A against B on one task, over the seeds and items that both have.
+    """Method A against B on one task, over the seeds and items that both have.
 
-    `difference` is A's score minus B's, with its 95 % interval; `share` the same over B's score,
-    positive where A is better; `detectable` the smallest difference shown with 80 % power. `p` is
-    of `test` and `p_holm` is corrected for the number of tasks. A difference is shown where the
-    interval leaves out 0 and the corrected p is below .05: the interval covers the seeds, the test
+    `difference` is A's score minus B's, with its 95 % interval; `share` is that relative to B's score,
+    positive if A is better; `detectable` is the smallest difference shown with 80 % power. `p` is
+    the p of `test`, and `p_holm` is corrected for the number of tasks. A difference is shown if the
+    interval excludes 0 and the corrected p is below .05: the interval covers the seeds, and the test
     takes the trained models as fixed.
     """
 
@@ -57,10 +57,10 @@ class Duel:
 
 @dataclass(frozen=True)
 class Versus:
-    """A against B over all tasks.
+    """Method A against B over all tasks.
 
     `wilcoxon` and `sign` are two-sided p over the tasks' relative differences; `floor` is the
-    smallest p that so few tasks allow. `costs` are A over B, the geometric means over tasks.
+    smallest p that this number of tasks allows. `costs` are A over B, as geometric means over tasks.
     """
 
     a: str
@@ -74,11 +74,11 @@ class Versus:
     sentence: str
 
     def to_json(self) -> str:
-        """Return all figures as JSON; an interval that is not known has null ends."""
+        """Return all figures as JSON; an unknown interval has null ends."""
         return json.dumps(_plain(dataclasses.asdict(self)), allow_nan=False, indent=1, ensure_ascii=False)
 
     def to_text(self) -> str:
-        """Return the sentence, a line a task and the notes as plain text."""
+        """Return the sentence, one line per task, and the notes as plain text."""
         width = max(len(duel.task) for duel in self.duels)
         lines = [self.sentence, ""]
         for d in self.duels:
@@ -95,20 +95,20 @@ def versus(records: Iterable[RunRecord], a: str, b: str) -> Versus:
     """Compare two methods on all tasks where both have finished runs on the same seeds and items.
 
     Args:
-        records: of any methods; trials are left out.
-        a: a method's name, or, where it was run with several settings, its label, like ``lora r=32``.
-        b: likewise; what A is compared with.
+        records: run records of any methods; trials are left out.
+        a: a method's name, or its label, such as ``lora r=32``, if it was run with several settings.
+        b: the same for the method that A is compared with.
 
     Raises:
         ConfigError: a name is unknown, or stands for several settings of a method on one task.
-        DataError: there is no final run, or no task on which both can be compared.
+        DataError: there are no final runs, or there is no task on which both can be compared.
     """
     final = [r for r in records if r.phase == "final"]
     if not final:
-        raise DataError("There is no final run to compare.", "Run the suite to its end: trials are for tuning.")
+        raise DataError("There are no final runs to compare.", "Run the suite to its end: trials are only for tuning.")
     tables = [labelled(runs) for runs in comparisons(final)]
     if a == b:
-        raise ConfigError(f"'{a}' is to be compared with itself.", "Name two methods.")
+        raise ConfigError(f"'{a}' cannot be compared with itself.", "Name two methods.")
     duels, notes = [], []
     for groups in tables:
         one, two = _find(groups, a, tables), _find(groups, b, tables)
@@ -123,12 +123,12 @@ def versus(records: Iterable[RunRecord], a: str, b: str) -> Versus:
         else:
             duels.append(duel)
     if not duels:
-        raise DataError(f"{a} and {b} cannot be compared on any task. {' '.join(notes)}".strip(), "Run both there.")
+        raise DataError(f"{a} and {b} cannot be compared on any task. {' '.join(notes)}".strip(), "Run both on a task.")
     duels = _judged(duels)
     if any(duel.seeds < 5 for duel in duels):
-        notes.append("Fewer than 5 shared seeds on some task: variance between seeds is poorly known.")
+        notes.append("Fewer than 5 shared seeds on some task: the variance between seeds is poorly known.")
     if any(duel.costs[name] is None for duel in duels for name in MEASURED):
-        notes.append("Memory and time are compared only where both ran in one environment.")
+        notes.append("Memory and time are compared only if both ran in the same environment.")
     return _summary(a, b, duels, notes)
 
 
@@ -145,7 +145,7 @@ def _find(
         return groups[labels[0]]
     known = {label for each in tables for label in each} | {runs[0].method for each in tables for runs in each.values()}
     if name not in known:
-        raise ConfigError(f"No run of '{name}' is there.", did_you_mean(name, known))
+        raise ConfigError(f"There is no run of '{name}'.", did_you_mean(name, known))
     return []
 
 
@@ -156,7 +156,7 @@ def _duel(one: Sequence[RunRecord], two: Sequence[RunRecord]) -> Duel | str:
         return "no finished run of one of them"
     pair = aligned(first, second)
     if pair is None:
-        return "no seed in common, or other test items"
+        return "no shared seed, or different test items"
     seeds = [s for s in first.seeds if s in second.seeds]
     exponential = first.exponential
     gap = intervals.difference(*pair, exponential=exponential)
@@ -176,7 +176,7 @@ def _duel(one: Sequence[RunRecord], two: Sequence[RunRecord]) -> Duel | str:
 
 
 def _costs(one: Sequence[RunRecord], two: Sequence[RunRecord]) -> dict[str, float | None]:
-    """Return A's median costs over B's; what was measured in two environments is None."""
+    """Return A's median costs over B's; None for what was measured in two environments."""
     alike = len({json.dumps(r.environment, sort_keys=True) for r in (*one, *two)}) == 1
     out: dict[str, float | None] = {}
     for name, read in COSTS.items():

@@ -1,1 +1,1 @@
-"""Data of a user: rows of files, images, fewer rows; read and checked before any work."""
+"""The user's data: rows of files, images, fewer rows; read and checked before any work."""

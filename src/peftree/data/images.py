@@ -22,14 +22,14 @@ CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Look:
-    """How a model wants its images.
+    """How a model expects its images.
 
     Attributes:
         size: side in pixels.
-        mean, std: of each channel, for values in 0..1.
-        resample: Pillow's number of the filter (3 is bicubic).
-        processor: the model's own, which then does it all; None: short side to `size`, then the middle square.
-        asked: what the processor is asked for at every call.
+        mean, std: those of each channel, for values in 0..1.
+        resample: Pillow's number for the filter (3 is bicubic).
+        processor: the model's own, which then does everything; None: short side to `size`, then the middle square.
+        asked: the options of every call of the processor.
     """
 
     size: int
@@ -40,17 +40,17 @@ class Look:
     asked: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def told(self) -> str:
-        """Return what is done to images, for the user."""
-        how = f"by the model's own {type(self.processor).__name__}" if self.processor else "at the short side and cut"
-        return f"images are brought to {self.size} x {self.size} pixels {how}"
+        """Return a description of what is done to images."""
+        how = f"by the model's own {type(self.processor).__name__}" if self.processor else "by short side and cropped"
+        return f"images are resized to {self.size} x {self.size} pixels {how}"
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Image files with labels; their pixels stay in memory while they are few.
+    """Image files with labels; pixels stay in memory if there are few images.
 
     Args:
         rows: path and label of each image.
-        look: how the model wants them.
+        look: how the model expects them.
     """
 
     def __init__(self, rows: Sequence[tuple[str, int]], look: Look) -> None:
@@ -73,7 +73,7 @@ class Images(Dataset[dict[str, Any]]):
 
 
 def read_pixels(path: str, look: Look) -> Tensor:
-    """Return what a model is given for a file, float32 `[3, size, size]`.
+    """Return the model's input for a file, float32 `[3, size, size]`.
 
     Raises:
         DataError: the file is not a readable image.
@@ -106,10 +106,10 @@ def normalise(pixels: Tensor, look: Look) -> Tensor:
 
 
 def read_look(model: str, local: bool, config: Any, wanted: int | None) -> Look:
-    """Return how `model` wants images: its own image processor decides, at the size `wanted` if given.
+    """Return how `model` expects images: its own image processor decides, at the size `wanted` if given.
 
     Raises:
-        ConfigError: no size is known, or patches do not fit into it.
+        ConfigError: no size is known, or it is not a multiple of the patch size.
     """
     settings: dict[str, Any] = {}
     try:
@@ -120,7 +120,7 @@ def read_look(model: str, local: bool, config: Any, wanted: int | None) -> Look:
     size = side or wanted or _side(settings.get("crop_size")) or _side(settings.get("size"))
     size = size or _side(getattr(config, "image_size", None))
     if size is None:
-        raise ConfigError(f"{model} names no image size.", "Set image_size.")
+        raise ConfigError(f"{model} does not name an image size.", "Set image_size.")
     patch = _side(getattr(config, "patch_size", None)) or 1
     if size % patch:
         near = max(patch, round(size / patch) * patch)
@@ -137,9 +137,9 @@ def read_look(model: str, local: bool, config: Any, wanted: int | None) -> Look:
 
 
 def _own(model: str, local: bool, wanted: int | None) -> tuple[Any, dict[str, Any], int | None]:
-    """Return the model's image processor, what to ask it for, and the side it brings an image to.
+    """Return the model's image processor, its options, and the side that it resizes an image to.
 
-    Nothing where it cannot be loaded here, or brings images of unlike shape to unlike shapes, which make no batch.
+    Return nothing if it cannot be loaded here, or gives images different shapes, which cannot form a batch.
     """
     try:
         found: Any = AutoImageProcessor.from_pretrained(model, local_files_only=local, **SAFE)
@@ -154,7 +154,7 @@ def _own(model: str, local: bool, wanted: int | None) -> tuple[Any, dict[str, An
 
 
 def _asked(processor: Any, wanted: int) -> dict[str, Any]:
-    """Return what makes `processor` bring images to `wanted`, its resizing and cropping in the same proportion."""
+    """Return options with which `processor` resizes images to `wanted`, with resizing and cropping in proportion."""
     square = {"height": wanted, "width": wanted}
     size, crop = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
     edge, cropped = size.get("shortest_edge"), crop.get("height")
@@ -166,7 +166,7 @@ def _asked(processor: Any, wanted: int) -> dict[str, Any]:
 
 
 def _shape(processor: Any, size: tuple[int, int], asked: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape to which an image of `size` is brought; empty if the processor fails."""
+    """Return the shape to which an image of `size` is resized; empty if the processor fails."""
     from PIL import Image
 
     try:

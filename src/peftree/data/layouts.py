@@ -13,12 +13,12 @@ PAIR = '{"prompt": "..", "completion": ".."}'
 
 
 def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the name of a layout that rows with these columns have, and what to do with them; None for another."""
+    """Return the name of the layout of rows with these columns, and what to do with them; None if it is unknown."""
     names = set(columns)
     if {"chosen", "rejected"} <= names:
         if "prompt" in names and isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str):
             return "preference pairs (chosen, rejected)", (
-                "They are not compared; to train on the chosen answers set task=generation data.columns.prompt=prompt "
+                "They are not compared; to train on the chosen answers, set task=generation data.columns.prompt=prompt "
                 "data.columns.completion=chosen."
             )
         return "preference pairs (chosen, rejected)", f"Write the chosen answers as lines of {PAIR}."
@@ -28,19 +28,19 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
 
 
 def renamed(wanted: Sequence[str], given: Iterable[str]) -> dict[str, str]:
-    """Return the given name of each wanted column that differs from it by case and outer space alone."""
+    """Return the given name of each wanted column that differs from it only in case and outer space."""
     plain = {name.strip().casefold(): name for name in given}
     return {name: plain[name] for name in wanted if name in plain and plain[name] != name}
 
 
 def unread(path: Path, formats: Sequence[str]) -> DataError:
-    """Return the error for a file whose format is not read."""
+    """Return the error for a file in a format that is not read."""
     suffix = path.suffix.lower()
     what, fix = f"{path}: '{path.suffix}' files are not read.", f"Use {', '.join(formats)}."
     if suffix in (".txt", ".md"):
         fix = f"Plain text does not tell what is given and what is learned: write lines of {PAIR} as .jsonl."
     if suffix in (".zip", ".tar", ".bz2", ".xz", ".zst", ".7z", ".tgz"):
-        fix = f"Unpack it first; {', '.join(formats)} are read, text files with .gz too."
+        fix = f"Unpack it first; {', '.join(formats)} are read, text files also with .gz."
     return DataError(what, fix)
 
 
@@ -59,30 +59,30 @@ def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> D
     tables = [name for name in files if name.lower().endswith(tuple(formats)) and name != "dataset_info.json"]
     if "dataset_info.json" in files and (named := _registered(path / "dataset_info.json")):
         return DataError(
-            f"{path} is a folder of LLaMA-Factory: dataset_info.json names {', '.join(named[:5])}.",
+            f"{path} is a LLaMA-Factory folder: dataset_info.json names {', '.join(named[:5])}.",
             f"Name one file: data={path / named[0]}.",
         )
     if "metadata.jsonl" in files:
         return DataError(
-            f"{path} has no images in one folder a class, but a metadata.jsonl.",
-            "For images with texts set task=captioning or task=image-text-retrieval.",
+            f"{path} has a metadata.jsonl, but not one folder of images per class.",
+            "For images with texts, set task=captioning or task=image-text-retrieval.",
         )
     if tables:
         return DataError(
-            f"{path} holds {', '.join(tables[:5])}, of which none is named train.",
+            f"{path} holds {', '.join(tables[:5])}, but none is named train.",
             f"Name the file, data={path / tables[0]}, or call it train{Path(tables[0]).suffix}.",
         )
     if any(name.lower().endswith(tuple(images)) for name in files):
         return DataError(
-            f"{path} holds images, but not in one folder a class.",
-            "Put them into train/cat/1.png, train/dog/2.jpg; for images with texts add a metadata.jsonl of "
+            f"{path} holds images, but not in one folder per class.",
+            "Put them into train/cat/1.png, train/dog/2.jpg; for images with texts, add a metadata.jsonl of "
             '{"file_name": .., "text": ..} and set task.',
         )
-    return DataError(f"{path} has no images.", "Put them into one folder a class: train/cat/1.png, train/dog/2.jpg.")
+    return DataError(f"{path} has no images.", "Put them into one folder per class: train/cat/1.png, train/dog/2.jpg.")
 
 
 def _registered(path: Path) -> list[str]:
-    """Return the local files that a registry of data sets by name lists."""
+    """Return the local files that a registry of named data sets lists."""
     try:
         listed = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""An image file as people see it: upright, eight bits a colour, over white where it is transparent."""
+"""An image file as people see it: upright, eight bits per colour, on white where it is transparent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def read_picture(source: str | IO[bytes]) -> Any:
     """Return a file as an RGB `PIL.Image`: turned as its EXIF says, 16-bit grey scaled to 8, transparency on white.
 
     Raises:
-        OSError, ValueError, SyntaxError: as Pillow does, for a file that is not an image.
+        OSError, ValueError, SyntaxError: from Pillow, if the file is not an image.
     """
     from PIL import Image, ImageOps
 

@@ -1,4 +1,4 @@
-"""Readers of data files: rows of CSV, JSON and Parquet, and images in folders; every fault is one clear error."""
+"""Readers of data files: rows of CSV, JSON and Parquet, and images in folders; every fault gives one clear error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     A folder that the datasets library saved is read too.
 
     Raises:
-        DataError: unknown format, not UTF-8, malformed, or without a row.
+        DataError: the format is unknown, or the file is not UTF-8, is malformed or has no rows.
     """
     if saved(path):
         for name in _parts(path / STATE):
@@ -50,11 +50,11 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a readable gzip file: {error}.", "Pack it again, or unpack it.") from None
     if empty:
-        raise DataError(f"{path} has no rows.", "It needs a header and one row at least.")
+        raise DataError(f"{path} has no rows.", "It needs a header and at least one row.")
 
 
 def _open(path: Path) -> TextIO:
-    """Open a text file, packed or not, so that line ends inside cells stay as they are."""
+    """Open a text file, packed or not, and keep line ends inside cells."""
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", newline=""))
 
@@ -73,15 +73,15 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if len(cells) != len(header):
                     raise DataError(
                         f"{where}: {len(cells)} cells for {len(header)} columns.",
-                        "Put cells with commas or line breaks into double quotes.",
+                        "Put cells with commas or line breaks in double quotes.",
                     )
                 yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}.", "Mend the quotes.") from None
+            raise DataError(f"{path}:{reader.line_num}: {error}.", "Fix the quotes.") from None
 
 
 def _delimiter(file: TextIO) -> str:
-    """Return what separates cells: a comma, or the sign that alone stands in the header, as some programs write it."""
+    """Return the separator of cells: a comma, or the only separator in the header, as some programs write it."""
     header = next((line for line in iter(file.readline, "") if line.strip()), "")
     file.seek(0)
     return next((sign for sign in (",", ";", "\t") if sign in header), ",")
@@ -95,14 +95,14 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: {error}.", "Write one JSON object a line.") from None
+                raise DataError(f"{path}:{number}: {error}.", "Write one JSON object per line.") from None
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{number} is not a JSON object.", "Write one object a line.")
+                raise DataError(f"{path}:{number} is not a JSON object.", "Write one object per line.")
             yield f"{path}:{number}", record
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read an array of objects, or one object a line."""
+    """Read an array of objects, or one object per line."""
     with _open(path) as file:
         text = file.read()
     if not text.lstrip().startswith("["):
@@ -170,10 +170,10 @@ def _arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def images(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return path and class of the images of `<class>/*`, each decoded once as a check, and what was left out.
+    """Return path and class of the images of `<class>/*`, each decoded once as a check, and notes on what was left out.
 
     Raises:
-        DataError: there is none, or one cannot be read.
+        DataError: there are no images, or one cannot be read.
     """
     classes = sorted(p for p in path.glob("*") if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
     inside = {folder: [f for f in sorted(folder.iterdir()) if not f.name.startswith(".")] for folder in classes}
@@ -190,12 +190,12 @@ def images(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
     if skipped:
         kinds = ", ".join(sorted({f.suffix or "folders" for f in skipped}))
         notes.append(
-            f"{path}: {len(skipped)} files and folders that are not read ({kinds}) are left out, as {skipped[0]}; "
-            f"images are {', '.join(IMAGES)} in one folder a class"
+            f"{path}: {len(skipped)} files and folders other than images ({kinds}) are skipped (first: {skipped[0]}); "
+            f"images are {', '.join(IMAGES)} in one folder per class"
         )
     counts = {name for _, name in rows}
     if empty := [folder.name for folder in classes if folder.name not in counts]:
-        notes.append(f"{path}: {len(empty)} folders without an image are not classes: {', '.join(empty[:5])}")
+        notes.append(f"{path}: {len(empty)} folders without images are not classes: {', '.join(empty[:5])}")
     return rows, notes
 
 
@@ -220,7 +220,7 @@ def check_image(path: str) -> None:
     """Decode an image.
 
     Raises:
-        DataError: it cannot be read, or Pillow is not installed.
+        DataError: the image cannot be read, or Pillow is not installed.
     """
     try:
         from PIL import Image

@@ -1,4 +1,4 @@
-"""Data files of a user, read and checked before any work: CSV, JSON, Parquet, or folders of images."""
+"""The user's data files, read and checked before any work: CSV, JSON, Parquet, or folders of images."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Data:
     Attributes:
         task: see `catalogue.tasks`.
         train, valid, test: the rows; `test` is empty if no test file was given.
-        labels: class names in order; empty where there are no classes.
-        warnings: sentences the user should see.
+        labels: class names in order; empty if there are no classes.
+        warnings: sentences for the user.
     """
 
     task: str
@@ -89,10 +89,10 @@ def load_data(
         seed: which rows are held out.
         skip_empty: leave out rows that lack what is given or what is wanted; they are counted.
 
-    Strings are those of the files, to the character.
+    Strings are exactly those of the files.
 
     Raises:
-        DataError: missing or unreadable file, column, value or image; a label that training lacks.
+        DataError: a file, column, value or image is missing or unreadable, or a label is not in training.
     """
     paths = _paths(Path(train), valid, test)
     kind = task or _infer(paths["train"], columns or {})
@@ -154,7 +154,7 @@ def _split_in(folder: Path, split: str) -> Path | None:
 def _infer(path: Path, columns: Mapping[str, str]) -> str:
     if path.is_dir() and (path / METADATA).is_file():
         paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
-        raise DataError(f"{path / METADATA} does not tell the task.", f"Set task to one of {', '.join(paired)}.")
+        raise DataError(f"{path / METADATA} does not set the task.", f"Set task to one of {', '.join(paired)}.")
     if path.is_dir() and not saved(path):
         return "image-classification"
     record = next(iter(records(path)))[1]
@@ -168,7 +168,7 @@ def _infer(path: Path, columns: Mapping[str, str]) -> str:
 
 
 def _columns_error(path: Path, names: Sequence[str], record: Mapping[str, Any]) -> DataError:
-    """Return the error for columns that do not tell the task, by what they may have been meant for."""
+    """Return the error for columns that do not determine the task, by what they may be meant for."""
     if advice := rows_advice(names, record):
         return DataError(f"{path}: {advice[0]} are not read.", advice[1])
     for task in (t for t in tasks() if task_facts(t).modality == "language"):
@@ -180,7 +180,7 @@ def _columns_error(path: Path, names: Sequence[str], record: Mapping[str, Any]) 
                 f"Set {' '.join(f'data.columns.{k}={v!r}' for k, v in other.items())}, or rename them.",
             )
     return DataError(
-        f"{path}: the columns {', '.join(names)} do not tell the task.",
+        f"{path}: the columns {', '.join(names)} do not determine the task.",
         "Use columns text and label, text and score, or prompt and completion; or name yours: "
         "data.columns.text=your_column data.columns.label=your_other_column.",
     )
@@ -192,7 +192,7 @@ def _fits(task: str, columns: Mapping[str, str], names: Sequence[str]) -> bool:
 
 
 def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
-    """Return the rows of one split; `warnings` gets what was left out."""
+    """Return the rows of one split; add to `warnings` what was left out."""
     facts = task_facts(task)
     if not facts.columns:
         found, notes = images(path)
@@ -210,7 +210,7 @@ def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     rows = [row._replace(source=image_in(path, row.source, row.where)) for row in rows]
     named = {Path(row.source) for row in rows}
     if unnamed := [f for f in path.rglob("*") if f.suffix.lower() in IMAGES and f not in named]:
-        warnings.append(f"{path}: {len(unnamed)} images that {METADATA} does not name are left out, as {unnamed[0]}")
+        warnings.append(f"{path}: {len(unnamed)} images not in {METADATA} are skipped (first: {unnamed[0]})")
     return rows
 
 
@@ -242,11 +242,11 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
             empty.append(where)
     given, wanted = ("a question", "an answer") if kind else theirs.values()
     if empty and skip_empty:
-        warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are left out, as {empty[0]}")
+        warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are skipped (first: {empty[0]})")
     elif empty:
         raise DataError(
             f"{len(empty)} of {len(rows) + len(empty)} rows lack {given} or {wanted}: {', '.join(empty[:5])}.",
-            "Fill in or remove them (a label or score of NaN, None or NA is missing too), or leave them out: "
+            "Fill in or remove them (a label or score of NaN, None or NA also counts as missing), or skip them: "
             "data.skip_empty=true.",
         )
     if not rows:
@@ -266,7 +266,7 @@ def _lacks(where: str, our: str, name: str, record: Mapping[str, Any]) -> DataEr
 
 
 def _cell(our: str, value: Any, name: str, where: str) -> str:
-    """Return a cell of our column `our` as text, to the character; empty if it is missing."""
+    """Return a cell of our column `our` as its exact text; empty if it is missing."""
     lacks = value is None or (isinstance(value, float) and math.isnan(value))
     if lacks or (our in ("label", "score") and isinstance(value, str) and value.strip() in MISSING):
         return ""
@@ -299,19 +299,19 @@ def _number(value: Any, name: str, where: str) -> str:
 def _check_classes(
     labels: Sequence[str], rows: Sequence[Example], inferred: bool, name: str, warnings: list[str]
 ) -> None:
-    """Refuse numbers that were hardly meant as classes, unless the task is set; tell of what else looks wrong."""
+    """Refuse numbers that are unlikely to be classes, unless the task is set; warn of what else looks wrong."""
     many = len(labels) > max(MANY, len(rows) / 2)
     numbers = [number for label in labels if (number := _finite(label)) is not None]
     if len(numbers) == len(labels) and (many or not all(number.is_integer() for number in numbers)):
         odd = next((label for label in labels if not float(label).is_integer()), labels[0])
-        what = f"{name} holds numbers such as {odd}: {len(labels)} different ones in {len(rows)} rows, a class each."
+        what = f"{name} holds numbers such as {odd}: {len(labels)} different ones in {len(rows)} rows, each a class."
         if inferred:
             raise DataError(
                 what,
-                f"For numbers to predict set task=text-regression data.columns.score={name}; "
+                f"To predict numbers, set task=text-regression data.columns.score={name}; "
                 "if they are classes, set task=text-classification.",
             )
-        warnings.append(f"{what} For numbers to predict there is the task text-regression")
+        warnings.append(f"{what} To predict numbers, use the task text-regression")
     elif many:
         warnings.append(f"{name} has {len(labels)} classes in {len(rows)} rows: most have too few to learn from")
     plain: dict[str | float, str] = {}
@@ -319,12 +319,12 @@ def _check_classes(
         number = _finite(label)
         first = plain.setdefault(" ".join(label.split()).casefold() if number is None else number, label)
         if first != label:
-            how = "space or case alone" if number is None else "the way that one number is written"
+            how = "only space or case" if number is None else "only how one number is written"
             warnings.append(f"the classes {first!r} and {label!r} differ in {how}; they are two classes")
 
 
 def _finite(label: str) -> float | None:
-    """Return the finite number that a label is; None if it is none."""
+    """Return the finite number that a label is; None if it is not one."""
     try:
         number = float(label)
     except ValueError:
@@ -333,10 +333,10 @@ def _finite(label: str) -> float | None:
 
 
 def _labels(rows: Iterable[Example], least: int) -> tuple[str, ...]:
-    """Return the class names: whole numbers in their order, else by the alphabet."""
+    """Return the class names: whole numbers in numerical order, others in alphabetical order."""
     found = {row.target for row in rows}
     if len(found) < least:
-        raise DataError(f"All training rows have the label {sorted(found)}.", "Classification needs two at least.")
+        raise DataError(f"All training rows have the label {sorted(found)}.", "Classification needs at least two.")
     numbers = all(name.removeprefix("-").isdecimal() for name in found)
     return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else str))
 
@@ -360,7 +360,7 @@ def _hold_out(rows: list[Example], classes: bool, seed: int) -> tuple[list[Examp
         random.Random(seed).shuffle(group)  # noqa: S311  (no secret)
         held.update(group[: min(len(group) - 1, max(1, round(len(group) * HELD_OUT)))])
     if not held:
-        what = "every label stands in one training row alone" if len(rows) > 1 else "there is one training row"
+        what = "every label is in only one training row" if len(rows) > 1 else "there is one training row"
         raise DataError(f"No rows can be held out for validation: {what}.", "Give a validation file: data.valid=...")
     keep = [row for i, row in enumerate(rows) if i not in held]
     return keep, [row for i, row in enumerate(rows) if i in held]
@@ -374,14 +374,14 @@ def _shared_rows(rows: Mapping[str, Sequence[Example]], pictures: bool) -> list[
         twice = [row for row in rows.get(split, ()) if _key(row, pictures) in seen]
         if twice:
             warnings.append(
-                f"{len(twice)} of {len(rows[split])} {split} rows are training rows too, "
+                f"{len(twice)} of {len(rows[split])} {split} rows are also training rows, "
                 f"so scores on {split} are too good: {twice[0].where} repeats {seen[_key(twice[0], pictures)]}"
             )
     return warnings
 
 
 def _key(row: Example, picture: bool) -> str:
-    """Return what makes two sources the same: an image's bytes, or a text but for case and spaces."""
+    """Return what identifies a source: an image's bytes, or a text without case and spaces."""
     if picture:
         return sha256(Path(row.source).read_bytes())
     return " ".join((row.source or row.target).casefold().split())

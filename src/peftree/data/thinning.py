@@ -1,4 +1,4 @@
-"""Fewer training rows, or wrong labels among them: for curves over data and for robustness."""
+"""Fewer training rows, or wrong labels in them, for curves over data and for robustness."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def rows_of(config: RunConfig) -> Data:
 
 
 def thinned(data: Data, share: float = 1.0, label_noise: float = 0.0) -> Data:
-    """Return `data` with a share of its training rows, and wrong labels on a part of those.
+    """Return `data` with a share of its training rows, and wrong labels on some of those.
 
-    Which rows and labels depends on the data alone: the rows of a smaller share lie within those of
-    a larger one, each class (where there are classes) keeps its share and at least one row, and so
+    Which rows and labels depends only on the data: the rows of a smaller share are among those of
+    a larger one, and each class (if there are classes) keeps its share and at least one row, so
     every method sees the same rows.
 
     Args:
         data: checked rows.
-        share: of the training rows, 0 < share <= 1.
-        label_noise: part of the labels that is replaced by another class, drawn evenly.
+        share: share of the training rows, 0 < share <= 1.
+        label_noise: share of the labels to replace by another class, drawn uniformly.
 
     Raises:
-        ConfigError: label noise on a task without classes.
+        ConfigError: label noise is asked for on a task without classes.
     """
     rows = list(data.train)
     rng = random.Random(0)

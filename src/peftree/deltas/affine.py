@@ -26,7 +26,7 @@ class Affine(Reweight):
         self.quick = place.site.kind in ("linear", "conv1d", "embedding")
 
     def factor(self) -> Tensor:
-        """Return what the output is multiplied by; a subclass that makes it from `scale` overrides this."""
+        """Return the factor of the output; a subclass that computes it from `scale` overrides this."""
         return self.scale
 
     def weight(self, W: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class ScaledInput(Reweight):
 
 
 class Offset(Reweight):
-    """`W' = W + value, b' = b + offset`, both from zero: a parameter that trains while the base stays as it is."""
+    """`W' = W + value, b' = b + offset`, both from zero: a parameter that trains while the base stays unchanged."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()

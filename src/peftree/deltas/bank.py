@@ -16,10 +16,10 @@ class MaskedBank(Rewrite):
 
     Args:
         place: where it goes.
-        count: how many frozen ones there are, from N(0, 0.02).
+        count: the number of frozen ones, drawn from N(0, 0.02).
         size: bottleneck width b.
         k: a mask is 1 at the k largest of its logits, and gradients go to their softmax; 0: it is the softmax.
-        seed: what they are drawn from, with the number of the place.
+        seed: the seed that they are drawn from, with the number of the place.
     """
 
     D: Tensor

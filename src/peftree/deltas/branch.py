@@ -1,4 +1,4 @@
-"""Bottleneck branches: `s U phi(D x + b1) + b2`, after a sub-layer or beside it."""
+"""Bottleneck branches: `s U phi(D x + b1) + b2`, after a sub-layer or parallel to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bottleneck(Rewrite):
         reads: `input` or `residual`, what a parallel branch reads.
         dropout: probability of dropping entries of phi(..) in training.
 
-    A subclass that computes its tensors from others overrides `tensors` only.
+    A subclass that computes its tensors from others overrides only `tensors`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Bottleneck(Rewrite):
     ) -> None:
         super().__init__()
         if parallel and place.site.kind == "expert":
-            raise place.refuse("is one map inside stacked experts, whose input is not seen", "Use sites='ffn'.")
+            raise place.refuse("is one map inside stacked experts, so its input is not visible", "Use sites='ffn'.")
         out = place.site.out_features
         width = place.site.in_features if parallel else out
         self.down = place.kaiming(size, width) if std is None else place.normal(size, width, std=std)

@@ -26,12 +26,12 @@ class _Gate(nn.Module):
         self.encoded = place.site.role in ("xattn.k", "xattn.v")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gate, one number for each of the first dimension of `x` `[batch, tokens, width]`.
+        """Return the gate, one number per entry of the first dimension of `x` `[batch, tokens, width]`.
 
-        Inside experts `x` is `[batch * tokens, width]`, and each token has the gate of its row.
+        Inside experts, `x` is `[batch * tokens, width]`, and each token has the gate of its row.
 
         Raises:
-            MethodError: `x` is a part of the tokens, of which no one says whose rows they are.
+            MethodError: `x` holds some of the tokens, and their rows are unknown.
         """
         score: Tensor = torch.sigmoid(by_rows(x, self.name).to(self.w.dtype) @ self.w + self.b)
         real = scene().encoded if self.encoded else scene().real
@@ -43,7 +43,7 @@ class _Gate(nn.Module):
 
 
 class GatedOutput(Rewrite):
-    """`y + g (d(x, y) - y)`: the inner delta's effect times a gate computed from what that delta reads.
+    """`y + g (d(x, y) - y)`: the inner delta's effect times a gate computed from the input of that delta.
 
     That is `y` for a bottleneck after a sub-layer, else `x`.
     """

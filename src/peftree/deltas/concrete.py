@@ -1,4 +1,4 @@
-"""Hard concrete gates: numbers between 0 and 1 that can be exactly either, drawn in training."""
+"""Hard concrete gates: numbers from 0 to 1 that can be exactly 0 or 1, drawn in training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gate(a: Tensor, stretch: float, drawn: bool) -> Tensor:
     """Return `clip(t (2 s - 1), 0, 1)` with s = `relaxed(a, drawn)`; u is at least 1e-4 and at most 1 - 1e-4.
 
     Args:
-        a: any shape, which the gates have too.
+        a: any shape; the gates have the same.
         stretch: t, above 1 for gates that can be exactly 1.
         drawn: see `relaxed`.
     """
@@ -32,15 +32,15 @@ def gate(a: Tensor, stretch: float, drawn: bool) -> Tensor:
 
 
 class GatedEntries(Added):
-    """`W' = W + z_g z w`, w of W's shape from zero, gates z of its entries, and z_g one a weight; drawn in training.
+    """`W' = W + z_g z w`, w of W's shape from zero, gates z of its entries, and one z_g per weight; drawn in training.
 
-    `fix` shuts all gates but some for good, `fold` leaves the entries that are not zero, and their places.
+    `fix` closes all gates except some for good, `fold` keeps the entries that are not zero, and their places.
 
     Args:
         place: where it goes.
         start: a of every gate at the start.
         stretch: t of the gates.
-        whole: there is a z_g.
+        whole: whether there is a z_g.
     """
 
     elastic = ("values", "at")
@@ -76,7 +76,7 @@ class GatedEntries(Added):
 
     @torch.no_grad()
     def fix(self, kept: Tensor) -> None:
-        """Let w be what its gates let through where `kept` is True, else zero, and no gate be between open and shut."""
+        """Set w to what its gates let through where `kept` is True, else to zero; leave no gate half open."""
         assert self.w is not None and self.a is not None
         self.w.copy_(self.gated(False).where(kept, 0.0))
         self.a.copy_((2.0 * kept - 1) * OPEN)
@@ -84,7 +84,7 @@ class GatedEntries(Added):
             self.whole.fill_(OPEN)
 
     def settle(self) -> None:
-        """After `fix`: train no gate any more, and w only if one of its gates is open."""
+        """After `fix`: no longer train the gates, and train w only if one of its gates is open."""
         assert self.w is not None and self.a is not None
         self.w.requires_grad_(bool((self.a > 0).any()))
         for a in self.gates():
@@ -92,7 +92,7 @@ class GatedEntries(Added):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Keep values and places alone."""
+        """Keep only values and places."""
         flat = self.gated(False).flatten()
         at = torch.empty(0, dtype=torch.int64, device="meta") if flat.is_meta else flat.nonzero().squeeze(-1)
         self.register_buffer("at", at)

@@ -13,7 +13,7 @@ from peftree.deltas.place import Place
 class Core(LowRank):
     """`W' = W + scale * U C Vᵀ` with U `[out, r]`, V `[in, r]` the first singular vectors of W, C `[r, r]` or `[r]`.
 
-    U and V are kept in the file: a second decomposition elsewhere may turn them.
+    U and V are kept in the file, since a second decomposition elsewhere may rotate them.
 
     Args:
         place: where it goes.

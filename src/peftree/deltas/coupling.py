@@ -35,7 +35,7 @@ class Coupling(nn.Module):
         return functional.linear(functional.relu(functional.linear(x, W, b)), V, c)
 
     def forward(self, x: Tensor, back: bool = False) -> Tensor:
-        """Return the coupling of `x`, or of what the coupling is `x`."""
+        """Return the coupling of `x`, or the value whose coupling is `x`."""
         u, v = x.split(self.halves, -1)
         if back:
             v = v - self.map("G", u)

@@ -1,4 +1,4 @@
-"""Several branches at one place: bottlenecks drawn at random, and low-rank terms of which each token has some."""
+"""Several branches at one place: bottlenecks drawn at random, and low-rank terms of which each token gets some."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RandomExperts(Bottleneck):
         return D[i].squeeze(0), b[i].squeeze(0), U[j].squeeze(0), c[j].squeeze(0)
 
     def fold(self) -> None:
-        """Keep the mean tensors alone."""
+        """Keep only the mean tensors."""
         for name in [n for n in self._parameters if n.startswith("all_")]:
             setattr(self, name.removeprefix("all_"), nn.Parameter(self._parameters[name].detach().mean(0)))  # type: ignore[union-attr]
             del self._parameters[name]
@@ -55,15 +55,15 @@ class RandomExperts(Bottleneck):
 class ExpertTerms(nn.Module):
     """`s B_eᵀ A_e x` of the expert e that each token has, A `[experts r, in]` and B `[experts r, out]`.
 
-    A starts Kaiming uniform by each expert's fan-in, B zero. Which expert it is is a factor of the values between, so
-    that no shape depends on values; the experts that a token has not cost it two products of width r.
+    A starts Kaiming uniform by each expert's fan-in, B zero. The choice of expert is a factor of the values between, so
+    no shape depends on values; the experts that a token does not have cost it two products of width r.
 
     Args:
-        place: where it goes; of a branch the whole.
+        place: where it goes; for a branch, the whole branch.
         experts, r: number of experts, and the rank of each.
         scale: s.
         dropout: probability of dropping entries of x.
-        role: of the map in a branch that the terms are of, whose frozen map `frozen` then is.
+        role: the role of the map in a branch that the terms belong to; `frozen` is then that frozen map.
     """
 
     def __init__(self, place: Place, experts: int, r: int, scale: float, dropout: float = 0.0, role: str = "") -> None:

@@ -22,7 +22,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 class Fastfood(nn.Module):
-    """`P t` of a given shape, `P = H G Pi H S` cut to its entries, scaled so that `|P t|` is `|t|` on average.
+    """`P t` of a given shape, `P = H G Pi H S` truncated to its entries, scaled so that `|P t|` is `|t|` on average.
 
     S random signs, Pi a permutation, G normal: `[N]` each, N the power of two above the larger size, drawn on the CPU
     from a seed and never stored.

@@ -1,4 +1,4 @@
-"""Following: chosen entries that are chosen again in training, and leave behind what they learned."""
+"""Following: chosen entries that are chosen again in training and leave behind what they learned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftree.deltas.sparse import Entries, Sparse
 
 
 class Kept(Sparse):
-    """`W' = W + scatter(values) + scatter(past)`: past values `[n]` at the entries `past_at` `[n]` that have gone."""
+    """`W' = W + scatter(values) + scatter(past)`: past values `[n]` at the former entries `past_at` `[n]`."""
 
     elastic: ClassVar[tuple[str, ...]] = ("past", "past_at")
     past: Tensor
@@ -25,7 +25,7 @@ class Kept(Sparse):
         self.register_buffer("past_at", torch.zeros(0, dtype=torch.int64, device=place.device))
 
     def weight(self, W: Tensor) -> Tensor:
-        """Return W with the values of now and of the past added."""
+        """Return W with the current and past values added."""
         new = super().weight(W)
         return new.reshape(-1).index_add(0, self.past_at, self.past.to(W.dtype)).view(W.shape)
 
@@ -40,12 +40,12 @@ class Kept(Sparse):
 
 @torch.no_grad()
 def follow(deltas: Sequence[Kept], scores: Sequence[Tensor], optimizer: Any = None) -> None:
-    """Let the k entries with the highest scores train from now on; of those that train already, the state is kept.
+    """Train the k entries with the highest scores from now on; entries that already train keep their state.
 
     Args:
-        deltas: of one adapter, in order.
-        scores: one tensor a site, in order.
-        optimizer: whose state of the values stays with those that stay, and is zero for those that come.
+        deltas: the deltas of one adapter, in order.
+        scores: one tensor per site, in order.
+        optimizer: the optimizer whose state stays with the values that stay, and is zero for new ones.
     """
     entries = deltas[0].entries
     best = torch.cat([s.flatten() for s in scores]).topk(entries.values.numel()).indices

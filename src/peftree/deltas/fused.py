@@ -1,7 +1,7 @@
-"""One autograd function for a frozen linear map plus a low-rank term, in place and saving little.
+"""One autograd function for a frozen linear map plus a low-rank term, in place and with few saved tensors.
 
 `y = x Wᵀ + b + s (x Aᵀ) B` with `W` frozen. The term is added into the fresh output of the frozen product, the
-gradient of `x` likewise, and `x` itself is not saved where `rebuild.recipe` knows how to make it again, or where A is
+gradient of `x` likewise, and `x` itself is not saved if `rebuild.recipe` knows how to recompute it, or if A is
 frozen.
 Equal to the plain expression; the order of additions differs (about 1e-6 relative in float32).
 """
@@ -72,7 +72,7 @@ def lowrank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor,
 
 
 def fusable(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Return True where `lowrank_linear` may stand for the plain expression: same dtype, frozen W, no autocast."""
+    """Return True if `lowrank_linear` may replace the plain expression: same dtype, frozen W, no autocast."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

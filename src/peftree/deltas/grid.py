@@ -12,12 +12,12 @@ from peftree.errors import MethodError
 
 
 def over_grid(x: Tensor, lead: int, change: Callable[[Tensor], Tensor], name: str) -> Tensor:
-    """Return `x` `[batch, lead + n n, w]` with `change` applied to its patches as an image, and to each lead as one.
+    """Return `x` `[batch, lead + n n, w]` with `change` applied to its patches as an image, and to each lead.
 
     Args:
         lead: tokens before the patches; each is changed as an image of one pixel.
         change: maps images `[batch, w, rows, columns]` to images of that shape.
-        name: of the site, for the error.
+        name: the name of the site, for the error.
 
     Raises:
         MethodError: the tokens after `lead` do not form a square.

@@ -1,4 +1,4 @@
-"""Growing: chosen entries of a weight that move to where the gradient is, candidates judged over a window of steps."""
+"""Growing: chosen entries of a weight that move to where the gradient is; candidates are judged over some steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peftree.deltas.sparse import Entries, Watched
 
 
 class Growing(Watched):
-    """Entries of one weight, and while `watching` sums of the gradient at as many candidates.
+    """Entries of one weight and, while `watching`, sums of the gradient at as many candidates.
 
-    The sums are kept as running means are, so that a run is taken up in the middle of a window.
+    The sums are kept like running means, so that a run can resume in the middle of a window.
     """
 
     def __init__(self, place: Place, entries: Entries) -> None:
@@ -32,7 +32,7 @@ class Growing(Watched):
         sums["now"] = sums["now"] + grad[sums["at"]]
 
     def end_step(self) -> None:
-        """Take the gradient of the step that ends into the sums."""
+        """Add the gradient of the ending step to the sums."""
         if sums := self.sums.mean:
             sums["sum"], sums["square"] = sums["sum"] + sums["now"], sums["square"] + sums["now"] ** 2
             sums["now"] = torch.zeros_like(sums["now"])
@@ -42,8 +42,8 @@ class Growing(Watched):
         """Drop the share of entries with the smallest |value|, grow candidates instead, and forget the sums.
 
         Args:
-            steps: in the sums; grown entries get their means as AdamW's moments, and this age.
-            optimizer: whose state of the values goes along, as far as it has such.
+            steps: number of steps in the sums; grown entries get their means as AdamW's moments, and this age.
+            optimizer: the optimizer whose state moves along, if it has any.
         """
         entries, sums = self.entries, dict(self.sums.mean)
         self.sums.mean.clear()

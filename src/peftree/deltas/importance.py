@@ -1,4 +1,4 @@
-"""Importance: a score for each layer, by which layers are drawn, and which falls where a layer is not missed."""
+"""Importance: a score per layer, by which layers are drawn; it falls if a layer is not missed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Importance(nn.Module):
 
 
 class InLayer(LowRank):
-    """A low-rank term, its layer's `number`, None outside of layers, and the adapter's `importance`."""
+    """A low-rank term, its layer's `number` (None outside layers), and the adapter's `importance`."""
 
     def __init__(self, place: Place, r: int, scale: float, dropout: float) -> None:
         super().__init__(place, *lora_factors(place, r), scale, dropout)

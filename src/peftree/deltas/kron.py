@@ -1,4 +1,4 @@
-"""Sums of Kronecker products: matrices from small factors of which one kind may be shared by all sites."""
+"""Sums of Kronecker products: matrices from small factors, of which one kind may be shared by all sites."""
 
 from __future__ import annotations
 

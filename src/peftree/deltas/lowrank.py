@@ -1,4 +1,4 @@
-"""Low-rank weight deltas: `W' = W + s Bᵀ A`, the form that other parts may read."""
+"""Low-rank weight deltas: `W' = W + s Bᵀ A`, a form that other parts may read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftree.deltas.verbs import Frozen, Reweight
 class LowRank(Reweight):
     """`W' = W + scale * Bᵀ A` with A `[r, in]` and B `[r, out]` (B is kept transposed: its gradient is cheaper).
 
-    A subclass that computes its factors from other tensors overrides `factors` only.
+    A subclass that computes its factors from other tensors overrides only `factors`.
 
     Args:
         place: where it goes.
@@ -42,7 +42,7 @@ class LowRank(Reweight):
 
     @property
     def plain(self) -> bool:
-        """True if the term is exactly `scale * (x Aᵀ) B` now, with no dropout and no lookup."""
+        """True if the term is now exactly `scale * (x Aᵀ) B`, with no dropout and no lookup."""
         return not self.lookup and not (self.dropout and self.training)
 
     def weight(self, W: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LowRank(Reweight):
 
 
 class Residual(LowRank):
-    """`W' = W - scale * B0ᵀ A0 + scale * Bᵀ A`, the base as it is: any A and B at the start change nothing."""
+    """`W' = W - scale * B0ᵀ A0 + scale * Bᵀ A`, with the base unchanged: any initial A and B have no effect."""
 
     A0: Tensor
     B0: Tensor

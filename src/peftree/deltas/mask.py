@@ -14,10 +14,10 @@ from peftree.deltas.place import Place
 
 
 def top_mask(scores: Tensor, keep: float) -> Tensor:
-    """Return 1 at the share `keep` of entries with the largest |score|, else 0; the gradient goes to |score| as it is.
+    """Return 1 at the share `keep` of entries with the largest |score|, else 0; the gradient goes straight to |score|.
 
     Args:
-        scores: any shape; the result has it too.
+        scores: any shape; the result has the same.
         keep: in (0, 1]; `int((1 - keep) n)` of the n entries are dropped.
     """
     size = scores.abs()

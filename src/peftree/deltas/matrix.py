@@ -23,7 +23,7 @@ def matrix(place: Place, kinds: tuple[str, ...] = MATRICES) -> tuple[tuple[int, 
     """Return `(lead, out, in)` of the weight at `place`; `lead` is `(experts,)` for stacked experts, else empty.
 
     Raises:
-        MethodError: the site is of none of `kinds`.
+        MethodError: the site is not of one of `kinds`.
     """
     only(place, kinds)
     *lead, out, width = place.frozen.weight.shape
@@ -34,7 +34,7 @@ class Bases(nn.Module):
     """Frozen A `[r, in]` and B `[out, r]` of the largest widths among the peers of a place, shared and never stored.
 
     Drawn Kaiming uniform (ReLU gain, fan in = last size) in float32 on the CPU from one generator, A first: the same
-    on every machine, and to the bit the bases that Hugging Face PEFT draws for VeRA.
+    on every machine, and bit for bit the bases that Hugging Face PEFT draws for VeRA.
     """
 
     A: Tensor
@@ -57,7 +57,7 @@ def seeded_indices(count: int, size: int, seed: int) -> Tensor:
 
 
 def nearest_divisor(total: int, wanted: int) -> int:
-    """Return the divisor of `total` that is nearest to `wanted`, the smaller of two; `total` itself at most.
+    """Return the divisor of `total` that is nearest to `wanted`, the smaller of two; at most `total`.
 
     >>> nearest_divisor(48, 32), nearest_divisor(48, 20), nearest_divisor(32, 64)
     (24, 16, 32)
@@ -66,9 +66,9 @@ def nearest_divisor(total: int, wanted: int) -> int:
 
 
 def within(q: Tensor, eps: float) -> Tensor:
-    """Return the entries of skew-symmetric matrices `[..., n, k]`, none of a Frobenius norm above eps / sqrt(n).
+    """Return the entries of skew-symmetric matrices `[..., n, k]`, none with a Frobenius norm above eps / sqrt(n).
 
-    Gradients are those at the value returned, handed on as they are: a projection, not a change of variables.
+    Gradients are those at the returned value, passed on unchanged: a projection, not a change of variables.
     """
     norm = (2 * q.detach().square().sum(-1, keepdim=True)).sqrt()
     bound = eps / q.shape[-2] ** 0.5
@@ -79,13 +79,13 @@ def within(q: Tensor, eps: float) -> Tensor:
 def cayley(q: Tensor, size: int, terms: int = 0) -> Tensor:
     """Return the orthogonal matrices `(I - Q)(I + Q)^-1`, `[..., size, size]`.
 
-    With `terms` n > 0 the sum `I + 2 Q + ... + 2 Q^(n - 2) + Q^(n - 1)` instead (two terms: `I + 2 Q`), which
-    approximates the inverse of that.
+    With `terms` n > 0, it is the sum `I + 2 Q + ... + 2 Q^(n - 2) + Q^(n - 1)` (two terms: `I + 2 Q`), which
+    approximates the inverse of that matrix.
 
     Args:
-        q: the entries above the diagonal of the skew-symmetric Q, row by row, `[..., size (size - 1) / 2]`; zeros
+        q: entries above the diagonal of the skew-symmetric Q, row by row, `[..., size (size - 1) / 2]`; zeros
             give the identity.
-        size: width of a block.
+        size: the width of a block.
     """
     rows, columns = torch.triu_indices(size, size, 1, device=q.device)
     upper = q.new_zeros(*q.shape[:-1], size, size)

@@ -1,4 +1,4 @@
-"""Attention memories with trained keys and values: their own tensors, or made by a small network."""
+"""Attention memories with trained keys and values: their own tensors, or the output of a small network."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peftree.deltas.verbs import Attend
 
 
 class KeyValues(Attend):
-    """P_k and P_v, `[2, l, kv_heads, head_dim]`: trained themselves from N(0, std), or `tanh(E W1 + b1) W2 + b2`.
+    """P_k and P_v, `[2, l, kv_heads, head_dim]`: trained directly from N(0, std), or `tanh(E W1 + b1) W2 + b2`.
 
-    Where values are not as wide as keys: `[l, kv_heads (head_dim + value_dim)]`, keys before values.
+    If values are not as wide as keys: `[l, kv_heads (head_dim + value_dim)]`, keys before values.
 
     Args:
         place: an attention site.
@@ -23,7 +23,7 @@ class KeyValues(Attend):
         hidden: width h of the network, 0 for none. E `[l, d]` from N(0, std), W1 `[h, d]` and b1 `[h]` are shared by
             all places of one width, W2 `[2 kv_heads head_dim, h]` and b2 belong to the place; both maps start as
             `nn.Linear` does.
-        shift: move the positions of the real tokens by l.
+        shift: whether to move the positions of the real tokens by l.
         std: see above.
     """
 
@@ -47,12 +47,12 @@ class KeyValues(Attend):
         return K, V
 
     def made(self) -> Tensor:
-        """Return what the network makes, in the shape of P."""
+        """Return the network's output, in the shape of P."""
         both = functional.linear(torch.tanh(functional.linear(self.E, self.W1, self.b1)), self.W2, self.b2)
         return both.unflatten(1, (2, *self.shape[2:])).transpose(0, 1) if len(self.shape) == 4 else both
 
     def fold(self) -> None:
-        """Keep what the network makes and forget the network."""
+        """Keep the network's output and drop the network."""
         if self.P is None:
             self.P = nn.Parameter(self.made().detach().contiguous())
             del self.E, self.W1, self.b1, self.W2, self.b2

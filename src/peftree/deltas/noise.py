@@ -1,4 +1,4 @@
-"""Noise on weights: low-rank factors drawn around their means, and the optimizer that learns how far."""
+"""Noise on weights: low-rank factors drawn around their means, and the optimizer that learns the spread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftree.errors import MethodError
 
 
 class Drawn(LowRank):
-    """A and B; in training plus `noise_a` and `noise_b`, which whoever trains draws before each step."""
+    """A and B, in training plus `noise_a` and `noise_b`, which the trainer draws before each step."""
 
     noise_a: Tensor
     noise_b: Tensor
@@ -53,7 +53,7 @@ class Ivon(Optimizer):
             noise.div_((group["ess"] * (h + group["weight_decay"])).sqrt())
 
     def hear(self, deltas: Iterable[Drawn]) -> None:
-        """Take note of the noise that the gradients at hand were taken under."""
+        """Record the noise with which the current gradients were computed."""
         for p, noise in [pair for delta in deltas for pair in delta.noises()]:
             self.state[p]["noise"] = noise
 
@@ -77,9 +77,9 @@ def ivon(optimizer: Any) -> Ivon | None:
     """Return the optimizer if it is IVON, None if there is none.
 
     Raises:
-        MethodError: it is another one, which would learn no noise.
+        MethodError: it is another optimizer, which would learn no noise.
     """
     if optimizer is not None and not isinstance(optimizer, Ivon):
-        what = f"{type(optimizer).__name__} learns no posterior."
-        raise MethodError(what, "Train with adapter.optimizer(), and pass that one to the hooks.")
+        what = f"{type(optimizer).__name__} does not learn a posterior."
+        raise MethodError(what, "Train with adapter.optimizer(), and pass it to the hooks.")
     return optimizer

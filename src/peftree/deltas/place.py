@@ -76,7 +76,7 @@ class Place:
 
     @property
     def device(self) -> torch.device:
-        """Device of the base model's tensors here; of weights that accelerate has offloaded, the one they run on."""
+        """Device of the base model's tensors here; for weights that accelerate offloaded, the device they run on."""
         own = next(self.module.parameters()).device
         if own.type != "meta":
             return own
@@ -86,18 +86,18 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32 unless the base is float64: adapters of a half precision base keep float32 values."""
+        """float32 unless the base is float64: adapters of a half-precision base keep float32 values."""
         base = next(p.dtype for p in self.module.parameters())
         return base if base == torch.float64 else torch.float32
 
     @property
     def abstract(self) -> bool:
-        """True on the meta device, where tensors have shapes and no values."""
+        """True on the meta device, where tensors have shapes but no values."""
         return self.device.type == "meta"
 
     @property
     def embedding(self) -> nn.Embedding | None:
-        """The token embedding of a text stack, else None; what it makes of ids is what enters, and may be scaled."""
+        """The token embedding of a text stack, else None; its output for ids enters the stack, and may be scaled."""
         names = [self.site.embed] if self.site.embed is not None else []
         for name, module in self.module.named_modules():
             if isinstance(module, nn.Embedding) and any(f".{n}".endswith(f".{name}") for n in names):
@@ -108,15 +108,15 @@ class Place:
         """Return what has `role` in this sub-layer as a function, quantised or not.
 
         `ffn.gate`, `ffn.up` and `ffn.down` are its frozen maps with their biases, `ffn.act` is the function after the
-        gate, or without one after up. `ffn.router` gives logits, weights and experts, a row a token, by its own rule.
+        gate, or after up if there is none. `ffn.router` gives logits, weights and experts, one row per token.
 
         Raises:
-            MethodError: the site has none, or several; a stack of experts is none.
+            MethodError: the site has none or several; a stack of experts does not count.
         """
         found = [s for s in self.site.parts if s.role == role]
         if len(found) != 1 or found[0].kind not in ("linear", "conv1d", "raw"):
-            why = f"has no single {role} that runs by itself"
-            raise self.refuse(why, "Name sub-layers that have one (sites=, layers=); stacked experts have none.")
+            why = f"has no single {role} that runs on its own"
+            raise self.refuse(why, "Name sub-layers that have one (sites=, layers=); stacked experts do not.")
         return Part(self._model.get_submodule(found[0].path), found[0])
 
     @property
@@ -125,18 +125,18 @@ class Place:
         return self.peers.index(self.site)
 
     def refuse(self, why: str, instead: str) -> MethodError:
-        """Return the error to raise where a method does not fit this place; `why` follows the site's name."""
+        """Return the error to raise if a method does not fit this place; `why` follows the site's name."""
         return MethodError(f"{self.site.name} ({self.site.path}) {why}.", instead)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """Return an uninitialised trainable tensor on the right device and dtype.
 
         Raises:
-            MethodError: the site is a single parameter, of which no widths are known.
+            MethodError: the site is a single parameter, whose widths are unknown.
         """
         if 0 in shape and self.site.in_features == 0:
             why = f"is of kind '{self.site.kind}' and has no width to adapt"
-            raise self.refuse(why, "Name linear maps, or use a method that changes single parameters, as 'full'.")
+            raise self.refuse(why, "Name linear maps, or use a method that changes single parameters, like 'full'.")
         return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
 
     def zeros(self, *shape: int) -> nn.Parameter:
@@ -161,19 +161,19 @@ class Place:
         return nn.Parameter(torch.nn.init.uniform_(self.empty(size).detach(), -(fan_in**-0.5), fan_in**-0.5))
 
     def once(self, key: str, make: Callable[[], T]) -> T:
-        """Return `make()` of the first call with this key: what all deltas of the adapter share.
+        """Return `make()` of the first call with this key, which all deltas of the adapter share.
 
         Raises:
-            MethodError: it was made with the fields of another site, which differ from those here.
+            MethodError: another site made it, with fields that differ from those here.
         """
         if key not in self._memo:
             self._memo[key] = (make(), self._owner)
         value, owner = self._memo[key]
         if owner is not self._owner:
-            raise self.refuse("shares a tensor with sites whose fields differ", "Give its fields one value for all.")
+            raise self.refuse("shares a tensor with sites whose fields differ", "Give its fields one value everywhere.")
         found: T = value
         return found
 
     def apart(self, key: str) -> Place:
-        """Return this place for one of several adapters that are built together: `once` is each one's own there."""
+        """Return this place for one of several adapters that are built together, each with its own `once`."""
         return Place(self.site, self._model, self.peers, self._memo.setdefault(f"apart {key}", {}), self._owner)

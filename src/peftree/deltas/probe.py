@@ -22,17 +22,17 @@ def probed_gradients(
 ) -> list[Tensor]:
     """Return the sum over batches of a power of the gradient of the loss with respect to each whole weight.
 
-    Holds two dense tensors of the size of every weight while it runs; gradients of other tensors are left alone.
+    It holds two dense tensors of the size of every weight while it runs; gradients of other tensors do not change.
 
     Args:
-        deltas: of one adapter, in order.
+        deltas: the deltas of one adapter, in order.
         zeros: a tensor of zeros for each, of the shape of its weight.
-        batches: each a call that runs the model and returns the loss.
+        batches: callables that run the model and return the loss.
         power: 1 or 2.
-        what: what is made from them, for the message.
+        what: what the gradients are for, for the message.
 
     Raises:
-        MethodError: there is no batch, or a gradient is not finite.
+        MethodError: there are no batches, or a gradient is not finite.
     """
     probes = [z.requires_grad_() for z in zeros]
     sums: list[Tensor] = []
@@ -47,6 +47,6 @@ def probed_gradients(
         for delta in deltas:
             delta.probe = None
     if not sums or not all(torch.isfinite(s).all() for s in sums):
-        why = "No batch was given" if not sums else "A gradient is not finite"
+        why = "No batches were given" if not sums else "A gradient is not finite"
         raise MethodError(f"{why}, so no {what} can be chosen.", "Check the data and the loss.")
     return sums

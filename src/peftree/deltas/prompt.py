@@ -1,4 +1,4 @@
-"""Virtual tokens at the entry of a stack: trained themselves, or made from trained tensors by a module."""
+"""Virtual tokens at the entry of a stack: trained directly, or made from trained tensors by a module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class VirtualTokens(Prepend):
     """P `[l, d]` of depth 0, or `maker(P)` until `fold`.
 
     Args:
-        P: the tensor that is trained.
+        P: the trained tensor.
         maker: makes the tokens `[l, d]` from P; None: P is the tokens.
     """
 
@@ -33,7 +33,7 @@ class VirtualTokens(Prepend):
         return made
 
     def fold(self) -> None:
-        """Keep the tokens that the maker makes now, and forget it."""
+        """Keep the tokens that the maker now makes, and drop the maker."""
         if self.maker is not None:
             self.P, self.maker = nn.Parameter(self.made().detach().contiguous()), None
 
@@ -47,11 +47,11 @@ def start_tokens(place: Place, length: int, vocabulary: bool, ids: Sequence[int]
     """Return `[length, d]`: the embeddings of `ids`, of some of the first 5,000 entries, or uniform in [-0.5, 0.5].
 
     Raises:
-        MethodError: the stack has no token of such an id.
+        MethodError: the stack has no token with such an id.
     """
     width, table = place.site.entry or place.site.in_features, place.embedding
     if ids and (table is None or max(ids) >= table.num_embeddings):
-        known = "none that are known" if table is None else f"0 to {table.num_embeddings - 1}"
+        known = "unknown" if table is None else f"0 to {table.num_embeddings - 1}"
         raise place.refuse(f"has no token {max(ids)}: its ids are {known}", "Take ids from the model's own tokenizer.")
     P = nn.Parameter(place.empty(length, width).detach().uniform_(-0.5, 0.5))
     if (ids or vocabulary) and table is not None and not place.abstract:

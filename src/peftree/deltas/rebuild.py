@@ -1,9 +1,9 @@
-"""Rebuild instead of save: an input that the graph can recompute is not kept a second time.
+"""Rebuild instead of save: an input that the graph can recompute is not saved a second time.
 
 A low-rank delta needs its input `x` in the backward pass. In most transformer layers `x` was just made by an operation
 whose own saved tensors determine it: a product of two saved factors (gated FFN), a normalised row times a scale
 (RMSNorm, LayerNorm), an activation of a saved input (GELU, SiLU), or the transposed output of an attention kernel.
-`recipe` walks the autograd graph behind `x`, and where it knows the way back returns the tensors that the graph holds
+`recipe` walks the autograd graph behind `x`. If it knows the way back, it returns the tensors that the graph holds
 anyway and a function that makes `x` from them.
 """
 
@@ -20,12 +20,12 @@ Tensors = list[Tensor]
 
 
 class Recipe(NamedTuple):
-    """How to make a value again.
+    """How to recompute a value.
 
     Attributes:
-        kept: what it is made from.
+        kept: the tensors that it is made from.
         remake: returns the value from `kept`.
-        gram: returns `leftᵀ value` from `left` `[n, r]` and `kept`, without the value where it factors; or None.
+        gram: returns `leftᵀ value` from `left` `[n, r]` and `kept`, without the value if it factors; or None.
     """
 
     kept: Tensors
@@ -41,9 +41,9 @@ class Recipe(NamedTuple):
 
 
 def recipe(x: Tensor) -> Recipe | None:
-    """Return `(kept, remake)` with `remake(kept)` equal to `x` to the bit, or None if no way back is known.
+    """Return `(kept, remake)` with `remake(kept)` bit for bit equal to `x`, or None if no way back is known.
 
-    Behind a LayerNorm they are equal but for rounding: the order of its operations is not on record. `kept` shares
+    Behind a LayerNorm they are equal up to rounding: the order of its operations is not recorded. `kept` shares
     the storage of tensors that the graph behind `x` has saved already.
     """
     if (
@@ -69,7 +69,7 @@ def recipe(x: Tensor) -> Recipe | None:
 def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
     """Return the recipe of the value that `node` produced, looking at most `depth` nodes back.
 
-    `exact`: the shape matters to what comes after, so no view may be skipped (its own shape is not on record).
+    `exact`: the shape matters to what follows, so no view may be skipped (its own shape is not recorded).
     """
     name = type(node).__name__
     if name == "MulBackward0":

@@ -1,4 +1,4 @@
-"""Replacement: a parameter that trains whole, as a copy, while the base stays as it is."""
+"""Replacement: a parameter that trains as a whole, as a copy, while the base stays unchanged."""
 
 from __future__ import annotations
 

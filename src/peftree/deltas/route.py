@@ -1,4 +1,4 @@
-"""Routers: who contributes how much to each token."""
+"""Routers: how much each expert contributes to each token."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class TokenRouter(nn.Module):
     Args:
         place: where it goes.
         experts: number of experts N.
-        top: how many of them `chosen` gives each token.
-        whole: the shares of those sum to 1.
+        top: number of experts that `chosen` gives each token.
+        whole: whether their shares sum to 1.
     """
 
     def __init__(self, place: Place, experts: int, top: int = 1, whole: bool = True) -> None:
         super().__init__()
         if top > experts:
-            raise place.refuse(f"gets {experts} experts, and top={top} asks for more", "Lower top, or raise experts.")
+            raise place.refuse(f"gets {experts} experts, but top={top} asks for more", "Lower top, or raise experts.")
         self.top, self.whole = top, whole
         self.W = place.normal(experts, place.site.in_features, std=0.02)
         self.load: Tensor | None = None
@@ -34,7 +34,7 @@ class TokenRouter(nn.Module):
         return self.shares(x).to(x.dtype)
 
     def chosen(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the `top` largest shares of each token, `[..., 1]`, and whose each is, one-hot `[..., experts]`."""
+        """Return the `top` largest shares of each token, `[..., 1]`, and their experts, one-hot `[..., experts]`."""
         p, index = self.shares(x).topk(self.top, dim=-1)
         p = p / p.sum(-1, keepdim=True) if self.whole else p
         return [(p[..., k : k + 1].to(x.dtype), self._whose(index[..., k], x.dtype)) for k in range(self.top)]
@@ -60,7 +60,7 @@ class TokenRouter(nn.Module):
 
 
 def balance(modules: Iterable[nn.Module], weight: float) -> Tensor | None:
-    """Return `weight` times the mean balance of the routers in `modules`; None where none has been kept."""
+    """Return `weight` times the mean balance of the routers in `modules`; None if none was kept."""
     routers = [r for m in modules for r in m.modules() if isinstance(r, TokenRouter)]
     found = [r.load for r in routers if r.load is not None]
     return weight * torch.stack(found).mean() if found and weight else None

@@ -1,4 +1,4 @@
-"""The scene: what is known of a pass, for deltas that look at more than one token."""
+"""The scene: what is known about a pass, for deltas that look at more than one token."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scene:
-    """What a stack of layers knows of its pass.
+    """What a stack of layers knows about its pass.
 
     Attributes:
-        shape: rows and tokens of this pass, virtual ones among them; None where there is no text.
+        shape: rows and tokens of this pass, including virtual ones; None if there is no text.
         real: which of them count, bool `[rows, tokens]`: no padding, no empty slot; None: all.
-        prompt: which of them a summary of the input may read, bool `[rows, tokens]`: those that are real and not
-            virtual; in training of a causal model only what comes before the first token that has a label; in a pass
+        prompt: which of them a summary of the input may read, bool `[rows, tokens]`: real tokens that are not
+            virtual; when training a causal model, only those before the first token with a label; in a pass
             that continues a cache, none.
-        ids: their token ids, -1 for virtual ones; None where the stack was given embeddings.
+        ids: their token ids, -1 for virtual ones; None if the stack was given embeddings.
         before: real tokens of each row in the passes before this one, int64 `[rows]`; None in the first.
-        task: the number of each row's task, int64 `[rows]`; None where nobody said.
-        encoded: which of the encoder's tokens, that a decoder looks at, count.
-        attend: what `attention` asks; None outside of layers.
+        task: the number of each row's task, int64 `[rows]`; None if it was not set.
+        encoded: which of the encoder's tokens, which a decoder sees, count.
+        attend: what `attention` uses; None outside layers.
         rows: which rows of the batch these are; None: all.
         group: their number among the groups of a routed batch.
     """
@@ -54,7 +54,7 @@ class Scene:
     def attention(self, delta: Delta) -> SideAttention | None:
         """Return attention by the masks and the cache of the layer that runs, for a delta with `blocks`.
 
-        None where no layer of a stack runs.
+        None if no layer of a stack is running.
         """
         return None if self.attend is None else self.attend(delta, self.rows, self.group)
 
@@ -68,9 +68,9 @@ _HERE = _Here()
 
 
 def scene() -> Scene:
-    """Return the scene of the stack that runs in this thread; one that knows nothing outside of every stack.
+    """Return the scene of the stack that runs in this thread; outside stacks, one that knows nothing.
 
-    Only a delta that declares `looks` may rely on it: the graft keeps a scene where one does.
+    Only a delta that declares `looks` may rely on it: the graft keeps a scene only for those.
     """
     return _HERE.scene or Scene()
 

@@ -21,14 +21,14 @@ class BiasOffset(Reweight):
     """`b' = b + db`, from zero; a linear map without a bias gets one.
 
     Raises:
-        MethodError: the module has no bias and takes none.
+        MethodError: the module has no bias and cannot get one.
     """
 
     def __init__(self, place: Place) -> None:
         super().__init__()
         b = place.frozen.bias
         if b is None and not takes_shift(place):
-            raise place.refuse("has no bias and takes none", "Name other sites.")
+            raise place.refuse("has no bias and cannot get one", "Name other sites.")
         self.db = place.zeros(place.site.out_features if b is None else b.shape[0])
         self.quick = place.site.kind in LINEAR
 
@@ -48,11 +48,11 @@ def pick(W: Tensor, k: int, dim: int, choice: Choice) -> Tensor:
         choice: the first k, k at random, or those with the largest or smallest sum of |W|.
 
     Raises:
-        MethodError: there are fewer than k.
+        MethodError: there are fewer than k of them.
     """
     size = W.shape[dim]
     if k > size:
-        raise MethodError(f"k={k}, but a weight has {size} of them.", "Choose a smaller k, or other sites.")
+        raise MethodError(f"k={k}, but a weight has only {size} of them.", "Choose a smaller k, or other sites.")
     if choice in ("max", "min"):
         score = W.abs().sum(-3 - dim, dtype=torch.float32)
         return score.topk(k, largest=choice == "max").indices.sort().values
@@ -79,19 +79,19 @@ class Sensitivity:
             spread.mul_(beta).add_((now - mean).abs_(), alpha=1 - beta)
 
     def score(self, name: str, like: Tensor) -> Tensor:
-        """Return mean times deviation, shaped as `like`; zeros for a tensor that never had a gradient."""
+        """Return mean times deviation, with the shape of `like`; zeros for a tensor that never had a gradient."""
         return self.mean[name] * self.spread[name] if name in self.mean else torch.zeros_like(like)
 
 
 def turn(delta: nn.Module, on: bool) -> None:
-    """Let the tensors of a delta train from now on, or rest: an optimizer passes over what has no gradient."""
+    """Train the tensors of a delta from now on, or not: an optimizer skips what has no gradient."""
     for parameter in delta.parameters():
         parameter.requires_grad_(on)
         parameter.grad = parameter.grad if on else None
 
 
 def keep_largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return masks shaped as `scores` that are True at the `count` largest values of all of them together."""
+    """Return masks with the shapes of `scores` that are True at the `count` largest values of them all."""
     flat = torch.cat([s.reshape(-1) for s in scores])
     best = flat.topk(min(count, flat.numel())).indices
     kept = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, best, True)

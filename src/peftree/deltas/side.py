@@ -1,4 +1,4 @@
-"""Side networks: the small transformer blocks that run beside frozen layers."""
+"""Side networks: small transformer blocks that run next to frozen layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def attended(
     """Return self-attention of `h` `[batch, tokens, w]` by the masks and the cache of a layer, `[batch, tokens, d]`.
 
     Args:
-        attend: what a side network is given, or `scene().attention(delta)`; the layers it knows hold the masks.
+        attend: the argument of a side network, or `scene().attention(delta)`; it knows the layers' masks.
         block: number of this attention among its delta's, which names its place in the cache.
         h: see above.
         qkv: the maps to queries, keys and values, `[3 d, w]`.
@@ -41,8 +41,8 @@ class SideBlock(nn.Module):
         index: number of the block, which names its place in the cache.
         width: width w of the hidden states.
         heads, head_dim: Q, K, V are `[heads * head_dim, w]`.
-        expansion: width of the feed-forward network over w.
-        cross: the block looks at an encoder too.
+        expansion: width of the feed-forward network, relative to w.
+        cross: whether the block also attends to an encoder.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ def rms(s: Tensor, weight: Tensor) -> Tensor:
 
 
 class LayerNormBlock(nn.Module):
-    """A block as BERT's: `x = n_1(x + attention)`, then `n_2(x + F2 gelu(F1 x))`, n layer norms, all maps with a bias.
+    """A block as BERT's: `x = n_1(x + attention)`, then `n_2(x + F2 gelu(F1 x))`, n layer norms; all maps have a bias.
 
     Args:
         place: where the side network goes.
         index: number of the block, which names its place in the cache.
         width: width w of the hidden states; the feed-forward network's is 4 w.
         heads: heads of `w / heads` units.
-        clip: a block as CLIP's: norms before attention and network, whose activation is `quick_gelu`.
+        clip: a block like CLIP's: norms before attention and network, whose activation is `quick_gelu`.
     """
 
     def __init__(self, place: Place, index: int, width: int, heads: int, clip: bool = False) -> None:
@@ -94,7 +94,7 @@ class LayerNormBlock(nn.Module):
         self.gain, self.shift = place.ones(2, w), place.zeros(2, w)
 
     def forward(self, x: Tensor, attend: SideAttention | None) -> Tensor:
-        """Return the block's output for `x` `[batch, tokens, w]`; with no `attend` all tokens see each other."""
+        """Return the block's output for `x` `[batch, tokens, w]`; without `attend`, all tokens see each other."""
         t = {name: p.to(x.dtype) for name, p in self.named_parameters()}
 
         def norm(v: Tensor, i: int, first: bool) -> Tensor:

@@ -18,9 +18,9 @@ from peftree.errors import MethodError
 class Entries(nn.Module):
     """k entries chosen among all weights of an adapter: `values [k]` and `where [3, k]` (site, row, column).
 
-    One module shared by the deltas of all sites, for the number of entries of a site depends on data and the shape of
-    a stored tensor must not. Entries stand in the order of their sites; until `choose` or a load their site is one that
-    does not exist and `blank` is True. `few`: it may train while some or all of them are not chosen.
+    One module shared by the deltas of all sites, since the number of entries of a site depends on data and the shape of
+    a stored tensor must not. Entries are in the order of their sites; until `choose` or a load, their site is one that
+    does not exist, and `blank` is True. `few`: whether it may train while some or all of them are not chosen.
     """
 
     where: Tensor
@@ -55,7 +55,7 @@ class Entries(nn.Module):
 
     @property
     def _abstract(self) -> bool:
-        """True where values cannot be read: then the entries count as spread evenly."""
+        """True if values cannot be read; the entries then count as spread evenly."""
         return torch.compiler.is_compiling() or self.where.is_meta or isinstance(self.where, FakeTensor)
 
     @property
@@ -63,7 +63,7 @@ class Entries(nn.Module):
         return self._seen is not None and self._seen[0] is self.where and self._seen[1] == self.where._version
 
     def span(self, site: int) -> tuple[int, int]:
-        """Return which entries belong to `site`; read again whenever `where` was written to or is another tensor."""
+        """Return which entries belong to `site`; recomputed whenever `where` was written to or is another tensor."""
         if not self._abstract and not self._known:
             first = torch.arange(len(self.sizes) + 1, dtype=torch.int32, device=self.where.device)
             self.starts = torch.searchsorted(self.where[0].contiguous(), first).tolist()
@@ -76,7 +76,7 @@ class Entries(nn.Module):
         """Take the k entries with the highest score over all sites; their values restart at zero.
 
         Args:
-            scores: one tensor a site, in order, with the shape of its weight.
+            scores: one tensor per site, in order, with the shape of its weight.
         """
         flat = torch.cat([s.reshape(-1) for s in scores])
         self.where.copy_(self.places(flat.topk(self.values.numel()).indices.sort().values))
@@ -90,7 +90,7 @@ class Entries(nn.Module):
         self.where[0] = len(self.sizes)
 
     def places(self, flat: Tensor) -> Tensor:
-        """Return site, row and column `[3, n]` of entries counted through all weights."""
+        """Return site, row and column `[3, n]` of entries counted across all weights."""
         sizes = torch.tensor(self.sizes, device=flat.device)
         ends = sizes.cumsum(0)
         site = torch.bucketize(flat, ends, right=True)
@@ -99,17 +99,17 @@ class Entries(nn.Module):
         return torch.stack([site, local // width, local % width])
 
     def local(self, site: int) -> Tensor:
-        """Return the entries of one site, counted through its weight."""
+        """Return the entries of one site, counted within its weight."""
         start, stop = self.span(site)
         row, column = self.where[1:, start:stop].long().unbind()
         return row * self.widths[site] + column
 
     @torch.no_grad()
     def move(self, which: Tensor, where: Tensor, optimizer: Any = None) -> Tensor:
-        """Let the entries `which` be those at `where` `[3, n]`, from zero on and with no past; return their numbers.
+        """Set the entries `which` to those at `where` `[3, n]`, starting at zero with no past; return their numbers.
 
         Args:
-            optimizer: whose state of the values goes with them.
+            optimizer: the optimizer whose state of the values moves with them.
         """
         state = getattr(optimizer, "state", {}).get(self.values, {}).values()
         held = [self.values, self.values.grad, *state]
@@ -134,7 +134,7 @@ class Sparse(Reweight):
         self.probe: Tensor | None = None
 
     def weight(self, W: Tensor) -> Tensor:
-        """Return W with the values added; while gradients are probed, the probe too."""
+        """Return W with the values added, and the probe while gradients are probed."""
         if self.probe is not None:
             W = W + self.probe.view(W.shape).to(W.dtype)
         start, stop = self.entries.span(self.site)
@@ -151,7 +151,7 @@ class Sparse(Reweight):
 
 
 class Watched(Sparse):
-    """The same, and while `watching` every backward pass shows the gradient by the whole weight."""
+    """The same; while `watching`, every backward pass shows the gradient of the whole weight."""
 
     watching = False
     _seen: tuple[Tensor, Tensor] | None = None
@@ -173,7 +173,7 @@ class Watched(Sparse):
         return (none, none) if self._seen is None else self._seen
 
     def watch(self, on: bool = True) -> None:
-        """See gradients from now on, or not, and forget those seen."""
+        """Watch gradients from now on, or not, and forget those seen."""
         self.watching, self._seen = on, None
 
 
@@ -182,16 +182,16 @@ def squared_gradients(
 ) -> list[Tensor]:
     """Return the sum over batches of the squared gradient of the loss with respect to each whole weight.
 
-    With batches of one row it is N times the diagonal of the empirical Fisher information. Holds two dense tensors of
-    the size of every weight while it runs; gradients of other tensors are left alone.
+    For batches of one row it is N times the diagonal of the empirical Fisher information. It holds two tensors of
+    the size of every weight while it runs; gradients of other tensors do not change.
 
     Args:
-        deltas: of one adapter, in order.
-        batches: each a call that runs the model and returns the loss.
-        summed: the square of the sum of the gradients instead.
+        deltas: the deltas of one adapter, in order.
+        batches: callables that run the model and return the loss.
+        summed: whether to return the square of the sum of the gradients instead.
 
     Raises:
-        MethodError: there is no batch, or a gradient is not finite.
+        MethodError: there are no batches, or a gradient is not finite.
     """
     entries = deltas[0].entries
     shapes = [(n // width, width) for n, width in zip(entries.sizes, entries.widths, strict=True)]
@@ -201,7 +201,7 @@ def squared_gradients(
 
 
 def quantiles(score: Tensor) -> Tensor:
-    """Return for every entry the share of entries below it, so that one ranking takes the same share of each weight."""
+    """Return for each entry the share of entries below it, so that one ranking takes the same share of each weight."""
     flat = score.flatten()
     order = flat.argsort(stable=True)
     ranks = torch.arange(len(flat), device=flat.device, dtype=torch.float64).div_(len(flat))

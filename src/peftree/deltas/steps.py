@@ -1,4 +1,4 @@
-"""Steps: AdamW taken apart, for methods that bring an optimizer of their own."""
+"""Steps: AdamW in parts, for methods with their own optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Steps(Optimizer):
     """AdamW: `m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)` and decoupled decay, in parts that a subclass overrides.
 
     Attributes:
-        each: every entry has an age t of its own, which may be set; else one for a tensor.
+        each: whether every entry has its own age t, which may be set; else one per tensor.
     """
 
     each = False
@@ -22,11 +22,11 @@ class Steps(Optimizer):
         super().__init__(groups, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
 
     def down(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return what the moments see of a gradient."""
+        """Return the part of a gradient that the moments see."""
         return grad
 
     def up(self, step: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return the step of the parameter from that of the moments."""
+        """Return the parameter's step from that of the moments."""
         return step
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Structured matrices: changes of a weight that are made from few numbers, and applied without being built."""
+"""Structured matrices: changes of a weight that are made from few numbers and applied without being built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Added(Reweight):
         place: where it goes.
         scale: the fixed factor.
         dropout: probability of dropping entries of the input of M in training.
-        quick: there is a way to M x that does not build M.
+        quick: whether M x can be computed without building M.
     """
 
     def __init__(self, place: Place, scale: float = 1.0, dropout: float = 0.0, quick: bool = True) -> None:
@@ -50,7 +50,7 @@ def factor_pair(total: int, factor: int = 0) -> tuple[int, int]:
 
     Args:
         total: at least 1.
-        factor: the first number; where it does not divide, a bound of the smaller one. 0: no bound.
+        factor: the first number; if it does not divide, a bound on the smaller one. 0: no bound.
 
     >>> factor_pair(128), factor_pair(128, 4), factor_pair(127), factor_pair(12, 5)
     ((8, 16), (4, 32), (1, 127), (3, 4))
@@ -88,7 +88,7 @@ def convolved(x: Tensor, v: Tensor, out: int) -> Tensor:
 class Term(nn.Module):
     """A matrix of a chosen form that broadcasts to `shape`; zero at the start.
 
-    `lora`: `Xd Xu`, Xd `[rows, r]` zero, Xu `[r, columns]` Kaiming uniform. `vector`: X, one number a row. `constant`:
+    `lora`: `Xd Xu`, Xd `[rows, r]` zero, Xu `[r, columns]` Kaiming uniform. `vector`: X, a number per row. `constant`:
     X, one number. `none`: no tensor, 0.
 
     Args:
@@ -108,7 +108,7 @@ class Term(nn.Module):
 
     @property
     def zeros(self) -> Tensor | None:
-        """What PEFT stores where there is no term: zeros of the whole shape."""
+        """What PEFT stores if there is no term: zeros of the whole shape."""
         return torch.zeros(self.shape) if self.form == "none" else None
 
     def forward(self) -> Tensor | float:

@@ -1,4 +1,4 @@
-"""The subspace of a site's inputs: a low-rank delta that looks at them before training and starts there."""
+"""The subspace of a site's inputs: a low-rank delta that observes them before training and starts there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InputSubspace(LowRank):
     """A low-rank delta whose A becomes the leading right singular vectors of the inputs seen while `looking`.
 
     Attributes:
-        looking: take every input into account.
+        looking: whether inputs are taken into account.
         seen: singular values `[r]` and vectors `[r, in]` of the inputs so far.
         cosine: the smallest cosine between a vector and the same one before the last input.
     """
@@ -31,7 +31,7 @@ class InputSubspace(LowRank):
 
     @property
     def plain(self) -> bool:
-        """True if the term is exactly `scale * (x Aᵀ) B` now and nobody looks at x."""
+        """True if the term is now exactly `scale * (x Aᵀ) B` and x is not observed."""
         return super().plain and not self.looking
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
@@ -54,11 +54,11 @@ class InputSubspace(LowRank):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Let A start at what was seen; rows beyond the number of inputs stay as they are.
+        """Set A to what was seen; rows beyond the number of inputs stay unchanged.
 
         Raises:
-            MethodError: nothing was seen.
+            MethodError: no input was seen.
         """
         if self.seen is None or not torch.isfinite(self.seen[1]).all():
-            raise MethodError(f"No input was seen at {self.name}, or one that is not finite.", "Check the data.")
+            raise MethodError(f"No input was seen at {self.name}, or one was not finite.", "Check the data.")
         self.factors()[0][: len(self.seen[1])] = self.seen[1]

@@ -30,7 +30,7 @@ class Triplets(LowRank):
     def score(self) -> Tensor:
         """Return the importance of each triplet, `[..., r]`: s(E) + mean s(Q) + mean s(P).
 
-        Without any gradient seen (a run that was taken up again) those that were kept last count 1, others 0.
+        If no gradient was seen yet (a resumed run), the triplets kept last count 1, others 0.
         """
         if not self.sensitivity.mean:
             return self.get_buffer("alive").to(self.E.dtype)

@@ -1,4 +1,4 @@
-"""The five verbs: what a delta may do to a frozen model, each an abstract class that methods make concrete."""
+"""The five verbs: what a delta may do to a frozen model, each an abstract class that methods implement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Frozen(NamedTuple):
 
 
 class Host(nn.Module):
-    """The child `deltas` of an adapted module, which the graft makes."""
+    """The child `deltas` of an adapted module, which the graft creates."""
 
     def alone(self, module: nn.Module, x: Tensor) -> Any:
         """Run the module without deltas."""
@@ -35,11 +35,11 @@ class Host(nn.Module):
 class Part:
     """A frozen module of the base model as a function `x -> y`: its own forward, without deltas.
 
-    No module, so that a delta that holds it neither saves nor counts what is the base's.
+    It is not a module, so that a delta that holds it neither saves nor counts the base's parameters.
 
     Attributes:
-        module: the module, which copies and moves with the model.
-        site: where it is; of a fused map a part of its output.
+        module: the module, which is copied and moved with the model.
+        site: its site; for a fused map, a part of its output.
     """
 
     def __init__(self, module: nn.Module, site: Site) -> None:
@@ -58,11 +58,11 @@ class Delta(nn.Module, ABC):
     """One adapter's tensors at one site. Concrete classes are final.
 
     Attributes:
-        part: the number of the method's part that made it; None for what no part made (a task head).
-        looks: True: it reads `scene()`, which tells padding from text where more than one token counts.
-        blocks: how many blocks of attention it has of its own, which share the masks and the cache of the base model.
-        first_block: the number of the first of them among those of the stack; the graft sets it.
-        elastic: names of its tensors whose sizes training decides: a file says what they are.
+        part: the number of the method's part that made it; None if no part did (a task head).
+        looks: whether it reads `scene()`, which separates padding from text if more than one token counts.
+        blocks: number of its own attention blocks, which share the masks and the cache of the base model.
+        first_block: the number of the first of them in the stack; the graft sets it.
+        elastic: names of its tensors whose sizes training decides; loading takes the sizes in the file.
     """
 
     part: int | None = None
@@ -72,14 +72,14 @@ class Delta(nn.Module, ABC):
     elastic: ClassVar[tuple[str, ...]] = ()
 
     def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Give `elastic` tensors these shapes, values to follow; a delta that keeps sizes elsewhere sets them too."""
+        """Give `elastic` tensors these shapes; values follow. A delta that keeps sizes elsewhere sets those too."""
         for name, shape in shapes.items():
             old = getattr(self, name)
             new = old.new_zeros(shape)
             setattr(self, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out tensors of one forward (a router's load, say), so that copies hold no graph."""
+        """Leave out tensors of one forward pass (such as a router's load), so that copies hold no graph."""
         return {k: None if isinstance(v, Tensor) and v.grad_fn is not None else v for k, v in self.__dict__.items()}
 
     def forward(self) -> Tensor:
@@ -90,8 +90,8 @@ class Delta(nn.Module, ABC):
 class Reweight(Delta):
     """`W -> W'` (and `b -> b'`): everything that can be folded into the weights.
 
-    `weight` and `bias` are the definition. If `quick` is True the delta also gives an equal form that never builds
-    `W'`: `y' = fast(input(x), base(input(x)), frozen)`. `reads_weight` says that `fast` needs the inner weight.
+    `weight` and `bias` define it. If `quick` is True, the delta also gives an equal form that never builds
+    `W'`: `y' = fast(input(x), base(input(x)), frozen)`. `reads_weight` says whether `fast` needs the inner weight.
     """
 
     quick: bool = False
@@ -110,11 +110,11 @@ class Reweight(Delta):
         return Frozen(self.weight(frozen.weight), self.bias(frozen.bias))
 
     def input(self, x: Tensor) -> Tensor:
-        """Quick form, first half: the input the frozen module shall see."""
+        """Quick form, first half: return the input for the frozen module."""
         return x
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
-        """Quick form, second half: the output from the input `x` `[..., in]` and the inner output `y` `[..., out]`.
+        """Quick form, second half: return the output from input `x` `[..., in]` and inner output `y` `[..., out]`.
 
         `y` is fresh and may be changed in place.
         """
@@ -122,17 +122,17 @@ class Reweight(Delta):
 
 
 class Rewrite(Delta):
-    """`y -> y'`: changes a module's output (or input) and can not be folded into weights.
+    """`y -> y'`: changes a module's output (or input) and cannot be folded into weights.
 
     `reads` says what `x` is at a branch site: the sub-layer's `input` or the `residual` stream before its norm. `maps`
-    True: it takes the maps of a convolution, channels first.
+    says whether it takes the maps of a convolution, channels first.
     """
 
     reads: str = "input"
     maps: bool = False
 
     def input(self, x: Tensor) -> Tensor:
-        """Return the input the frozen module shall see."""
+        """Return the input for the frozen module."""
         return x
 
     @abstractmethod
@@ -143,9 +143,9 @@ class Rewrite(Delta):
 class Attend(Delta):
     """K and V memory for one attention call.
 
-    `shared` True: the memory joins the softmax, `Attn(Q, [K_m; K], [V_m; V])`. False: a softmax of its own whose
-    result is added with `gate()`. `shift` True moves the positions of the real tokens by the memory's length, as a
-    cache of past tokens does. `projects` True: the memory is made by the module's own projections.
+    If `shared`, the memory joins the softmax, `Attn(Q, [K_m; K], [V_m; V])`; else it has a separate softmax, whose
+    result is added with `gate()`. `shift` moves the positions of the real tokens by the memory's length, as a
+    cache of past tokens does. `projects`: the module's own projections make the memory.
     """
 
     shared: ClassVar[bool] = True
@@ -162,7 +162,7 @@ class Attend(Delta):
         """
 
     def gate(self) -> Tensor | None:
-        """Return the factor of the separate softmax (`shared` False), else None."""
+        """Return the factor of the separate softmax (if not `shared`), else None."""
         return None
 
     @property
@@ -172,17 +172,17 @@ class Attend(Delta):
 
 
 class Prepend(Delta):
-    """Virtual tokens at the entry of a stack (depth 0) and, where `depths` says so, again at deeper layers."""
+    """Virtual tokens at the entry of a stack (depth 0) and, if `depths` says so, again at deeper layers."""
 
     depths: Sequence[int] = (0,)
 
     @abstractmethod
     def tokens(self, depth: int, x: Tensor) -> Tensor:
-        """Return the tokens that enter layer `depth`, `[length, d]` or of each row `[batch, length, d]`.
+        """Return the tokens that enter layer `depth`, `[length, d]` or per row `[batch, length, d]`.
 
         Args:
-            depth: of the layer.
-            x: at depth 0 the embedded input `[batch, tokens, d]`, else what the tokens of the layer before became,
+            depth: the depth of the layer.
+            x: at depth 0 the embedded input `[batch, tokens, d]`, else the previous layer's output for its tokens,
                 `[batch, length, d]`.
         """
 
@@ -193,11 +193,11 @@ class Prepend(Delta):
 
 
 class Side(Delta):
-    """A network beside a stack, fed by frozen hidden states; the stack runs without a graph."""
+    """A network next to a stack, fed by frozen hidden states; the stack runs without a graph."""
 
     @abstractmethod
     def side(self, taps: Sequence[Tensor], attend: SideAttention) -> Tensor:
-        """Return what is added to the stack's last hidden state, `[batch, tokens, d]`.
+        """Return the term to add to the stack's last hidden state, `[batch, tokens, d]`.
 
         Args:
             taps: the stack's input to its first layer, then every layer's output; each `[batch, tokens, d]`.
@@ -206,10 +206,10 @@ class Side(Delta):
 
 
 class SideAttention(ABC):
-    """Attention of an adapter's own by the stack's masks and cache; q, k, v `[batch, heads, tokens, head_dim]`.
+    """An adapter's own attention with the stack's masks and cache; q, k, v `[batch, heads, tokens, head_dim]`.
 
     Attributes:
-        encoded: in a decoder that looks at an encoder, the encoder's output `[batch, tokens, d]`, else None.
+        encoded: in a decoder that attends to an encoder, the encoder's output `[batch, tokens, d]`, else None.
     """
 
     encoded: Tensor | None
@@ -224,14 +224,14 @@ class SideAttention(ABC):
 
     @abstractmethod
     def seen(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all tokens so far of block number `block`, those of `x` `[batch, tokens, w]` last, and a mask.
+        """Return all tokens so far of block number `block`, with those of `x` `[batch, tokens, w]` last, and a mask.
 
-        The new ones join the cache. The mask `[batch or 1, tokens or 1, all]` is True where one of `x` may look.
+        The new tokens join the cache. The mask `[batch or 1, tokens or 1, all]` is True where a token of `x` may look.
         """
 
     @abstractmethod
     def once(self, block: int, value: Tensor) -> Tensor:
-        """Return `value` `[batch, d]`, or in a pass that continues a cache what it was in the first one."""
+        """Return `value` `[batch, d]`, or its value in the first pass if this one continues a cache."""
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

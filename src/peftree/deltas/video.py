@@ -19,18 +19,18 @@ from peftree.sites import Site
 
 
 def from_top(site: Site, peers: Sequence[Site]) -> int:
-    """Return how far below the top layer of its tower a site lies."""
+    """Return how far below the top layer of its tower a site is."""
     return max(s.layer or 0 for s in peers if s.tower == site.tower) - (site.layer or 0)
 
 
 class OverWords(nn.Module):
-    """`quick_gelu(T(n(z + p)))`, T a block as CLIP's, n a layer norm, p `[length, w]` from N(0, 0.01).
+    """`quick_gelu(T(n(z + p)))`, T a block like CLIP's, n a layer norm, p `[length, w]` from N(0, 0.01).
 
     Args:
-        place: where the bottleneck is; the starts of T follow its width d, as CLIP's follow that of its layers.
+        place: where the bottleneck is; T is initialised by its width d, as CLIP's blocks are by that of its layers.
         width: w.
         length: number of positions.
-        heads: of T.
+        heads: number of heads of T.
     """
 
     def __init__(self, place: Place, width: int, length: int, heads: int) -> None:
@@ -47,18 +47,18 @@ class OverWords(nn.Module):
                     p.zero_()
 
     def read(self, z: Tensor, attend: SideAttention | None) -> Tensor:
-        """Return what T makes of `z` `[batch, tokens, w]`, which has its positions."""
+        """Return T's output for `z` `[batch, tokens, w]`, which has its positions."""
         return quick_gelu(self.T(layer_norm(z, z.shape[-1:], self.gain.to(z.dtype), self.shift.to(z.dtype)), attend))
 
     def forward(self, z: Tensor, delta: Delta) -> Tensor:
-        """Return what T makes of texts `z` `[batch, tokens, w]` by the masks of the layer of `delta`.
+        """Return T's output for texts `z` `[batch, tokens, w]`, with the masks of the layer of `delta`.
 
         Raises:
             MethodError: there are more tokens than positions.
         """
         if z.shape[1] > len(self.p):
             raise MethodError(
-                f"{self.name} has {len(self.p)} positions, and a text has {z.shape[1]} tokens, padding and all.",
+                f"{self.name} has {len(self.p)} positions, but a text has {z.shape[1]} tokens, padding included.",
                 "Adapt with more (words=...), or cut the texts.",
             )
         attend = scene().attention(delta)
@@ -67,7 +67,7 @@ class OverWords(nn.Module):
 
 
 class OverFrames(OverWords):
-    """[CLS] of each frame of a video from those of all, and the mean patches; patches stay; quick_gelu is first.
+    """[CLS] of each frame of a video from those of all frames and the mean patches; patches stay; quick_gelu is first.
 
     `a T(..)` with `a = 1 + B relu(A [cls + patches; G g + h] + e)` of the three parts of
     `T([g; cls of every frame; mean patch of every frame])`; B starts at 0, the maps as `nn.Linear` does.
@@ -80,20 +80,20 @@ class OverFrames(OverWords):
         self.A, self.e, self.B = place.kaiming(hidden, 2 * w), place.bias(hidden, 2 * w), place.zeros(w, hidden)
 
     def forward(self, z: Tensor, delta: Delta) -> Tensor:
-        """Return images `z` `[videos * frames, tokens, w]`, of which each first token is changed.
+        """Return images `z` `[videos * frames, tokens, w]` with each first token changed.
 
         Raises:
-            MethodError: the batch is not whole videos, or an image is not [CLS] and a square grid of patches.
+            MethodError: the batch does not hold whole videos, or an image is not [CLS] and a square grid of patches.
         """
         if z.shape[1] < 2 or isqrt(z.shape[1] - 1) ** 2 != z.shape[1] - 1:
             raise MethodError(
                 f"{self.name} sees {z.shape[1]} tokens of an image, which are not [CLS] and a square grid of patches.",
-                "Adapt a vision transformer that has a [CLS], or the text alone (sites=...).",
+                "Adapt a vision transformer that has a [CLS], or only the text (sites=...).",
             )
         if len(z) % self.frames:
             raise MethodError(
-                f"{self.name} takes videos of {self.frames} frames, and the batch has {len(z)} images.",
-                "Pass the frames of each video one after another, or adapt with another number (frames=...).",
+                f"{self.name} takes videos of {self.frames} frames, but the batch has {len(z)} images.",
+                "Pass the frames of each video one after another, or adapt with a different number (frames=...).",
             )
         t = {name: p.to(z.dtype) for name, p in self.named_parameters(recurse=False)}
         first, rest = quick_gelu(z).unflatten(0, (-1, self.frames)).split([1, z.shape[1] - 1], 2)

@@ -19,14 +19,14 @@ class Comparison:
     """Paired difference of two results on the same items, `new - base`.
 
     Attributes:
-        metric: what was scored.
+        metric: the scored metric.
         base, new: the two scores.
-        of: what `difference` is a difference of: the metric itself, or for perplexity its logarithm.
+        of: the quantity of `difference`: the metric itself, or its logarithm for perplexity.
         difference: mean over items of the items' differences.
         low, high: its 95 % interval over items (Student's t); both equal `difference` if no item differs.
-        better, worse, equal: how many items changed in which direction.
-        shown: "better", "worse", or "no difference shown" where the interval holds 0.
-        constant: what one answer for all items scores; None where there is no such answer.
+        better, worse, equal: the number of items that changed in each direction.
+        shown: "better", "worse", or "no difference shown" if the interval contains 0.
+        constant: the score of one answer for all items; None if there is no such answer.
         no_better_than: what the new score does not beat; empty if it beats both.
     """
 
@@ -46,10 +46,10 @@ class Comparison:
 
 
 def against_base(model: nn.Module, score: Callable[[], Scores]) -> Comparison:
-    """Score `model` as it is and with every adapter off, and compare item by item.
+    """Score `model` in its current state and with every adapter off, and compare item by item.
 
     Args:
-        model: with the adapter on.
+        model: the model, with the adapter on.
         score: scores the model on fixed items, as in `lambda: task.score(items)`.
     """
     new = score()

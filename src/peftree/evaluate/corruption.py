@@ -1,7 +1,7 @@
-"""Twelve image corruptions at five severities, in the manner of Hendrycks & Dietterich 2019 (arXiv 1903.12261).
+"""Twelve image corruptions at five severities, after Hendrycks & Dietterich 2019 (arXiv 1903.12261).
 
-Lengths grow with the image, so that small images are harmed as large ones are; the figures of noise, brightness,
-contrast, pixelate and JPEG are those of ImageNet-C. Pillow, numpy and scipy alone; the randomness of a copy comes
+Lengths grow with the image, so small images are damaged as much as large ones. The parameters of noise, brightness,
+contrast, pixelate and JPEG are those of ImageNet-C. It needs only Pillow, numpy and scipy; a copy's randomness comes
 from the image's own bytes and the kind. Scores are not comparable with published ImageNet-C errors.
 """
 
@@ -23,10 +23,10 @@ Corruption = Callable[[Pixels, int, np.random.Generator], Pixels]
 
 
 def corrupt(data: bytes, kind: str, severity: int) -> bytes:
-    """Return an image file's corrupted copy as PNG, RGB, of the same size.
+    """Return a corrupted copy of an image file as an RGB PNG of the same size.
 
     Args:
-        data: the bytes of an image file of any mode.
+        data: the bytes of an image file in any mode.
         kind: one of `CORRUPTIONS`.
         severity: 0 to 4.
     """
@@ -90,7 +90,7 @@ def _filter(x: Pixels, kernel: Pixels) -> Pixels:
 
 
 def brightness(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
-    """Raise the value of every pixel, hue and saturation staying."""
+    """Raise the value of every pixel; keep hue and saturation."""
     value = x.max(2, keepdims=True)
     new = np.minimum(value + (0.1, 0.2, 0.3, 0.4, 0.5)[severity], 1)
     out: Pixels = np.where(value > 0, x * new / np.where(value > 0, value, 1), new)
@@ -98,7 +98,7 @@ def brightness(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
 
 
 def contrast(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
-    """Draw every value towards the mean of its channel."""
+    """Move every value towards the mean of its channel."""
     mean: Pixels = x.mean((0, 1))
     return mean + (x - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[severity]
 
@@ -119,7 +119,7 @@ def _smooth(x: Pixels, draw: np.random.Generator, width: float) -> Pixels:
 
 
 def pixelate(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
-    """Make it smaller and large again, in squares."""
+    """Shrink the image and enlarge it again, in squares."""
     from PIL import Image
 
     factor = (0.6, 0.5, 0.4, 0.3, 0.25)[severity]
@@ -129,7 +129,7 @@ def pixelate(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
 
 
 def jpeg(x: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
-    """Compress it."""
+    """Compress the image."""
     from PIL import Image
 
     file = io.BytesIO()

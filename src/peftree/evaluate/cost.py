@@ -21,7 +21,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class _Box:
-    """Holds one saved tensor, so that a weak reference tells whether the graph still holds it."""
+    """Holds one saved tensor, so that a weak reference shows whether the graph still holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -30,8 +30,8 @@ class _Box:
 def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     """Return the bytes that the graph of `forward()` keeps for backward.
 
-    Every storage counts once and whole, as long as the graph holds a view of it; the parameters and buffers of
-    `model` do not count. The graph must hang on what `forward` returns: a tensor.
+    Each storage counts once and in full while the graph holds a view of it; the parameters and buffers of
+    `model` do not count. `forward` must return a tensor that the graph belongs to.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     checkpointed = any(m.__dict__.get("gradient_checkpointing") for m in model.modules())
@@ -60,7 +60,7 @@ def _held_by_graph(result: Tensor) -> list[Tensor]:
 
 
 def _seen_by_hooks(forward: Callable[[], Any]) -> list[Tensor]:
-    """Return the saved tensors that live after `forward()`: reading a checkpointed graph would run layers again."""
+    """Return the saved tensors that are alive after `forward()`: reading a checkpointed graph would rerun layers."""
     boxes: list[weakref.ref[_Box]] = []
 
     def pack(tensor: Tensor) -> _Box:
@@ -76,7 +76,7 @@ def _seen_by_hooks(forward: Callable[[], Any]) -> list[Tensor]:
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of `tensors`, storages that are shared counted once."""
+    """Return the bytes of `tensors`; shared storages count once."""
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(sizes.values())
 
@@ -95,10 +95,10 @@ def training_bytes(
 
 
 def allocator_peak(step: Callable[[], object]) -> int:
-    """Return the most bytes that torch's CPU allocator held at once of what it gave out within `step()`.
+    """Return the most bytes that torch's CPU allocator held at once of what it allocated in `step()`.
 
-    Exact: every allocation and release is recorded. What was there before is not counted, and its release within the
-    step is not taken off: let a training step end with `zero_grad`, and measure the second one, as the first makes
+    It is exact: every allocation and release is recorded. What was there before is not counted, and its release in the
+    step is not subtracted: end a training step with `zero_grad`, and measure the second step, since the first makes
     the optimizer's state. Recording slows `step` down.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr that it starts and stops
@@ -123,7 +123,7 @@ def allocator_peak(step: Callable[[], object]) -> int:
 
 
 def peak_rss() -> int:
-    """Return the most bytes this process had resident since its start or `reset_peaks`."""
+    """Return the most bytes that this process had resident since its start or `reset_peaks`."""
     found = _status("VmHWM")
     if found is not None:
         return found
@@ -132,17 +132,17 @@ def peak_rss() -> int:
 
 
 def current_rss() -> int | None:
-    """Return the bytes this process has resident; None where the kernel does not say."""
+    """Return the bytes that this process has resident; None if the kernel does not say."""
     return _status("VmRSS")
 
 
 def device_peak(device: torch.device) -> int | None:
-    """Return the most bytes of tensors on a CUDA device since the start or `reset_peaks`; None on any other."""
+    """Return the most bytes of tensors on a CUDA device since the start or `reset_peaks`; None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def reset_peaks(device: torch.device) -> bool:
-    """Make the peaks count from now; False where the kernel cannot (then `peak_rss` counts from the start)."""
+    """Make the peaks count from now; False if the kernel cannot (then `peak_rss` counts from the start)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):

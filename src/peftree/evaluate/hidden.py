@@ -1,4 +1,4 @@
-"""Hidden states of a model's body, and how alike two sets of them are: linear CKA."""
+"""Hidden states of a model's body, and the similarity of two sets of them: linear CKA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOWERS = {"image-text-retrieval": "vision", "captioning": "text"}  # of models 
 
 
 def body(subject: Subject) -> Site | None:
-    """Return the stack of layers whose states are read, the same for every method of a task; None if there is none."""
+    """Return the stack whose states are read, the same for every method of a task; None if there is none."""
     if subject.task not in _READ or not isinstance(subject.model, PreTrainedModel):
         return None
     tower = _TOWERS.get(subject.task)
@@ -35,10 +35,10 @@ def states(subject: Subject, rows: Sequence[Row], deep: bool) -> Iterator[tuple[
 
     Args:
         subject: a model that has a `body`.
-        rows: what to run.
-        deep: the output of every layer, the last one replaced by the body's result; else that result alone.
+        rows: the rows to run.
+        deep: yield the output of every layer, with the body's result in place of the last; else only that result.
 
-    Virtual tokens are taken out by the graft, as from every output of the body.
+    The graft removes virtual tokens, as from every output of the body.
     """
     stack = body(subject)
     assert stack is not None
@@ -58,7 +58,7 @@ def states(subject: Subject, rows: Sequence[Row], deep: bool) -> Iterator[tuple[
 
 
 def _tokens(state: Tensor) -> Tensor:
-    """Return a state as `[rows, tokens, d]`; maps `[rows, d, height, width]` have a token a place."""
+    """Return a state as `[rows, tokens, d]`; maps `[rows, d, height, width]` have one token per place."""
     return state.flatten(2).mT if state.dim() == 4 else state
 
 
@@ -93,8 +93,8 @@ def cka(X: NDArray[np.float64], Y: NDArray[np.float64]) -> float:
     Args:
         X, Y: states `[n, d]` and `[n, e]` of the same n tokens. 1: equal up to rotation, shift and scale.
 
-    States that do not vary are alike (1) if both do not, else unlike (0). Few dimensions of large values, as language
-    models have, decide it where they occur.
+    States that do not vary are equal (1) if neither varies, else unequal (0). A few dimensions of large values, which
+    language models have, dominate the result.
     """
     X, Y = X - X.mean(0), Y - Y.mean(0)
     own, other = np.linalg.norm(X.T @ X), np.linalg.norm(Y.T @ Y)
@@ -106,7 +106,7 @@ def cka(X: NDArray[np.float64], Y: NDArray[np.float64]) -> float:
 def likeness(subject: Subject, rows: Sequence[Row]) -> list[float] | Unmeasured:
     """Return for every layer the `cka` of its states with the adapter off and on."""
     if not rows:
-        return Unmeasured(why="There are no test rows; the weights alone were looked at.")
+        return Unmeasured(why="There are no test rows; only the weights were examined.")
     if body(subject) is None:
         return Unmeasured(why=f"{type(subject.model).__name__} has no body with hidden states to read.")
     with disabled(subject.model):

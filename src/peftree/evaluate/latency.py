@@ -23,8 +23,8 @@ _LEAST = 3
 def timed(model: nn.Module, one: Batch, many: Batch, rounds: int, seconds: float) -> dict[str, Any]:
     """Time forward passes of two batches without labels, in eval mode; returns the figures of `probes.latency`.
 
-    Every round runs all states once, in rotated order, after one pass that is not counted; ratios are taken within a
-    round, so that a machine that slows down slows both sides. Merging and unmerging are not timed.
+    Each round runs all states once, in rotated order, after one pass that is not counted. Ratios are taken within a
+    round, so a machine that slows down slows both sides. Merging and unmerging are not timed.
     """
     names, why = ["off", "on"], None
     try:
@@ -60,7 +60,7 @@ def _state(model: nn.Module, name: str) -> Iterator[None]:
 def _rounds(
     model: nn.Module, batches: Mapping[str, Batch], names: list[str], most: int, limit: float
 ) -> dict[str, dict[str, list[float]]]:
-    """Return seconds by batch and state, one number a round."""
+    """Return seconds by batch and state, one number per round."""
     seconds: dict[str, dict[str, list[float]]] = {b: {n: [] for n in names} for b in batches}
     end = time.monotonic() + limit
     for turn in range(most):
@@ -85,13 +85,13 @@ def _seconds(model: nn.Module, batch: Batch) -> float:
 
 
 def _clock(model: nn.Module) -> Callable[[], float]:
-    """On one processor thread its own time, which other work on the machine does not stretch; else wall time."""
+    """On one processor thread its own time, which other work on the machine does not affect; else wall time."""
     alone = torch.get_num_threads() == 1 and next(model.parameters()).device.type == "cpu"
     return time.thread_time if alone else time.perf_counter
 
 
 def _wait(device: torch.device) -> None:
-    """Wait for work that the device does on its own."""
+    """Wait for the device's asynchronous work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

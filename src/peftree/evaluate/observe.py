@@ -45,15 +45,15 @@ def knockout(subject: Subject, layers: int, limit: int) -> dict[str, Any]:
     """Score the model with the deltas of one layer switched off, for evenly spread layers that have any.
 
     Returns:
-        `knockout`: layer -> score without its deltas minus the score with all, in units of the metric; what lies in
+        `knockout`: layer -> score without its deltas minus the score with all, in units of the metric; what is in
         no layer (virtual tokens, side networks, embeddings) counts as one under its role, or as `outside`; the task
         head stays.
-        `knockout_score`: with all; `knockout_items`, `knockout_of`: rows scored, and how many layers have deltas.
+        `knockout_score`: the score with all; `knockout_items`, `knockout_of`: rows scored, and layers with deltas.
     """
     groups = _by_layer(subject.adapter)
     rows = [row for _, row in some(subject.rows, limit)]
     if not groups or not rows:
-        why = "The adapter has no delta but the task head." if rows else "There are no test rows."
+        why = "The adapter has no delta except the task head." if rows else "There are no test rows."
         return {"knockout": Unmeasured(why=why)}
     whole = subject.score(rows).score
     change = {}
@@ -64,13 +64,13 @@ def knockout(subject: Subject, layers: int, limit: int) -> dict[str, Any]:
 
 
 def _by_layer(adapter: Adapter) -> dict[str, list[Delta]]:
-    """Return the deltas of every layer, and of what lies outside, by name; those of the task head are left out."""
+    """Return the deltas of every layer, and of what is outside, by name; without those of the task head."""
     tree = adapter.graft.tree
     heads = {s.path for s in tree if s.role == "head"}
     layers = {path: (s.tower, i) for s in tree if s.role == "stack" for i, path in enumerate(s.layers)}
 
     def within(site: Site) -> Site:
-        """Say in which layer a place lies that is named by its parameter alone."""
+        """Say in which layer a place is that is named only by its parameter."""
         found = [at for path, at in layers.items() if f"{site.path}.".startswith(f"{path}.")]
         return replace(site, tower=found[0][0], layer=found[0][1]) if site.layer is None and found else site
 
@@ -84,7 +84,7 @@ def _by_layer(adapter: Adapter) -> dict[str, list[Delta]]:
 
 
 def routing(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasured:
-    """Watch the token routers of a mixture on real tokens.
+    """Observe the token routers of a mixture on real tokens.
 
     Returns:
         Means over the routers: `load`: share of tokens whose first choice is each expert, largest first (experts of
@@ -120,11 +120,11 @@ def _load(p: Any) -> dict[str, Any]:
 
 
 def gates(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasured:
-    """Watch the gates of a hybrid, and read those of attention memories.
+    """Observe the gates of a hybrid, and read those of attention memories.
 
     Returns:
         Part -> mean gate, `low` and `high` (the least and largest mean of a place), and `places`. Gates of a hybrid
-        lie in 0..1 and are means over the rows; a memory's gate is a learned factor, taken absolute.
+        are in 0..1 and are means over the rows; a memory's gate is the absolute value of a learned factor.
     """
     parts = subject.adapter.method.parts()
     found: dict[str, list[float]] = {}
@@ -153,7 +153,7 @@ def _modules(adapter: Adapter) -> list[nn.Module]:
 
 
 def _watched(subject: Subject, rows: Sequence[Row], modules: Sequence[nn.Module]) -> list[list[Any]]:
-    """Run `rows` and return for each module its outputs as `[tokens or rows, ...]` arrays, padding left out."""
+    """Run `rows` and return for each module its outputs as `[tokens or rows, ...]` arrays, without padding."""
     out: list[list[Any]] = [[] for _ in modules]
     batch: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""How well a model does: scores of a task with one number for every item."""
+"""How well a model does: scores of a task, with one number per item."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Scores:
         metric: name of the primary metric.
         items: its part for each item: 0 or 1 for accuracy and recall, the absolute error for mae, mean negative
             log-likelihood in nats of a completion's tokens for perplexity.
-        values: every metric by name, the primary one among them.
+        values: every metric by name, including the primary one.
         higher_is_better: direction of the primary metric.
         aggregate: how `items` give the primary metric: their `mean`, or `exp_mean`.
-        constant: what one answer for all items scores: their commonest class or text, the error of their mean; None
-            where there is no such answer.
+        constant: the score of one answer for all items: their commonest class or text, the error of their mean; None
+            if there is no such answer.
     """
 
     metric: str
@@ -45,7 +45,7 @@ class Scores:
         return self.values[self.metric]
 
     def unbeaten(self, base: float | None) -> str:
-        """Return what this score is no better than, the model without the adapter scoring `base`; empty if nothing."""
+        """Return what this score is no better than; `base` is the score without the adapter; empty if nothing."""
         sign = 1 if self.higher_is_better else -1
         others = {"one answer for all rows": self.constant, "the model without the adapter": base}
         found = [f"{who} ({x:.4g})" for who, x in others.items() if x is not None and sign * (self.score - x) <= 0]
@@ -73,7 +73,7 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     """Score a classifier on batches with `labels` `[batch]`: accuracy and macro-F1.
 
     Raises:
-        TrainError: there is no item, or a logit is not finite.
+        TrainError: there are no items, or a logit is not finite.
     """
     predicted: list[int] = []
     wanted: list[int] = []
@@ -93,7 +93,7 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     """Score a language model on batches whose `labels` `[batch, tokens]` are -100 outside completions.
 
-    Labels are those of the tokens themselves, which the places before predict; in a batch with `decoder_input_ids`,
+    Labels are those of the tokens themselves, which earlier places predict; in a batch with `decoder_input_ids`,
     which are one place behind, each place predicts its own.
 
     Perplexity is `exp` of the mean over items of an item's mean negative log-likelihood.
@@ -101,7 +101,7 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     share of items where all do, which is when greedy decoding gives the completion.
 
     Raises:
-        TrainError: there is no item, an item has no token to score, or a value is not finite.
+        TrainError: there are no items, an item has no token to score, or a value is not finite.
     """
     items: list[float] = []
     shares: list[float] = []
@@ -122,13 +122,13 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
 
 
 def regress(model: nn.Module, batches: Iterable[Mapping[str, Any]], mean: float = 0.0, std: float = 1.0) -> Scores:
-    """Score a model with one output on batches with `labels` `[batch]`: mean absolute error, and three values more.
+    """Score a model with one output on batches with `labels` `[batch]`: mean absolute error, and three more values.
 
     Outputs and labels are standardised: `mean` and `std` turn both back into the units of the errors. The
-    correlations are 0 where one side is constant, for nothing is then told by it.
+    correlations are 0 if one side is constant, since it then says nothing.
 
     Raises:
-        TrainError: there is no item.
+        TrainError: there are no items.
         DivergedError: an output is not finite.
     """
     from scipy.stats import rankdata  # takes 40 MB, which no other task should pay
@@ -156,7 +156,7 @@ def regress(model: nn.Module, batches: Iterable[Mapping[str, Any]], mean: float 
 
 
 def _correlation(one: Any, two: Any) -> float:
-    """Return Pearson's r of two vectors; 0 where one is constant."""
+    """Return Pearson's r of two vectors; 0 if one is constant."""
     a, b = one - one.mean(), two - two.mean()
     scale = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum()) / scale if scale > 1e-12 * len(a) else 0.0
@@ -175,12 +175,12 @@ def retrieve(model: nn.Module, batches: Iterable[Mapping[str, Any]], texts: Sequ
         texts: the text of every row.
 
     Raises:
-        TrainError: all rows have the same text, so that nothing can be mistaken.
+        TrainError: all rows have the same text, so nothing can be mistaken.
         DivergedError: an embedding is not finite.
     """
     index = {text: i for i, text in enumerate(dict.fromkeys(_plain(text) for text in texts))}
     if len(index) < 2:
-        raise TrainError(f"The {len(texts)} scored rows have {len(index)} texts.", "Retrieval needs two or more.")
+        raise TrainError(f"The {len(texts)} scored rows have {len(index)} different texts.", "Retrieval needs two.")
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     with evaluating(model):
         for batch in batches:
@@ -253,7 +253,7 @@ def macro_f1(predicted: list[int], wanted: list[int]) -> float:
 
 def _check_count(items: list[Any]) -> None:
     if not items:
-        raise TrainError("There is nothing to score.", "Give a test or validation file with rows.")
+        raise TrainError("There is nothing to score.", "Give a test or validation file that has rows.")
 
 
 def _check_finite(values: Tensor) -> None:
@@ -262,4 +262,4 @@ def _check_finite(values: Tensor) -> None:
 
 
 def _not_finite() -> DivergedError:
-    return DivergedError("The model's output is not finite.", "The adapter has diverged: lower lr, or use float32.")
+    return DivergedError("The model's output is not finite.", "The adapter diverged: lower lr, or use float32.")

@@ -1,4 +1,4 @@
-"""Spectra of weight updates: size, rank, and intruder dimensions of W' beside W."""
+"""Spectra of weight updates: size, rank, and intruder dimensions of W' compared with W."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _GOLDEN = 0.6180339887498949
 
 
 def spectra(adapter: Adapter, matrices: int, top: int) -> dict[str, Any] | Unmeasured:
-    """Take apart the updates W' - W of an adapter at the weight matrices inside layers, computed in float64.
+    """Analyse the updates W' - W of an adapter at the weight matrices inside layers, in float64.
 
     Args:
-        adapter: on a model, nothing merged.
-        matrices: how many are taken, spread over layers and roles; of stacked experts the first one.
+        adapter: an adapter on a model, with nothing merged.
+        matrices: how many to take, spread over layers and roles; of stacked experts, the first.
         top: leading singular vectors of W' among which intruders are counted.
 
     Returns:
@@ -94,7 +94,7 @@ def figures(before: Tensor, after: Tensor, top: int) -> dict[str, float]:
     """Return the figures of one matrix W `[out, in]` and its successor W'.
 
     `effective_rank`: `exp(H(p))`, `p = sigma / sum sigma` over the singular values of W' - W (Roy & Vetterli 2007);
-    `stable_rank`: `|W' - W|_F² / sigma_1²`; both 0 for no change. `intruders_e`: how many of the first `top` left
+    `stable_rank`: `|W' - W|_F² / sigma_1²`; both are 0 for no change. `intruders_e`: how many of the first `top` left
     singular vectors of W' have an absolute cosine below e with every left singular vector of W (Shuttleworth 2024,
     arXiv 2410.21228).
     """
@@ -113,7 +113,7 @@ def figures(before: Tensor, after: Tensor, top: int) -> dict[str, float]:
 
 
 def layer_name(site: Site, towers: bool) -> str:
-    """Return a layer's number, with its tower where there are several; outside layers the role."""
+    """Return a layer's number, with its tower if there are several; outside layers, the role."""
     name = site.role if site.layer is None else str(site.layer)
     return f"{site.tower}.{name}" if towers else name
 

@@ -1,4 +1,4 @@
-"""What every probe looks at, a finished run with its rows, and what it gives back. Imports no torch."""
+"""What every probe looks at, a finished run with its rows, and what it returns. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ IMAGES = ("image-classification", "image-text-retrieval", "captioning")
 
 
 class Result(BaseModel):
-    """What a probe finds, as runs record it and reports read it; what else a record says is passed over.
+    """What a probe finds, as runs record it and reports read it; anything else in a record is ignored.
 
-    `apart` are fields that tell of one run alone: no mean is taken of them.
+    `apart` are fields that describe a single run: they are not averaged.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -34,7 +34,7 @@ class Result(BaseModel):
 
 
 class Unmeasured(Result):
-    """Why a probe, or a part of it, cannot be done, in one sentence."""
+    """Why a probe, or a part of it, cannot be measured, in one sentence."""
 
     why: str = Field(validation_alias=UNMEASURED, serialization_alias=UNMEASURED)
 
@@ -58,12 +58,12 @@ class Subject:
     """A finished run, open.
 
     Attributes:
-        model: the base model with its adapter on; in training or eval mode.
+        model: the base model with its adapter on, in training or eval mode.
         adapter: the only adapter that is on.
-        task: as `text-classification`.
+        task: the name of the task, such as `text-classification`.
         rows: the test rows.
-        score: scores the model as it stands on rows.
-        batches: rows as batches with labels, on the model's device.
+        score: scores the model in its current state on rows.
+        batches: yields rows as batches with labels, on the model's device.
         general: held-out general data for retention, rows or (for language models) texts; may be empty.
         seed: the run's seed. No probe draws from it: every method and seed is probed with the same noise.
         folder: scratch space; runs that share it share their corrupted images.
@@ -87,11 +87,11 @@ def some(rows: Sequence[T], limit: int) -> list[tuple[int, T]]:
 
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch without its labels: what a model sees when it is used."""
+    """Return a batch without its labels: what a model sees at inference."""
     return {k: v for k, v in batch.items() if k != "labels"}
 
 
 def real_tokens(batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Return where states of `shape` (rows, tokens) are not padding, bool; None if they are not the batch's tokens."""
+    """Return where states of `shape` (rows, tokens) are not padding, bool; None if `shape` is not its tokens'."""
     mask = batch.get("attention_mask")
     return mask.bool() if mask is not None and tuple(mask.shape) == shape else None

@@ -1,4 +1,4 @@
-"""How near written texts come to their references: exact match, ROUGE-L, chrF."""
+"""How close written texts are to their references: exact match, ROUGE-L, chrF."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORDER, BETA = 6, 2  # chrF2: character n-grams of 1 to 6, recall counts four tim
 def compare(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Return `exact` (share of equal texts, 0..1), `rouge_l` (mean, 0..1) and `chrf` (of the whole, 0..100).
 
-    Outer white space does not count. There must be one reference for each text, and one text at least.
+    Outer white space does not count. There must be one reference per text, and at least one text.
     """
     pairs = [(text.strip(), reference.strip()) for text, reference in zip(texts, references, strict=True)]
     return {
@@ -46,7 +46,7 @@ def _longest_common(one: Sequence[str], two: Sequence[str]) -> int:
 def chrf(texts: Sequence[str], references: Sequence[str]) -> float:
     """Return chrF2 of a whole set (Popovic 2015), 0..100, as sacreBLEU's `chrF2|nc:6|nw:0|space:no` counts it.
 
-    Character n-grams are counted over all texts, white space left out. Precision and recall are means
+    Character n-grams are counted over all texts, without white space. Precision and recall are means
     over the orders that both sides have.
     """
     made, wanted, both = (np.zeros(ORDER) for _ in range(3))

@@ -41,14 +41,14 @@ _LENGTH_FIRST = {
 
 
 class Graft:
-    """All that is grafted on one model.
+    """Everything grafted on one model.
 
     Attributes:
         model: the base model.
-        shared: which adapters are on.
-        entries: every delta with its adapter, key and site, in the order they were put.
+        shared: the adapters that are switched on.
+        entries: every delta with its adapter, key and site, in the order in which they were put on.
         first: paths of modules in which a text's length comes first, and its rows second.
-        swaps: some are torch's (`batch_first=False`), so that what any other module gets may be so too.
+        swaps: whether some are torch's (`batch_first=False`), so that any other module's input may be ordered so too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,12 +76,12 @@ class Graft:
                 yield path, module, hub
 
     def put(self, adapter: str, entries: list[tuple[str, Site, Delta]]) -> None:
-        """Graft the deltas of one adapter; on an error nothing of it stays."""
+        """Graft the deltas of one adapter; an error leaves nothing of it behind."""
         for path, module in self.model.named_modules():
             if isinstance(hub := module._modules.get("deltas"), Hub) and hub.shared is not self.shared:
                 raise MethodError(
                     f"{path or 'The model'} has an adapter that was put on a part of this model, or on all of it.",
-                    "Adapt the object that was adapted first, or detach that adapter from it.",
+                    "Adapt the object that was adapted first, or detach that adapter.",
                 )
         try:
             self._ground([(adapter, *e) for e in entries])
@@ -93,12 +93,12 @@ class Graft:
         self.entries += [(adapter, key, site, delta) for key, site, delta in entries]
 
     def drop(self, adapter: str) -> None:
-        """Take off the deltas of one adapter; without any left the model is as it was."""
+        """Take off the deltas of one adapter; when none are left, the model is as it was."""
         self.entries = [e for e in self.entries if e[0] != adapter]
         self._rebuild()
 
     def check(self) -> None:
-        """Raise AdapterError if an adapted module was resized, replaced or taken out."""
+        """Raise AdapterError if an adapted module was resized, replaced or removed."""
         self.shared.check(self.model)
         here = {hub.path for *_, hub in self.hubs()}
         gone = [site.path for _, _, site, _ in self.entries if site.path not in here]
@@ -106,12 +106,12 @@ class Graft:
         modules = dict(self.model.named_modules(remove_duplicate=False)) if read else {}
         if gone := gone + [p.site.path for p in read if modules.get(p.site.path) is not p.module]:
             raise AdapterError(
-                f"{gone[0]} is no longer the module that was adapted: it was replaced or taken out.",
-                "Call peftree.detach(model), then adapt it again: change a model before it gets an adapter.",
+                f"{gone[0]} is no longer the module that was adapted: it was replaced or removed.",
+                "Call peftree.detach(model), then adapt it again; change a model before it gets an adapter.",
             )
 
     def rooms(self, names: tuple[str, ...]) -> list[Room]:
-        """Return the text stacks whose positions the adapters `names` take a part of."""
+        """Return the text stacks in which the adapters `names` take some of the positions."""
         found = []
         for path, state in self.stacks.items():
             front = self.hub(path).program(names).token_length + state.shift(names)
@@ -134,7 +134,7 @@ class Graft:
             self._place(adapter, key, site, delta)
 
     def _ground(self, entries: list[tuple[str, str, Site, Delta]]) -> None:
-        """Put what every graft needs: parts around what users call, norms that count nothing, no nested tensors.
+        """Put on what every graft needs: parts around what users call, frozen statistics in norms, no nested tensors.
 
         No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
         """
@@ -153,13 +153,13 @@ class Graft:
                     hub.outer.append(StillPart("training" if counts else "use_nested_tensor"))
 
     def hub(self, path: str) -> Hub:
-        """Return the hub of the module at `path`, made when first asked for."""
+        """Return the hub of the module at `path`; create it the first time."""
         module = self.model.get_submodule(path)
         found = module._modules.get("deltas")
         if isinstance(found, Hub):
             return found
         if "deltas" in module._modules or "deltas" in vars(module):
-            raise MethodError(f"{path} has an attribute 'deltas' of its own.", "Rename it in the base model.")
+            raise MethodError(f"{path} already has an attribute 'deltas'.", "Rename it in the base model.")
         hub = Hub(self.shared, path)
         hub.training, hub.opaque = module.training, opaque(module)
         hub.length_first = any(path == p or _within(path, p) for p in self.first)
@@ -188,14 +188,14 @@ class Graft:
             kinds = {"raw": "a single parameter", "conv": "a convolution"}
             what = kinds.get(site.kind, "a layer of convolutions")
             raise MethodError(
-                f"{site.name} ({site.path}) is {what}, whose output is not one vector a token.",
+                f"{site.name} ({site.path}) is {what}, whose output is not one vector per token.",
                 "Name linear maps, or use a method that changes weights.",
             )
         elif (
             isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate"))
         ):
             raise MethodError(
-                f"{site.name} ({site.path}) is one map inside stacked experts, whose output is not seen.",
+                f"{site.name} ({site.path}) is one map inside stacked experts, so its output is not visible.",
                 "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
             )
         elif isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
@@ -204,19 +204,19 @@ class Graft:
                 "Name other sites; `peftree inspect` lists them with their kinds.",
             )
         elif not isinstance(delta, Reweight | Rewrite):
-            raise MethodError(f"{type(delta).__name__} has none of the five verbs.", "Subclass one of them.")
+            raise MethodError(f"{type(delta).__name__} is not one of the five verbs.", "Subclass one of them.")
         if delta.looks or delta.blocks:
             self._scene(site, delta)
 
     def _scene(self, site: Site, delta: Delta) -> None:
-        """Let a delta see the pass of its stack, and give its attention places in the cache."""
+        """Show a delta the pass of its stack, and give its attention places in the cache."""
         stack = site if site.role == "stack" else self._owner(site)
         if stack is None:
             return
         if delta.blocks and not stack.heads:
             raise MethodError(
-                f"{site.name} ({site.path}) lies in layers without attention, whose masks and cache it needs here.",
-                "Name sites of other towers, or use another method.",
+                f"{site.name} ({site.path}) is in layers without attention, but needs attention masks and a cache.",
+                "Name sites in other towers, or use another method.",
             )
         state = self._stack(stack)
         state.looks |= delta.looks
@@ -233,7 +233,7 @@ class Graft:
     def _branch(self, hub: Hub, site: Site, delta: Rewrite) -> None:
         path = site.residual if delta.reads == "residual" else site.source
         if path is None:
-            raise MethodError(f"{site.name} has no known {delta.reads} module.", "Choose another site.")
+            raise MethodError(f"The {delta.reads} module of {site.name} is unknown.", "Choose another site.")
         if delta.reads not in hub.sources:
             cell = hub.sources[delta.reads] = self._known(Cell())
             self.hub(path).cells.append(cell)
@@ -261,10 +261,10 @@ class Graft:
         for other in self.tree:
             if (other.role, other.tower, other.layer) == (role, site.tower, site.layer):
                 return self.model.get_submodule(other.path), other
-        raise MethodError(f"{site.name} has no {which} projection of its own.", "Choose other layers.")
+        raise MethodError(f"{site.name} has no separate {which} projection.", "Choose other layers.")
 
     def _arguments(self, path: str) -> set[str]:
-        """Return the names that the forward of the module at `path` takes."""
+        """Return the names of the arguments of the forward of the module at `path`."""
         return set(inspect.signature(type(self.model.get_submodule(path)).forward).parameters)
 
     def _owner(self, site: Site) -> Site | None:
@@ -354,7 +354,7 @@ class Graft:
 
 
 def _tower(path: str, module: nn.Module) -> bool:
-    """Return whether users call this part of a model by itself: an encoder of two, a model below its head."""
+    """Return whether users call this part of a model directly: one of two encoders, a model below its head."""
     children = bool(module._modules) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
     return isinstance(module, PreTrainedModel) or ("." not in path and children)
 
@@ -368,6 +368,6 @@ def _join(path: str, name: str) -> str:
 
 
 def _slots(module: nn.Module, name: str) -> int:
-    """Return how many tokens a class or register parameter `[1, n, d]` or `[d]` stands for."""
+    """Return how many tokens a class or register parameter `[1, n, d]` or `[d]` holds."""
     parameter = module.get_parameter(name)
     return parameter.shape[1] if parameter.dim() == 3 else 1

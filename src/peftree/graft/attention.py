@@ -29,7 +29,7 @@ NAME = "peftree"
 
 
 class ConfigView:
-    """The module's own config, except that it names our attention function; every other attribute is live."""
+    """The module's own config, except that it names our attention function; all other attributes pass through."""
 
     _attn_implementation = NAME
 
@@ -49,7 +49,7 @@ class Seen(PerThread):
 
 
 class AttentionPart:
-    """The outer part of an attention module: remembers its input and sends the call to `attend`."""
+    """The outer part of an attention module: stores its input and sends the call to `attend`."""
 
     def __init__(self, site: Site, module: nn.Module) -> None:
         if not interfaced(module):
@@ -95,7 +95,7 @@ class AttentionPart:
 
 
 def attending(model: nn.Module, entries: list[tuple[str, Site, Delta]]) -> list[tuple[str, Site, Delta]]:
-    """Return entries without the memories of layers that take none, which a warning names; all, if no layer does."""
+    """Return entries without memories of layers that cannot take them, with a warning; all, if no layer can."""
     without = [s for _, s, d in entries if isinstance(d, Attend) and not interfaced(model.get_submodule(s.path))]
     if not 0 < len(without) < len(entries):
         return entries
@@ -147,7 +147,7 @@ def attend(
 
 
 class Call(NamedTuple):
-    """The arguments of one attention call, see `attend`, and the input `[batch, tokens, d]` of its module."""
+    """The arguments of one attention call (see `attend`), and the input `[batch, tokens, d]` of its module."""
 
     hidden: Tensor
     query: Tensor
@@ -157,7 +157,7 @@ class Call(NamedTuple):
     more: dict[str, Any]
 
     def some(self, rows: Tensor) -> Call:
-        """Return the call with these rows of the batch alone."""
+        """Return the call with only these rows of the batch."""
         n = self.query.shape[0]
 
         def cut(value: Any) -> Any:
@@ -217,7 +217,7 @@ def _widen(module: Any, call: Call, length: int) -> Tensor | None:
         return torch.ones(q, k + length, dtype=torch.bool, device=call.query.device).tril(k - q + length)[None, None]
     if not isinstance(mask, Tensor):
         raise MethodError(
-            f"{type(module).__name__} got a {type(mask).__name__} as its mask, which takes no memory slots.",
+            f"{type(module).__name__} got a {type(mask).__name__} as its mask, which cannot take memory slots.",
             "Load the model with attn_implementation='sdpa' or 'eager'.",
         )
     one = mask.dtype == torch.bool or mask.dim() == 2

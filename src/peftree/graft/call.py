@@ -1,8 +1,8 @@
-"""What one run of a model knows, apart from other threads, asyncio tasks and later runs of the same model.
+"""What one run of a model knows, separate from other threads, asyncio tasks and later runs of the same model.
 
-`switch` sets what a model runs with. A `route` or `disabled` block overrides that for the thread or task it is opened
-in. A run of the whole model looks once and keeps to what it saw, and what its parts tell each other on the way is kept
-for each thread. A layer that gradient checkpointing runs again sees all of it as it was (`carry`).
+`switch` sets what a model runs with. A `route` or `disabled` block overrides that for the thread or task that opened
+it. A run of the whole model reads the choice once and keeps it; what its parts tell each other meanwhile is kept
+for each thread. A layer that gradient checkpointing reruns sees all of it unchanged (`carry`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-    """Which adapters are on, and what else a run keeps to.
+    """Which adapters are on, and the other settings of a run.
 
     Attributes:
-        active: the adapters that are on; those of a route come before.
+        active: the adapters that are on; those of a route come first.
         route: the routing of rows, if there is one.
-        unseen: where the run notes what it used: see `Shared`.
-        labels: those that the model was called with, where a delta looks.
+        unseen: where the run records what it used; see `Shared`.
+        labels: the labels that the model was called with, if a delta reads them.
         task: the number of each row's task.
     """
 
@@ -52,15 +52,15 @@ class Choice(NamedTuple):
         return frozenset(name for stack in self.stacks for name in stack)
 
     def used(self, path: str) -> None:
-        """Note that the deltas at `path` are in effect."""
+        """Record that the deltas at `path` are in effect."""
         if self.unseen is not None and not torch.compiler.is_compiling():
             self.unseen.discard(path)
 
 
 class PerThread(threading.local):
-    """Attributes that every thread has for itself; class attributes are their start. Copies start afresh.
+    """Attributes that each thread has separately; class attributes are their initial values. Copies start with these.
 
-    They are there from the start: a compiled run may not depend on whether there was a run before.
+    They exist from the start, so that a compiled run does not depend on an earlier run.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class PerThread(threading.local):
 
 
 class _Run(PerThread):
-    """The choice that the run in progress in this thread keeps to; None outside."""
+    """The choice that the run in progress in this thread uses; None outside."""
 
     choice: Choice | None = None
 
@@ -81,16 +81,16 @@ _live: dict[int, weakref.ref[Shared]] = {}
 
 
 class Shared:
-    """What all hubs of one model look at.
+    """What all hubs of one model share.
 
     Attributes:
-        default: the adapters that `switch` turned on.
-        run: what the run in progress in this thread keeps to.
+        default: the adapters that `switch` switched on.
+        run: what the run in progress in this thread uses.
         open: one token for every `route` or `disabled` block that is open in any thread or task.
-        parts: what the parts of the graft keep for each thread.
-        unseen: paths of modules whose deltas were not in effect yet in any run outside of torch.compile.
-        looks: a delta reads the scene.
-        sizes: adapted modules, or their parents, with an attribute that was set again, and its first value.
+        parts: what the parts of the graft keep per thread.
+        unseen: paths of modules whose deltas were not yet in effect in any run outside torch.compile.
+        looks: whether a delta reads the scene.
+        sizes: adapted modules, or their parents, with an attribute that was set later, and its first value.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Shared:
         return _blocks.get({}).get(self, self.default) if self.open else self.default
 
     def switch(self, active: tuple[str, ...]) -> None:
-        """Turn on these adapters for every run that starts from now on, and in the block that this is called in."""
+        """Switch on these adapters for every run that starts from now on, and in the block in which this is called."""
         self.default = Choice(active)
         if self in (blocks := _blocks.get({})):
             _blocks.set({**blocks, self: self.default._replace(task=blocks[self].task)})
@@ -140,8 +140,8 @@ class Shared:
             if not inside and now != was:
                 path = next((p for p, m in model.named_modules() if m is module), "")
                 raise AdapterError(
-                    f"{name} of {path or 'the model'} was {was!s:.60} when it was adapted and is {now!s:.60} now.",
-                    "Call peftree.detach(model), then adapt it again: resize a model before it gets an adapter.",
+                    f"{name} of {path or 'the model'} was {was!s:.60} when it was adapted, but is {now!s:.60} now.",
+                    "Call peftree.detach(model), then adapt it again; resize a model before it gets an adapter.",
                 )
 
     @contextlib.contextmanager
@@ -159,7 +159,7 @@ class Shared:
 
     @contextlib.contextmanager
     def keep(self, choice: Choice | None) -> Iterator[None]:
-        """Let this thread's run keep to `choice` inside."""
+        """Make this thread's run use `choice` inside."""
         before, self.run.choice = self.run.choice, choice
         try:
             yield
@@ -168,7 +168,7 @@ class Shared:
 
 
 def carry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` as gradient checkpointing may run it later, in another thread: with what is known now."""
+    """Return `function` for gradient checkpointing, which may run it later in another thread, with what is known."""
     models = [shared for ref in list(_live.values()) if (shared := ref()) is not None]
     known = [(s, s.now, [(p, dict(vars(p))) for p in s.parts]) for s in models]
 
@@ -197,7 +197,7 @@ def _values(part: PerThread, values: dict[str, Any]) -> Iterator[None]:
 
 
 def _install() -> None:
-    """Let torch's gradient checkpointing, of both kinds, carry what is known when a checkpointed function starts."""
+    """Make both kinds of torch's gradient checkpointing carry what is known when a checkpointed function starts."""
     later: Any = checkpoint
     generator, forward = later._checkpoint_without_reentrant_generator, later.CheckpointFunction.forward
 

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 class Entry:
     """What the adapters of one pass add at the entry of a text stack.
 
-    Virtual tokens enter right before each row's first real token: so their distance to the text, and with it every
+    Virtual tokens enter right before each row's first real token, so their distance to the text, and with it every
     kind of relative position, is that of the row without padding.
 
     Attributes:
-        lengths: virtual tokens of each group of rows.
+        lengths: number of virtual tokens of each group of rows.
         shifts: how far memories move the positions of each group.
-        made: the adapters that have a part in what a cache then holds.
+        made: the adapters that contribute to what a cache then holds.
     """
 
     def __init__(self, state: StackState, hub: Hub, groups: list[Group], names: list[str]) -> None:
@@ -56,7 +56,7 @@ class Entry:
         """Return the stack's arguments `kwargs` with what the adapters add.
 
         Raises:
-            AdapterError: the mask or the cache does not go with virtual tokens, or there are too few positions.
+            AdapterError: the mask or the cache does not work with virtual tokens, or there are too few positions.
         """
         if not self.made and not any(self.reads):
             return kwargs
@@ -66,7 +66,7 @@ class Entry:
         if given is None:
             raise AdapterError(
                 f"The stack {self.state.site.name} was called without token ids and without their embeddings.",
-                "Pass text as well, or switch the adapter off.",
+                "Pass text too, or switch the adapter off.",
             )
         (batch, count), device = given.shape[:2], given.device
         cache, longest, whole = kwargs.get("past_key_values"), max(self.lengths), mask
@@ -104,11 +104,11 @@ class Entry:
     def _positions(
         self, kwargs: dict[str, Any], past: int, count: int, start: Tensor | None, slots: Tensor | None
     ) -> Tensor | None:
-        """Return the positions of all tokens `[batch, tokens]`; None where those of the stack itself are right.
+        """Return the positions of all tokens `[batch, tokens]`; None if the stack's own are right.
 
         Args:
             kwargs: the stack's arguments.
-            past, count: real tokens in the cache, and in this pass.
+            past, count: number of real tokens in the cache, and in this pass.
             start: index of each row's first real token `[batch]`, if there is a mask.
             slots: which slots of virtual tokens count `[batch, n]`, if they enter now.
         """
@@ -144,7 +144,7 @@ class Entry:
             raise AdapterError(
                 f"The stack {self.state.site.path} takes no position ids, so prompts of different lengths cannot share "
                 "a batch.",
-                "Run one batch for each prompt length.",
+                "Run one batch per prompt length.",
             )
 
     def _check_room(self, positions: Tensor | None, count: int) -> None:
@@ -209,7 +209,7 @@ def _moved(own: Tensor, shift: Tensor, slots: Tensor | None, start: Tensor | Non
 
 
 def positions_of(module: nn.Module) -> int | None:
-    """Return how many positions the model of a stack has by its config, None where it does not say or sets no limit."""
+    """Return how many positions the config gives the model of a stack; None if it does not say or sets no limit."""
     config = module.__dict__.get("config")
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     scaling: Any = getattr(config, "rope_parameters", None) or {}
@@ -220,7 +220,7 @@ def check_length(state: StackState, name: str, length: int) -> None:
     """Raise MethodError if `length` virtual tokens or slots leave no position for a text."""
     if state.most is not None and length >= state.most:
         raise MethodError(
-            f"{length} virtual tokens or prefix slots at {name} leave no room for a text: the model has {state.most} "
+            f"{length} virtual tokens or prefix slots at {name} leave no room for text: the model has {state.most} "
             "positions (max_position_embeddings).",
             f"Use a length far below {state.most}.",
         )

@@ -21,7 +21,7 @@ from peftree.sites import Site
 
 
 class Cell(PerThread):
-    """One slot that carries a sub-layer's input from the module where it enters to the one where it leaves."""
+    """A slot that carries a sub-layer's input from the module where it enters to the one where it leaves."""
 
     value: Tensor | None = None
 
@@ -29,7 +29,7 @@ class Cell(PerThread):
         """Return the value and forget it, so that no graph outlives the step."""
         value, self.value = self.value, None
         if value is None:
-            raise RuntimeError("a branch ran before its input was seen; the base model's layer order is unusual")
+            raise RuntimeError("a branch ran before its input was seen: the base model's layer order is unusual")
         return value
 
 
@@ -53,7 +53,7 @@ class Bundle(nn.Module):
         self.sites[key] = site
 
     def items(self) -> Iterator[tuple[str, Site, Delta]]:
-        """Yield key, site and delta in the order they were put."""
+        """Yield key, site and delta in the order in which they were put on."""
         for key, site in self.sites.items():
             yield key, site, self._modules[key]  # type: ignore[misc]
 
@@ -62,13 +62,13 @@ class Hub(Host):
     """Holds the bundles of a module by adapter name and runs the module.
 
     Attributes:
-        path: of the module in the model.
+        path: the path of the module in the model.
         original: the module's own class, and `takes` the names of what its forward takes, in order.
-        strange: the frozen module runs another forward than that of its class.
+        strange: whether the frozen module runs a forward that is not its class's.
         changed: parameters with a changed value while the module's own forward runs.
         cells: slots to fill with this module's input (it opens a branch).
         sources: slot of each branch that leaves here, by (site's reads).
-        outer: the stack, layer, entry or attention part of the work, if this module has one.
+        outer: the part of the work that belongs to a stack, layer, entry or attention, if this module has one.
         opaque: see `opaque`; length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
     """
 
@@ -94,7 +94,7 @@ class Hub(Host):
         object.__setattr__(self, name, value)
 
     def bundle(self, adapter: str) -> Bundle:
-        """Return the bundle of `adapter`, made when first asked for."""
+        """Return the bundle of `adapter`; create it the first time."""
         if adapter not in self._modules:
             self._modules[adapter] = Bundle()
         self.programs.clear()
@@ -106,7 +106,7 @@ class Hub(Host):
         return self.reading({}, module, args, kwargs)
 
     def alone(self, module: nn.Module, x: Tensor) -> Any:
-        """Run the module without deltas, from within a delta: with what patches it, if that does not run now."""
+        """Run the module without deltas, from within a delta; with its patch, unless that is running."""
         if self.changed.busy:
             return self.frozen(module, x)
         with self.shared.keep(Choice()):
@@ -136,7 +136,7 @@ class Hub(Host):
         return found
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = 0) -> Any:
-        """Run the adapted module; `at` counts the outer parts that have had their turn."""
+        """Run the adapted module; `at` counts the outer parts that have already run."""
         if at < len(self.outer):
             return self.outer[at](self, module, args, kwargs, at + 1)
         choice = self.shared.run.choice
@@ -164,15 +164,15 @@ class Hub(Host):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if self.length_first or (self.swaps and tensors and route.size > 1 and swapped(tensors[0], route.size)):
             raise AdapterError(
-                f"{self.path} takes the length of a text first and its rows second, so no rows are routed there.",
+                f"{self.path} takes the length of a text first and its rows second, so rows cannot be routed there.",
                 "Switch adapters for the whole batch, or adapt other modules.",
             )
         choice.used(self.path)
         source = {key: cell.take() for key, cell in self.sources.items()}
         if not tensors:
             raise AdapterError(
-                f"{type(module).__name__} is called without input, so it has no rows to route.",
-                "Use an adapter that leaves its parameters alone, or switch adapters for the whole batch.",
+                f"{type(module).__name__} was called without input, so it has no rows to route.",
+                "Use an adapter that does not change its parameters, or switch adapters for the whole batch.",
             )
         n = tensors[0].shape[0]
         if n == 1 and route.size > 1:  # positions and the like are shared by the batch: give every row its own
@@ -192,7 +192,7 @@ class Hub(Host):
             if not isinstance(part, Tensor):
                 raise AdapterError(
                     f"{type(module).__name__} returns a {type(part).__name__}, which has no rows to route.",
-                    "Use an adapter that leaves the parameters of the whole model's own module alone.",
+                    "Use an adapter that does not change the parameters of the whole model's own module.",
                 )
             out = part.new_empty(n, *part.shape[1:]) if out is None else out
             out = out.index_copy(0, rows, part)
@@ -207,7 +207,7 @@ class Hub(Host):
         kwargs: dict[str, Any],
         source: dict[str, Tensor],
     ) -> Any:
-        """Run the frozen module once for all `n` rows, then change each group's rows of what it returns."""
+        """Run the frozen module once for all `n` rows, then change each group's rows of the output."""
         x = args[0] if args else next(iter(kwargs.values()))
         entering, parts = x, []
         for group in route.groups:
@@ -273,7 +273,7 @@ class Hub(Host):
         kwargs: dict[str, Any],
         source: dict[str, Tensor],
     ) -> Any:
-        """Apply the last `depth` rewrites around what lies within."""
+        """Apply the last `depth` rewrites around what is inside."""
         if depth == 0:
             return self._weights(module, program, x, args, kwargs)
         site, delta = program.rewrites[depth - 1]
@@ -325,10 +325,10 @@ class Hub(Host):
 
 
 def opaque(module: nn.Module) -> bool:
-    """Return whether a map or table does more than multiply by its weight or look its rows up.
+    """Return whether a map or table does more than multiply by its weight or look up its rows.
 
-    Rows that are scaled afterwards, an argument that is not an index (Gemma 3, BART, OPT), a weight that is normalised
-    first: then a delta has to change the weight that the forward reads. A packed (quantised) weight cannot be changed.
+    Examples: rows that are scaled afterwards, an argument that is not an index (Gemma 3, BART, OPT), a normalised
+    weight. A delta must then change the weight that the forward reads. A packed (quantised) weight cannot be changed.
     """
     base = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
     weight = module._parameters.get("weight")
@@ -360,7 +360,7 @@ def read_from(parameters: dict[str, Tensor | None], site: Site) -> Frozen:
 
 
 def _patch_bias(out: dict[str, Tensor | None], name: str, new: Tensor | None, site: Site) -> Tensor | None:
-    """Put a slice's new bias among the other rows, which get zeros where the module has no bias."""
+    """Put a slice's new bias among the other rows, which get zeros if the module has no bias."""
     if new is None or site.rows is None:
         return new
     old, W = out.get(name), out[site.parameter]

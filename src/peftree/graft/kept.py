@@ -1,4 +1,4 @@
-"""Caches of past tokens that an adapter has a part in: callers count the real tokens, the stack all of them."""
+"""Caches of past tokens to which an adapter contributed: callers count the real tokens, the stack all of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from peftree.errors import AdapterError
 
 Made = tuple[tuple[str, int, int], ...]
-"""Name, virtual tokens and shift of positions of every adapter that had a part in a cache."""
+"""Name, virtual tokens and shift of positions of every adapter that contributed to a cache."""
 
 
 class Kept:
     """Mix-in of the class of a cache whose first tokens are virtual, or whose positions an adapter has moved.
 
     Attributes:
-        virtual: how many of the tokens in it are virtual.
-        made: the adapters that had a part in it.
-        inside: True while the stack runs, which counts virtual tokens too.
+        virtual: number of virtual tokens in it.
+        made: the adapters that contributed to it.
+        inside: True while the stack runs, which also counts virtual tokens.
     """
 
     virtual: int
@@ -30,15 +30,15 @@ class Kept:
     inside: bool
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Return the real tokens in the cache; while the stack runs all of them."""
+        """Return the number of real tokens in the cache; of all tokens while the stack runs."""
         found = super().get_seq_length(layer_idx)  # type: ignore[misc]
         return found if self.inside else found - self.virtual
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Add keys and values of one layer, if the adapters that had a part in the cache are on."""
+        """Add keys and values of one layer, if the adapters that contributed to the cache are on."""
         if not self.inside:
             raise AdapterError(
-                f"This cache was filled with {_names(self.made)} on, and is read without.",
+                f"This cache was filled with {_names(self.made)} on, but is read without.",
                 "Start with an empty cache, or switch the adapter on again.",
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
@@ -49,7 +49,7 @@ class Kept:
         self.virtual = 0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy it by the class that it was made from."""
+        """Pickle and copy it as the class that it was made from."""
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
@@ -69,7 +69,7 @@ def own(cache: Any) -> Any:
 
 
 def seen(cache: Any) -> int:
-    """Return how many real tokens a cache holds, 0 without one."""
+    """Return the number of real tokens in a cache; 0 without one."""
     return int(own(cache).get_seq_length()) if cache is not None else 0
 
 
@@ -78,10 +78,10 @@ def starts(cache: Any, made: Made) -> bool:
 
     Args:
         cache: what the stack was called with.
-        made: the adapters that have a part in this pass.
+        made: the adapters that take part in this pass.
 
     Raises:
-        AdapterError: the cache was filled with other adapters, or without.
+        AdapterError: the cache was filled with other adapters, or without adapters.
     """
     inner, real = own(cache), seen(cache)
     total = real + inner.virtual if isinstance(inner, Kept) else real
@@ -99,15 +99,15 @@ def starts(cache: Any, made: Made) -> bool:
         )
     if real < 0:
         raise AdapterError(
-            f"The cache was cut back to {total} tokens, and {inner.virtual} virtual ones come before the text.",
-            "Crop no more tokens than the text has, or start with an empty cache.",
+            f"The cache was cut back to {total} tokens, but {inner.virtual} virtual ones come before the text.",
+            "Crop at most as many tokens as the text has, or start with an empty cache.",
         )
     return False
 
 
 @contextlib.contextmanager
 def inside(cache: Any, made: Made, virtual: int) -> Iterator[None]:
-    """Let the stack run with `cache`, which is marked as theirs; None if it makes its own."""
+    """Run the stack with `cache`, which is marked as theirs; None if it makes its own."""
     inner = own(cache)
     if inner is None:
         yield
@@ -121,7 +121,7 @@ def inside(cache: Any, made: Made, virtual: int) -> Iterator[None]:
 
 
 def mark(inner: Any, made: Made, virtual: int) -> None:
-    """Make a cache one that the adapters of `made` had a part in."""
+    """Mark a cache as one that the adapters of `made` contributed to."""
     if not isinstance(inner, Kept):
         cls: Any = type(inner)
         inner.__class__ = _kept_class(cls)

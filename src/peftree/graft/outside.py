@@ -1,7 +1,7 @@
-"""Weights that the model reads outside their module's own forward: a fused kernel, torch's MultiheadAttention, Mamba.
+"""Weights that the model reads outside their module's own forward: fused kernels, torch's MultiheadAttention, Mamba.
 
-Whoever computes with such a weight gets the changed one. Many models only look at its dtype or device, and often: so
-it is built when somebody computes with it, not before.
+Code that computes with such a weight gets the changed one. Many models often look only at its dtype or device, so
+it is built only when something computes with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOOKS = {getattr(Tensor, n).__get__ for n in _GET} | {getattr(Tensor, n) for n 
 
 
 class Outside(Tensor):
-    """A weight with its changed value and no data: a kernel that asks nobody for the value fails."""
+    """A weight with its changed value but no data: a kernel that reads the data directly fails."""
 
     own: Tensor
     value: Callable[[], Tensor]
@@ -39,7 +39,7 @@ class Outside(Tensor):
 def outside(hub: Hub, module: nn.Module, name: str, own: Tensor | None) -> Tensor | None:
     """Return parameter `name` of `module` for code that is not the module's own forward.
 
-    Outside of a run of the whole model, and where no delta of the run is on the module, it is the frozen one, `own`.
+    Outside a run of the whole model, or if no delta of the run is on the module, it is the frozen one, `own`.
     """
     choice = hub.shared.run.choice
     if choice is None:
@@ -53,7 +53,7 @@ def outside(hub: Hub, module: nn.Module, name: str, own: Tensor | None) -> Tenso
         if len(names) > 1 or (on.rewrites and not isinstance(module, nn.Embedding)):
             raise AdapterError(
                 f"The model computes with {name} of {[*on.reweights, *on.rewrites][0][0].path} outside that module's "
-                "forward, so an adapter on its input or output does nothing, and its weight cannot differ by row.",
+                "forward, so an adapter on its input or output has no effect, and its weight cannot differ by row.",
                 "Choose other sites, or a method that changes weights, with one adapter for the whole batch.",
             )
         choice.used(hub.path)

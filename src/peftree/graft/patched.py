@@ -1,6 +1,6 @@
-"""Modules whose `forward` is an attribute of the instance: accelerate's hooks, and what else patches a module.
+"""Modules whose `forward` is an attribute of the instance: accelerate's hooks, and other patches.
 
-A forward that calls the module's own goes around the graft; one that replaces it is what the deltas go around.
+A forward that calls the module's own wraps the graft; the deltas wrap a forward that replaces it.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import nn
 from peftree.graft.hub import Hub
 
 HOOKED = "_old_forward"
-"""Where accelerate keeps the forward that its hooks go around."""
+"""Where accelerate keeps the forward that its hooks wrap."""
 
 
 class _Around(Exception):  # noqa: N818
-    """A patch that was taken for a replacement has called the module's own forward."""
+    """A patch that was assumed to be a replacement has called the module's own forward."""
 
 
 class PatchedHub(Hub):
     """The hub of a module whose forward was patched.
 
     Attributes:
-        around: the patch calls our forward, so it runs outside of the graft.
-        beneath: then, the patch that was there before and that the deltas go around, if any.
+        around: whether the patch calls our forward, so that it runs outside the graft.
+        beneath: in that case, the earlier patch that the deltas wrap, if any.
     """
 
     around: bool = False
     beneath: Any = None
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = 0) -> Any:
-        """Run the adapted module; find out in the first run if the patch goes around it."""
+        """Run the adapted module; find out in the first run whether the patch wraps it."""
         if at or self.around:
             return super().run(module, args, kwargs, at)
         if self.changed.busy:
@@ -52,7 +52,7 @@ class PatchedHub(Hub):
         return self.beneath if self.around else module.__dict__["forward"]
 
     def settle(self, module: nn.Module) -> None:
-        """Look again at what the frozen module runs."""
+        """Check again what the frozen module runs."""
         base = self._base(module)
         self.strange = base is not None and getattr(base, "__func__", None) is not self.original.forward
         self.programs.clear()
@@ -63,7 +63,7 @@ class PatchedHub(Hub):
 
 
 class Forward:
-    """The `forward` of a class of patched modules: the graft's, or the patch that goes around it."""
+    """The `forward` of a class of patched modules: the graft's, or the patch that wraps it."""
 
     def __init__(self, ours: Any) -> None:
         self.ours = ours
@@ -80,7 +80,7 @@ class Forward:
 
 
 def note(module: Any, value: Any) -> bool:
-    """Keep `value` as the forward of `module`, and tell its hub; our own takes a patch away again.
+    """Keep `value` as the forward of `module`, and tell its hub; our own forward removes a patch.
 
     Returns:
         True if the module is a patched one now.
@@ -108,7 +108,7 @@ def note(module: Any, value: Any) -> bool:
 
 
 def enter(module: Any) -> bool:
-    """Take note of the forward that `module` came with; accelerate's hook then goes around the graft."""
+    """Record the forward that `module` came with; accelerate's hook then wraps the graft."""
     if "forward" not in module.__dict__:
         return False
     if (beneath := module.__dict__.get(HOOKED)) is not None:
@@ -133,7 +133,7 @@ def is_ours(module: Any, value: Any) -> bool:
 
 
 def _wraps(value: Any, ours: Any) -> bool:
-    """Return True if a callable says that it wraps our forward; one that does not say so is found out by running it."""
+    """Return True if a callable says that it wraps our forward; running it shows this for one that does not say so."""
     while value is not None and value is not ours:
         value = value.__func__ if isinstance(value, MethodType) else getattr(value, "__wrapped__", None)
     return value is ours

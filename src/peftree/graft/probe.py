@@ -1,4 +1,4 @@
-"""A run of the model or of a tower: looks once at what is on, and the first time tells where an adapter did nothing."""
+"""A run of the model or of a tower: reads once what is on, and the first time reports where an adapter did nothing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SHOWN = 5  # modules that the warning names
 
 
 class Door:
-    """The outer part of what a user calls, the whole model or a tower of it: a run looks once at what is on.
+    """The outer part of what a user calls, the whole model or a tower of it: a run reads once what is on.
 
     Attributes:
-        whole: it is the whole model.
+        whole: whether it is the whole model.
         fresh: adapters that were put on since their last run.
     """
 
@@ -55,11 +55,11 @@ class Door:
 
 
 class Watch:
-    """Looks, in one run, for modules that were passed over although the run needed them.
+    """Looks, in one run, for modules that were bypassed although the run needed them.
 
-    That a module did not run is not a sign: experts without a token, dropped layers and towers without an input are
-    idle too. Signs are a weight that other code computed with, a forward that was replaced behind our back, and a
-    module that is not in the model any more.
+    A module that did not run is not a sign of this: experts without tokens, dropped layers and towers without input are
+    idle too. The signs are a weight that other code computed with, a forward that was replaced unnoticed, and a
+    module that is no longer in the model.
     """
 
     def __init__(self, model: nn.Module, hub: Hub, whole: bool, choice: Choice) -> None:
@@ -82,21 +82,21 @@ class Watch:
     def _reason(self, path: str) -> str:
         module = self.modules.get(path)
         if module is None:
-            return "was replaced or taken out after it was adapted" if self.whole else ""
+            return "was replaced or removed after it was adapted" if self.whole else ""
         if path not in self.waiting:
             return ""
         if not isinstance(module, Adapted) or ("forward" in vars(module) and not isinstance(module.deltas, PatchedHub)):
-            return "has another forward or class than when it was adapted"
-        return "has weights that other code than its own forward computes with" if path in self.mode.read else ""
+            return "has a different forward or class than when it was adapted"
+        return "has weights with which code other than its own forward computes" if path in self.mode.read else ""
 
     def tell(self) -> None:
-        """Warn of the modules that were passed over, if there are any."""
+        """Warn about the modules that were bypassed, if there are any."""
         found = [f"{path or 'the model'} {why}" for path in sorted(self.unseen) if (why := self._reason(path))]
         if found:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             warnings.warn(
                 plain(
-                    f"An adapter is on, and has no effect here: {'; '.join(found[:_SHOWN])}{more}. Adapt the model "
+                    f"An adapter is on but has no effect here: {'; '.join(found[:_SHOWN])}{more}. Adapt the model "
                     "after all other changes to it, or choose other sites. Adapter.unused() lists what no run has used."
                 ),
                 PeftreeWarning,
@@ -105,12 +105,12 @@ class Watch:
 
 
 def _acts(hub: Hub, choice: Choice) -> bool:
-    """Return whether something here acts whenever the module runs: virtual tokens enter in some passes only."""
+    """Return whether something here acts whenever the module runs: virtual tokens enter only in some passes."""
     return any(not p.empty or p.attends for p in map(hub.program, choice.stacks))
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which of some parameters are computed with, in this thread. Looks at a dtype or a shape do not count."""
+    """Records which parameters are computed with in this thread. Reading a dtype or a shape does not count."""
 
     def __init__(self, owners: dict[int, str]) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class Program:
 
     Attributes:
         reweights, rewrites, attends, prepends, sides: the deltas with their sites, by verb.
-        quick: every reweight has a form that never builds the weight, and may use it in this company.
+        quick: whether every reweight has a form that never builds the weight, and may use it together with the others.
         single: the only delta, if it is one plain low-rank term on a whole linear map.
     """
 
@@ -37,12 +37,12 @@ class Program:
 
     @property
     def empty(self) -> bool:
-        """True if the frozen module runs as it is."""
+        """True if the frozen module runs unchanged."""
         return not (self.reweights or self.rewrites)
 
     @property
     def after(self) -> bool:
-        """True if the frozen module runs as it is, on an input that may be changed, and what it returns may be."""
+        """True if the frozen module runs unchanged, though its input and output may be changed."""
         return not self.reweights
 
     @property
@@ -112,7 +112,7 @@ class Route:
         """Return the rows of `group` in a tensor whose first dimension `n` is a multiple of the batch."""
         if n % self.size:
             raise AdapterError(
-                f"A module that an adapter changes got {n} rows; {self.size} rows are routed.",
+                f"A module that an adapter changes got {n} rows, but {self.size} rows are routed.",
                 "Name one adapter per row; a part that is computed once for the whole batch (T5's position bias) "
                 "cannot differ by row.",
             )
@@ -124,22 +124,22 @@ class Route:
 
 
 def of_rows(value: Any, n: int, rows: Tensor) -> Any:
-    """Return the `rows` of a tensor that has `n`; all else as it is."""
+    """Return the `rows` of a tensor that has `n`; return anything else unchanged."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == n:
         return value[rows]
     return value
 
 
 def spread(value: Any, n: int) -> Any:
-    """Return a tensor of one row as one of `n`; all else as it is.
+    """Return a tensor of one row as one of `n`; return anything else unchanged.
 
     Raises:
-        AdapterError: it is a table of more than two dimensions, which the model turns into one thing for all rows.
+        AdapterError: it is a table of more than two dimensions, from which the model makes one value for all rows.
     """
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
         if value.dim() > 3:
             raise AdapterError(
-                f"A module takes one table {list(value.shape)} for a batch of {n} rows, so no rows are routed there.",
+                f"A module takes one table {list(value.shape)} for a batch of {n} rows; rows cannot be routed there.",
                 "Switch adapters for the whole batch, or adapt other modules.",
             )
         return value.expand(n, *value.shape[1:])
@@ -147,13 +147,13 @@ def spread(value: Any, n: int) -> Any:
 
 
 def swapped(x: Tensor, size: int) -> bool:
-    """Return whether `size` rows may lie second in `x`, or be spread over its first dimension."""
+    """Return whether `size` rows may be the second dimension of `x`, or be spread over its first."""
     return len(x) != size if x.dim() == 2 else x.dim() == 3 and x.shape[1] == size
 
 
 @contextlib.contextmanager
 def narrowed(route: Route, group: Group) -> Iterator[None]:
-    """Let the deltas within see the scene of one group's rows."""
+    """Show the deltas inside the scene of one group's rows."""
     whole = scene()
     number = next(i for i, g in enumerate(route.groups) if g is group)
     first = whole.shape or (None if whole.task is None else whole.task.shape)

@@ -34,10 +34,10 @@ def scatter(parts: list[Tensor], groups: list[Group], batch: int) -> Tensor:
 
 
 def rows_of(values: Tensor, batch: int) -> Tensor:
-    """Return `values` `[rows]` for a batch that has so many times as many rows, neighbours alike."""
+    """Return `values` `[rows]` for a batch with k times as many rows, where neighbours share a value."""
     if batch % len(values):
         raise AdapterError(
-            f"The batch has {batch} rows, and tasks are named for {len(values)}.", "Name one task a row of the batch."
+            f"The batch has {batch} rows, but {len(values)} have a task.", "Name one task per row of the batch."
         )
     return values.repeat_interleave(batch // len(values))
 
@@ -53,7 +53,7 @@ def per_row(groups: list[Group], values: list[int], batch: int, device: torch.de
 
 
 def widened(group: Group, groups: list[Group], batch: int) -> Tensor:
-    """Return the rows of `group` in a batch with so many times the routed rows."""
+    """Return the rows of `group` in a batch with k times the routed rows."""
     times = batch // sum(len(g.rows) for g in groups)
     return (group.rows[:, None] * times + torch.arange(times, device=group.rows.device)).flatten()
 
@@ -88,14 +88,14 @@ def first_real(mask: Tensor | None) -> Tensor | None:
 
 
 At = int | Tensor
-"""Where slots lie in the rows of a batch: one index for all, or one for each row, int64 `[batch]`."""
+"""Where slots are in the rows of a batch: one index for all, or one per row, int64 `[batch]`."""
 
 
 def level(start: Tensor) -> bool:
-    """Return whether no row begins with padding: slots then lie at one place, which keeps less for the backward pass.
+    """Return whether no row begins with padding: all slots then have one place, which keeps less for the backward pass.
 
-    True as well for tensors without values, as most batches are so. A program that is compiled, traced or captured is
-    for every batch, so there it is False.
+    Also True for tensors without values, as most batches are like that. A program that is compiled, traced or captured
+    must work for every batch, so it is False there.
     """
     if torch.compiler.is_compiling():
         return False
@@ -116,7 +116,7 @@ def insert(x: Tensor, new: Tensor, at: At) -> Tensor:
 
 
 def remove(x: Tensor, n: int, at: At) -> Tensor:
-    """Take the `n` tokens from index `at` on out of `x` `[batch, tokens, ...]`."""
+    """Remove the `n` tokens from index `at` on from `x` `[batch, tokens, ...]`."""
     if isinstance(at, int):
         return torch.cat([x[:, :at], x[:, at + n :]], dim=1) if at else x[:, n:]
     index = torch.arange(x.shape[1] - n, device=x.device)[None]
@@ -136,16 +136,16 @@ def held(x: Tensor, n: int, at: At) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Return of each row of `x` `[batch, tokens, ...]` the tokens at `index` `[batch, n]`."""
+    """Return the tokens at `index` `[batch, n]` of each row of `x` `[batch, tokens, ...]`."""
     return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def padding(mask: Any, batch: int, tokens: int | None) -> Tensor | None:
-    """Return which of the first `tokens` are real, `[batch, tokens]`, from a stack's mask; None where all are.
+    """Return which of the first `tokens` are real, `[batch, tokens]`, from a stack's mask; None if all are.
 
     The mask may be that of queries and keys `[batch or 1, 1, q, k]`, bool or added to the scores, or one for each
-    kind of layer: a model that looks at images builds them outside of its text stack. The last query sees all of the
-    text before it, if not in a layer of a sliding window.
+    kind of layer: a model that reads images builds them outside its text stack. The last query sees all of the
+    text before it, except in a layer with a sliding window.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
@@ -160,8 +160,8 @@ def grow_mask(mask: Any, slots: Tensor, at: At, window: int | None = None) -> An
     """Put the slots of virtual tokens `[batch, n]` into a mask, of any form that `padding` reads.
 
     Args:
-        mask: that of a pass in which the tokens enter.
-        slots, at: which slots count, and where they lie.
+        mask: the mask of a pass in which the tokens enter.
+        slots, at: which slots count, and where they are.
         window: how far back a query sees; of masks by kind of layer, in those of the kind `sliding_attention`.
     """
     if mask is None:
@@ -174,7 +174,7 @@ def grow_mask(mask: Any, slots: Tensor, at: At, window: int | None = None) -> An
         return _grown(mask[:, 0], slots, at, window)
     raise AdapterError(
         "Virtual tokens need a two-dimensional attention mask [batch, tokens], or one of queries and keys for the "
-        "whole text in layers of full or sliding attention; this one is neither.",
+        "whole text in layers of full or sliding attention; this mask is neither.",
         "Pass the padding mask and let the model build the others (no static cache).",
     )
 
@@ -182,7 +182,7 @@ def grow_mask(mask: Any, slots: Tensor, at: At, window: int | None = None) -> An
 def _grown(mask: Tensor, slots: Tensor, at: At, window: int | None) -> Tensor:
     """Return a mask `[batch, 1, q, q]` with the slots, made from one `[batch or 1, tokens, tokens]` without them.
 
-    Virtual tokens see the ones before them, and the text sees them all, both within the window; nothing else changes.
+    Virtual tokens see earlier ones, and the text sees them all, both within the window; nothing else changes.
     """
     (batch, n), count, own = slots.shape, mask.shape[1], torch.arange(slots.shape[1], device=slots.device)
     hidden, seen = (torch.finfo(mask.dtype).min, 0) if mask.is_floating_point() else (False, True)
@@ -212,7 +212,7 @@ def gather(outs: list[Any], order: Tensor) -> Any:
 
 
 def strip(out: Any, seen: tuple[int, int], n: int, at: At) -> Any:
-    """Take the `n` virtual tokens from index `at` on out of every hidden state in a stack's output.
+    """Remove the `n` virtual tokens from index `at` on from every hidden state in a stack's output.
 
     Args:
         out: the output; hidden states are `[*seen, d]`, a router's `[batch * length, d]`.

@@ -1,4 +1,4 @@
-"""Attention of adapters' own: the masks and the cache that one layer of the stack was called with."""
+"""The adapters' own attention, with the masks and the cache that one layer of the stack was called with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StackAttention(SideAttention):
         site: the stack.
         named: the layer's arguments.
         first: the first place in the cache.
-        batch, rows: rows of the batch, and which of them these are; None: all.
+        batch, rows: number of rows of the batch, and which of them these are; None: all.
     """
 
     def __init__(self, site: Site, named: dict[str, Any], first: int, batch: int, rows: Tensor | None) -> None:
@@ -65,7 +65,7 @@ class StackAttention(SideAttention):
         return first if self.rows is None else first[self.rows]
 
     def _layer(self, block: int) -> Any:
-        """Return the place of a block in the cache, made when first asked for; None without a cache."""
+        """Return the place of a block in the cache, and create it the first time; None without a cache."""
         if self.cache is None:
             return None
         while len(self.cache.layers) <= self.first + block:
@@ -113,7 +113,7 @@ def _given(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def no_checkpoints(stack: nn.Module) -> Iterator[None]:
-    """Keep the stack's layers from being run again in the backward pass: there is no graph to rebuild in them."""
+    """Keep the stack's layers from being rerun in the backward pass: there is no graph to rebuild in them."""
     layers: list[Any] = [m for m in stack.modules() if m.__dict__.get("gradient_checkpointing")]
     for layer in layers:
         layer.gradient_checkpointing = False

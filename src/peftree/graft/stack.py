@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StackPart:
-    """The outer part of a stack: lets virtual tokens in and shifts positions for attention memories."""
+    """The outer part of a stack: inserts virtual tokens and shifts positions for attention memories."""
 
     def __init__(self, state: StackState) -> None:
         self.state = state
@@ -86,7 +86,7 @@ class StackPart:
         return strip(out, now.seen, now.inserted, now.at) if now.inserted and not state.keep else out
 
     def _scene(self, kwargs: dict[str, Any], labels: Tensor | None) -> Scene:
-        """Return what may be known where virtual tokens enter, from the arguments that the stack was called with."""
+        """Return what is known where virtual tokens enter, from the arguments that the stack was called with."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         mask, encoded = kwargs.get("attention_mask"), kwargs.get("encoder_attention_mask")
         here, x = Scene(), ids if embeds is None else embeds
@@ -109,7 +109,7 @@ class StackPart:
         return here
 
     def _within(self, outer: Scene, kwargs: dict[str, Any]) -> Scene:
-        """Return what deltas in the layers may know, virtual tokens among the others."""
+        """Return what deltas in the layers may know, including virtual tokens."""
         now = self.state.now
         here, n = dataclasses.replace(outer), now.inserted
         if here.shape is None or not n:
@@ -123,7 +123,7 @@ class StackPart:
         return here
 
     def _each(self, hub: Hub, module: nn.Module, kwargs: dict[str, Any], at: int, groups: list[Group]) -> Any:
-        """Run every group on its own: the stack takes no mask that could hide another group's tokens."""
+        """Run each group separately: the stack takes no mask that could hide another group's tokens."""
         route = hub.shared.now.route
         assert route is not None
         outs, n = [], size((), kwargs)
@@ -160,8 +160,8 @@ class EntryPart:
 class LayerPart:
     """The outer part of a layer: fresh tokens before it, the scene, taps for side networks, the strip after the last.
 
-    A causal stack, and one without any map after its layers, is stripped when it is done (GPT-2 reshapes to the length
-    it started with), any other after its last layer, before a pooler looks at its first token.
+    A causal stack, or one without a map after its layers, is stripped when it is done (GPT-2 reshapes to the length
+    it started with); any other is stripped after its last layer, before a pooler reads its first token.
     """
 
     def __init__(self, state: StackState, index: int) -> None:
@@ -225,14 +225,14 @@ class LayerPart:
         return total
 
     def _attention(self, named: dict[str, Any], delta: Delta, rows: Tensor | None, group: int) -> StackAttention:
-        """Return attention by what the layer was called with, for the rows of a group that has its own cache."""
+        """Return attention by what the layer was called with, for the rows of a group with its own cache."""
         state = self.state
         first = len(state.site.layers) + group * state.blocks + delta.first_block
         return StackAttention(state.site, named, first, state.now.rows, rows)
 
 
 class EndPart:
-    """The outer part of the module around layers that run several times: takes the tokens out after the last run."""
+    """The outer part of the module around layers that run several times: removes the tokens after the last run."""
 
     def __init__(self, state: StackState) -> None:
         self.state = state

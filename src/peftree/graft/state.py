@@ -1,4 +1,4 @@
-"""What is known of one stack of layers, and what its parts tell each other during a forward."""
+"""What is known about one stack of layers, and what its parts tell each other during a forward pass."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pass:
-    """What the parts of one stack tell each other during one forward.
+    """What the parts of one stack tell each other during one forward pass.
 
     Attributes:
-        inserted: virtual tokens in the sequence now; 0 in a decoding step, whose cache holds them.
-        length: tokens of a text with them, 0 where that is not known.
-        at: where they lie: after [CLS] and registers of a vision stack, before each row's first real token of a text.
-        seen: rows and length of the sequence with them, as the last layer saw it.
-        tokens: depth and what is there -> tokens `[batch or 1, inserted, d]` that enter, and which slots they fill.
-        depths: of the layers, the first left out, where tokens enter.
+        inserted: number of virtual tokens now in the sequence; 0 in a decoding step, whose cache holds them.
+        length: number of tokens of a text including them; 0 if unknown.
+        at: where they are: after [CLS] and registers in a vision stack, before each row's first real token in a text.
+        seen: rows and length of the sequence including them, as the last layer saw it.
+        tokens: depth and what is there -> the tokens `[batch or 1, inserted, d]` that enter, and the slots they fill.
+        depths: depths of the layers, except the first, at which tokens enter.
         slots: for a batch with prompts of different lengths, the slots that count, bool `[batch, inserted]`.
-        scene: what deltas in the layers may know, where one looks.
-        rows: of the batch, if text enters.
+        scene: what deltas in the layers may know, if one looks.
+        rows: number of rows of the batch, if text enters.
         sides: active side networks, each with the rows it serves (None: all) and the number of their group.
         taps: hidden states seen so far.
     """
@@ -59,9 +59,9 @@ class Room(NamedTuple):
     """The positions of a text stack.
 
     Attributes:
-        tower: of the stack.
-        most: how many it has.
-        front: how many of them the adapters that are on take before the text.
+        tower: the tower of the stack.
+        most: the number of its positions.
+        front: how many of them the active adapters take before the text.
     """
 
     tower: str
@@ -71,26 +71,26 @@ class Room(NamedTuple):
 
 @dataclass(eq=False)
 class StackState:
-    """What is known of one stack, and the pass that runs through it now.
+    """What is known about one stack, and the pass that runs through it now.
 
     Attributes:
         site: the stack.
         embed: the module that embeds its input, if it has one.
         text: True if it takes token ids (virtual tokens then enter with masks and positions).
-        keep: True for the encoder of an encoder-decoder: virtual tokens stay, the decoder looks at them.
-        absolute: True if the stack adds position embeddings of its own.
-        padding: the position of padding where real tokens count on from it (RoBERTa), else None.
+        keep: True for the encoder of an encoder-decoder: virtual tokens stay, and the decoder sees them.
+        absolute: True if the stack adds its own position embeddings.
+        padding: the position of padding if real tokens count on from it (RoBERTa), else None.
         by_mask: True if positions count the tokens that the mask lets through (OPT).
-        most: how many positions the model has, None where it does not say.
-        window: how far back a query sees in its layers of sliding attention, None where the config does not say.
-        runs: how often its layers run in one pass, where several passes share them (ALBERT), else 0.
+        most: the number of positions of the model; None if unknown.
+        window: how far back a query sees in its layers of sliding attention; None if the config does not say.
+        runs: how often its layers run in one pass, if several passes share them (ALBERT), else 0.
         shifts: True if memories move the positions of its text, as a cache of past tokens would.
-        early: True if virtual tokens are taken out after its last layer, before a pooler; else after the whole stack.
-        fills: True if token ids are read beside their embeddings: virtual tokens then stand in for ids of 0.
+        early: True if virtual tokens are removed after its last layer, before a pooler; else after the whole stack.
+        fills: True if token ids are read in addition to their embeddings: virtual tokens then have ids of 0.
         offset: tokens before the virtual ones ([CLS] and registers of a vision stack).
         attention: hubs of its attention modules that hold memories; grows with the adapters.
-        looks: True once a delta in it reads the scene.
-        blocks: how many places in the cache its deltas have so far.
+        looks: True if a delta in it reads the scene.
+        blocks: number of places in the cache that its deltas have so far.
         here: what holds the pass of each thread.
     """
 

@@ -1,4 +1,4 @@
-"""Class swap: an adapted module keeps its identity, its keys and its place; only its forward is ours."""
+"""Class swap: an adapted module keeps its identity, its keys and its place; only its forward changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Adapted:
     deltas: Any  # a Hub; transformers evaluates the annotations of every subclass of its models
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let a patch of `forward` find the graft's in its place, and note a new size or another module here."""
+        """Make a patch of `forward` find the graft's in its place, and record a new size or another module here."""
         if name == "forward":
             return _class(self, patched.note(self, value))
         was = (vars(self)["_modules"] if isinstance(value, nn.Module) else vars(self)).get(name)
@@ -35,7 +35,7 @@ class Adapted:
         return super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Take a patch of `forward` away."""
+        """Remove a patch of `forward`."""
         if name == "forward":
             _class(self, patched.note(self, None))
         else:
@@ -50,11 +50,11 @@ def _class(module: Any, is_patched: bool) -> None:
 
 @functools.cache
 def adapted_class(cls: Any, parameters: tuple[str, ...], is_patched: bool) -> Any:
-    """Return the cached subclass of `cls` that asks its `deltas` child how to run.
+    """Return the cached subclass of `cls` that runs through its `deltas` child.
 
     Args:
         cls: the module's own class; `isinstance(module, cls)` stays true.
-        parameters: names of its own parameters. Reading one while the model runs yields the effective value where a
+        parameters: names of its own parameters. Reading one while the model runs yields the effective value if a
             delta changes it; everywhere else, and in the state dict, it is the frozen parameter.
         is_patched: for modules whose forward is an attribute of the instance.
     """
@@ -114,7 +114,7 @@ def _rebuild(cls: Any, parameters: tuple[str, ...], is_patched: bool) -> nn.Modu
 
 
 def _instead(cls: Any, name: str) -> Any:
-    """Return transformers' own call for adapters of Hugging Face PEFT, which names ours where the model has none."""
+    """Return transformers' own call for Hugging Face PEFT adapters, which names ours if the model has none."""
     own = getattr(cls, name)
 
     @functools.wraps(own)
@@ -127,7 +127,7 @@ def _instead(cls: Any, name: str) -> Any:
 
 
 def _asked(cls: Any) -> Any:
-    """Return a `__getattr__` that answers names of other libraries with ours."""
+    """Return a `__getattr__` that answers the names of other libraries with ours."""
 
     def asked(self: Any, name: str) -> Any:
         try:
@@ -146,7 +146,7 @@ def _save_pretrained(cls: Any) -> Any:
         record = self.__dict__.get("_peftree")
         if record is None or record.write is None:
             raise AdapterError(
-                f"{cls.__name__}.save_pretrained writes what no from_pretrained reads: the adapter among the base.",
+                f"{cls.__name__}.save_pretrained would mix the adapter with the base, which no from_pretrained reads.",
                 "Write the adapter with peftree.save(adapter, folder), or detach it from the whole model first.",
             )
         record.write(self, save_directory, kwargs)
@@ -179,8 +179,8 @@ def _flat_weights() -> property:
 class StillPart:
     """The outer part of a module with one of its switches off while it runs.
 
-    A norm with running statistics normalises with them and counts nothing, in training too; torch's encoder, while an
-    adapter is on, makes no nested tensors, which its layers take only where nothing in them is adapted.
+    A norm with running statistics uses them and does not update them, even in training; torch's encoder, while an
+    adapter is on, makes no nested tensors, which its layers take only if nothing in them is adapted.
     """
 
     def __init__(self, name: str) -> None:
@@ -196,7 +196,7 @@ class StillPart:
 
 
 def swap(module: nn.Module, hub: Hub) -> None:
-    """Make `module` an adapted one with `hub` as its child `deltas`."""
+    """Turn `module` into an adapted module with `hub` as its child `deltas`."""
     names = tuple(sorted(module._parameters))
     cls: Any = type(module)
     hub.original, hub.takes = cls, list(inspect.signature(cls.forward).parameters)[1:]

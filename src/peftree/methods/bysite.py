@@ -1,4 +1,4 @@
-"""Fields by site: numbers and switches of a method that differ between its sites, `r={"attn.q": 16, "ffn": 4}`."""
+"""Fields by site: numbers and booleans of a method that differ between its sites, `r={"attn.q": 16, "ffn": 4}`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = dict[str, dict[str, Any]]
 
 
 def kinds(cls: type[BaseModel], name: str) -> set[type]:
-    """Return the types of a field if it is a number or a switch (or None), else nothing."""
+    """Return the types of a field if it is a number or a boolean (or None), else nothing."""
     annotation = cls.model_fields[name].annotation
     found = set(get_args(annotation) or (annotation,))
     return found if found <= {int, float, bool, type(None)} else set()
@@ -31,7 +31,7 @@ def moved(cls: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields with every value by site moved to `by_site`.
 
     Raises:
-        ValueError: a switch stands where a number is meant.
+        ValueError: a boolean is given for a number.
     """
     fields = dict(given)
     by_site = fields.get("by_site") or {}
@@ -44,20 +44,20 @@ def moved(cls: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
                 fields[name] = values.pop(ELSEWHERE)
             by_site = by_site | ({name: values} if values else {})
         if types and bool not in types and isinstance(fields.get(name), bool):
-            raise ValueError(f"{name}={fields[name]!r}: a number is meant, not a switch")
+            raise ValueError(f"{name}={fields[name]!r}: it must be a number, not a boolean")
     return fields | {"by_site": by_site} if by_site else fields
 
 
 def checked(method: BaseModel, values: Values, make: Callable[[str, str, Any], Any]) -> Values:
-    """Return values by site as their fields read them.
+    """Return values by site as their fields parse them.
 
     Args:
         method: the method they belong to.
-        values: as given.
-        make: returns what a field makes of a value for some sites; ValueError where it is out of range.
+        values: the given values.
+        make: parses a value of a field for some sites; ValueError if it is out of range.
 
     Raises:
-        ValueError: a field is none that can differ, or is read by a hook, which sees all sites at once.
+        ValueError: a field cannot differ by site, or a hook reads it, which sees all sites at once.
     """
     cls = type(method)
     read = hooked(cls)
@@ -72,7 +72,7 @@ def checked(method: BaseModel, values: Values, make: Callable[[str, str, Any], A
 
 @cache
 def hooked(cls: type[BaseModel]) -> dict[str, str]:
-    """Return the fields that a class's own hooks read, with the hook; told from their compiled code."""
+    """Return the fields that a class's own hooks read, with the hook, from their compiled code."""
     found: dict[str, str] = {}
     for hook in HOOKS:
         seen: set[str] = set()
@@ -91,7 +91,7 @@ def hooked(cls: type[BaseModel]) -> dict[str, str]:
 
 
 def _names(code: CodeType) -> Iterable[str]:
-    """Yield the attributes that a function reads, functions within it included."""
+    """Yield the attributes that a function reads, including functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -107,10 +107,10 @@ class Meaning:
         self.known: dict[str, set[Site]] = {}
 
     def __call__(self, field: str, terms: str, site: Site) -> bool:
-        """Return whether `terms`, a key of `field`, mean `site`.
+        """Return whether `terms`, a key of `field`, match `site`.
 
         Raises:
-            SiteError: a term means none of the adapter's sites.
+            SiteError: a term matches none of the adapter's sites.
         """
         if terms not in self.known:
             each = [self._sites(field, term) for term in terms.split()]
@@ -136,7 +136,7 @@ class Meaning:
         if not found:
             roles = ", ".join(sorted({site.role for site in self.peers}))
             raise SiteError(
-                f"{field} has a value for {term!r}, which is none of the adapter's sites.",
-                f"It sits at {roles}: correct the key, or add the sites.",
+                f"{field} has a value for {term!r}, which is not one of the adapter's sites.",
+                f"Its sites are {roles}: correct the key, or add the sites.",
             )
         return found

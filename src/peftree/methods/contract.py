@@ -1,8 +1,8 @@
-"""The contract: what a method is. A method file fills this in and nothing else changes.
+"""The contract: what a method is. A method file fulfils it, and no other file changes.
 
 A method is a frozen pydantic model (its fields are the paper's hyper-parameters) with a `build` that, given a place,
 returns a delta: a module with the tensors and one of the five verbs of `peftree.deltas`. `Tags` declares facts.
-Seven optional hooks act in time, each on the whole adapter: `init`, `param_groups`, `optimizer`, `aux_loss`,
+Seven optional hooks act over time, each on the whole adapter: `init`, `param_groups`, `optimizer`, `aux_loss`,
 `before_step`, `schedule`, `post_hoc`.
 """
 
@@ -39,13 +39,13 @@ class Peft:
     Attributes:
         type: its `peft_type`.
         fields: our field by the key of PEFT's config that means the same.
-        tensors: our tensor by the end of its name in PEFT's file; `B.T`: there it lies transposed. A name that begins
-            with `base_model.` is of the whole model: a tensor that the deltas share.
-        fixed: values that further keys of PEFT's must have for the method to be this one; those are written.
-        kinds: kinds of sites that it can sit at there.
-        values: their value by ours, for keys whose values differ; another value of ours has no form there.
-        frozen: names as in `tensors` of what their file holds and ours does not, and the delta's attribute (dotted)
-            that must be equal to it, or None where their file has none.
+        tensors: our tensor by the end of its name in PEFT's file; `B.T`: it is transposed there. A name that begins
+            with `base_model.` belongs to the whole model: a tensor that the deltas share.
+        fixed: values that other PEFT keys must have for the method to be this one; saving writes them.
+        kinds: the kinds of sites that PEFT can put it at.
+        values: PEFT's value by ours, for keys whose values differ; our other values have no form in PEFT.
+        frozen: names, as in `tensors`, of what PEFT's file holds and ours does not, with the delta's attribute (dotted)
+            that must equal it, or None where PEFT's file has none.
     """
 
     type: str
@@ -59,7 +59,7 @@ class Peft:
 
 @dataclass(frozen=True)
 class Tags:
-    """Declared facts about a method; tests hold it to them, and tables, merge and planner derive from them.
+    """Declared facts about a method; tests check them, and tables, merging and the planner derive from them.
 
     Attributes:
         branch: its branch of the survey's tree; equal to the folder it lives in.
@@ -71,9 +71,9 @@ class Tags:
         needs_dense_weight: its forward or its start reads the dense base weight.
         inference_cost: `none` (once merged), `low`, `tokens` or `network`.
         lr: the default learning rate with AdamW.
-        small: fields with which it fits models a few dozen units wide; its checks and examples use them.
-        known: checks of the contract that it does not keep on some model, each with the reason in the paper.
-        peft: the same method in Hugging Face PEFT, where that is a matter of names.
+        small: fields that fit models a few dozen units wide; its checks and examples use them.
+        known: checks of the contract that it fails on some model, each with the reason in the paper.
+        peft: the same method in Hugging Face PEFT, if the two differ only in names.
     """
 
     branch: Branch
@@ -92,13 +92,13 @@ class Tags:
 
 @dataclass
 class Moment:
-    """Where training stands when a hook is called.
+    """The state of training when a hook is called.
 
     Attributes:
         step: optimizer steps done; total: steps planned.
-        start: a run starts or resumes here, so that there are no gradients yet (schedule only).
+        start: whether a run starts or resumes here, so that there are no gradients yet (schedule only).
         optimizer: the optimizer, if there is one; its state may be reset or moved (before_step and schedule only).
-        batches: calls that give the loss of further training batches, in an order of this step's; made as they are
+        batches: callables that return the loss of more training batches, in an order set by the step; made as they are
             taken (schedule only).
         outputs: the model's output for this batch (aux_loss only).
         again: runs the same batch once more and returns its output (aux_loss only).
@@ -129,13 +129,13 @@ class Method(BaseModel):
         "", coerce_numbers_to_str=True, description="layer range such as `0-3,8`, `-4:` or `:2`; empty: all layers"
     )
     by_site: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="values of fields at some sites; written `r={attn.q: 16, ffn: 4}`"
+        default_factory=dict, description="field values at some sites, written `r={attn.q: 16, ffn: 4}`"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _by_site(cls, value: Any) -> Any:
-        """Read `r={"attn.q": 16}` as a value by site, and no switch as a number."""
+        """Read `r={"attn.q": 16}` as a value by site, and refuse to read a boolean as a number."""
         return bysite.moved(cls, value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
@@ -155,11 +155,11 @@ class Method(BaseModel):
         return self
 
     def at(self, site: Site, means: Callable[[str, str, Site], bool]) -> Method:
-        """Return this method with the fields it has at `site`: of the keys that mean the site the last one counts.
+        """Return this method with the fields it has at `site`; of the keys that match the site, the last one counts.
 
         Args:
-            site: one of the adapter's.
-            means: whether a field's key means a site.
+            site: a site of the adapter.
+            means: tells whether a field's key matches a site.
         """
         own = {f: v for f, terms in self.by_site.items() for t, v in terms.items() if means(f, t, site)}
         return self.model_copy(update=own | {"by_site": {}}) if self.by_site else self
@@ -173,7 +173,7 @@ class Method(BaseModel):
         raise TypeError(f"{type(self).__name__} defines no count(sites)")
 
     def parts(self) -> Sequence[Method]:
-        """Return the methods this one is made of; a plain method is its own only part."""
+        """Return the methods this one is made of; a plain method is its only part."""
         return (self,)
 
     def of(self, members: Sequence[Method]) -> Method:
@@ -181,17 +181,17 @@ class Method(BaseModel):
         raise MethodError(f"{self.name} is not made from other adapters.", "Leave sources out.")
 
     def wrap(self, place: Place, delta: Delta) -> Delta:
-        """Return what is grafted for a part's delta; a gated recipe puts a gate around it."""
+        """Return the module to graft for a part's delta; a gated recipe puts a gate around it."""
         return delta
 
     def init(self, deltas: Deltas, batches: Iterable[Callable[[], Tensor]]) -> None:
-        """Hook: set the deltas from data before training. Each batch is a call that returns the loss."""
+        """Hook: set the deltas from data before training. Each batch is a callable that returns the loss."""
 
     def before_step(self, deltas: Deltas, moment: Moment) -> None:
-        """Hook: before each optimizer step, on the gradients that it will use; may change them."""
+        """Hook: before each optimizer step, on the gradients that the step will use; may change them."""
 
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
-        """Hook: after each optimizer step, gradients still there, and once when a run starts or resumes.
+        """Hook: after each optimizer step, before gradients are cleared, and once when a run starts or resumes.
 
         May change values, masks, ranks, and which tensors are trained.
         """
@@ -205,10 +205,10 @@ class Method(BaseModel):
         return [{"params": trainable(deltas.values()), "lr": lr}]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """Hook: the optimizer of these groups, if the method has its own; None: whatever the run says.
+        """Hook: the optimizer of these groups, if the method has its own; None: the run's.
 
-        Its state must be tensors and plain numbers by parameter, so that a run resumes, and its step must not look at
-        values, so that a plan can count what it takes.
+        Its state must be tensors and plain numbers by parameter, so that a run resumes, and its step must not depend on
+        values, so that a plan can count its memory.
         """
         return None
 
@@ -231,7 +231,7 @@ def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def own(deltas: Deltas, index: int) -> dict[str, Delta]:
-    """Return the deltas of part `index`, each as that part made it, without the gate that a recipe puts around."""
+    """Return the deltas of part `index`, each as that part made it, without the gate that a recipe puts around it."""
     mine = {k: d for k, d in deltas.items() if d.part == index}
     return {k: d.inner if isinstance(d, GatedOutput | GatedMemory) else d for k, d in mine.items()}
 
@@ -248,7 +248,7 @@ class Union(Method):
         return tuple(self.members)
 
     def init(self, deltas: Deltas, batches: Iterable[Callable[[], Tensor]]) -> None:
-        """Let every part that needs data see it."""
+        """Show data to every part that needs it."""
         kept = list(batches)
         for i, part in enumerate(self.parts()):
             part.init(own(deltas, i), kept)
@@ -270,17 +270,17 @@ class Union(Method):
         return sum(found[1:], found[0]) if found else None
 
     def param_groups(self, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
-        """Collect the parts' groups; task heads and gates are in one more."""
+        """Collect the parts' groups; task heads and gates form one more."""
         groups = [g for i, p in enumerate(self.parts()) for g in p.param_groups(own(deltas, i), lr)]
         taken = {id(p) for g in groups for p in g["params"]}
         rest = [p for p in trainable(deltas.values()) if id(p) not in taken]
         return [*groups, {"params": rest, "lr": lr}] if rest else groups
 
     def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """Refuse parts that have an optimizer of their own: one steps all groups."""
+        """Refuse parts that have an optimizer of their own: a single optimizer steps all groups."""
         if own := [p.name for p in self.parts() if type(p).optimizer is not Method.optimizer]:
-            what = f"{' and '.join(own)} has an optimizer of its own, which knows nothing of the other parts."
-            raise MethodError(what, "Train it by itself, or beside another adapter.")
+            what = f"{' and '.join(own)} has an optimizer of its own, which does not know the other parts."
+            raise MethodError(what, "Train it alone, or as a separate adapter.")
         return None
 
     def post_hoc(self, deltas: Deltas) -> None:
@@ -327,7 +327,7 @@ class Recipe(Union):
 
 
 class Composed(Method):
-    """A method made from other adapters, which it holds frozen copies of: `adapt(model, method, sources=[a, b])`.
+    """A method made from other adapters, of which it holds frozen copies: `adapt(model, method, sources=[a, b])`.
 
     Its deltas have them as `members`, a list of modules.
     """
@@ -344,12 +344,12 @@ class Composed(Method):
         """
         if several := [m.name for m in members if len(m.parts()) > 1]:
             raise MethodError(
-                f"{self.name} is made from adapters of one part, and {several[0]} has more.", "Leave it out."
+                f"{self.name} is made from adapters of one part, but {several[0]} has more.", "Leave it out."
             )
         return self.model_copy(update={"members": list(members)})
 
     def inner(self, place: Place, fresh: Callable[[], Delta], count: int = 2) -> list[Delta]:
-        """Return the members' deltas at a place, frozen; without members `count` of its own, which are trained."""
+        """Return the members' frozen deltas at a place; without members, `count` trainable deltas of its own."""
         if not self.members:
             return [fresh() for _ in range(count)]
         made: list[Delta] = [m.build(place.apart(f"member {i}")) for i, m in enumerate(self.members)]
@@ -362,7 +362,7 @@ class Fusion(Method):
     name: ClassVar[str] = "fusion"
     tags: ClassVar[Tags] = Tags("unified", "", identity_at_init=False, mergeable=True, lr=1e-4)
     members: list[Any] = Field(default_factory=list, description="the methods whose effects are summed")
-    weights: list[float] = Field(default_factory=list, description="one factor a member")
+    weights: list[float] = Field(default_factory=list, description="one factor per member")
 
     def at(self, site: Site, means: Callable[[str, str, Site], bool]) -> Method:
         """Return the fusion of the members with the fields they have at `site`."""
@@ -377,6 +377,6 @@ class Fusion(Method):
             return FusedOutput(deltas, self.weights)
         kinds = ", ".join(sorted({type(d).__name__ for d in deltas}))
         raise MethodError(
-            f"Effects of {kinds} at {place.site.name} have no weighted sum.",
+            f"Effects of {kinds} at {place.site.name} cannot be summed with weights.",
             "Combine adapters of one kind that change weights or outputs, or stack them with switch(model, [a, b]).",
         )

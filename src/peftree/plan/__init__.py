@@ -1,4 +1,4 @@
-"""Memory before anything runs: what a setting takes, from a config alone. Imports nothing until it is used."""
+"""Memory before anything runs: what a setting takes, from a config alone. Imports nothing until used."""
 
 from __future__ import annotations
 

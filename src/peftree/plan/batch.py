@@ -16,7 +16,7 @@ _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe"
 
 
 def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str, Any]:
-    """Return what `model(**batch)` takes, as meta tensors; with labels where the class has a loss."""
+    """Return the inputs of `model(**batch)` as meta tensors, with labels if the class has a loss."""
     if request.train_batch is not None and request.mode != "generate":
         fed, _ = _fed(request.train_batch, request.batch_size, request.length)
         return fed if labels else {k: v for k, v in fed.items() if k not in LABELS}
@@ -51,7 +51,7 @@ def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str,
 
 
 def scored(model: nn.Module, request: Request) -> int:
-    """Return how many tokens of a request's rows are scored: those that their labels tell, else all."""
+    """Return how many tokens of a request's rows are scored: those that their labels mark, else all."""
     if request.train_batch is not None:
         return _fed(request.train_batch, request.batch_size, request.length)[1]
     labels, config = inputs(model, request).get("labels"), model.config
@@ -61,7 +61,7 @@ def scored(model: nn.Module, request: Request) -> int:
 
 
 def _fed(feed: Feed, size: int, length: int) -> tuple[dict[str, Any], int]:
-    """Return a batch like the one that rows made, of other rows and tokens, and how many of its labels are scored."""
+    """Return a batch like the one made from rows, with other numbers of rows and tokens, and how many labels count."""
     flags, rows = dict(feed.flags), max(1, feed.rows * size // feed.of)
     if feed.rows < feed.of:  # there are no more
         rows = min(size, feed.rows)
@@ -86,14 +86,14 @@ def _fed(feed: Feed, size: int, length: int) -> tuple[dict[str, Any], int]:
 
 
 def position_table(model: nn.Module) -> int:
-    """Return how many positions the model's table of positions holds; 0 if it has none."""
+    """Return the number of positions in the model's table of positions; 0 if it has none."""
     named = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(_TABLES)]
     tables = [m for name, m in named if "vision" not in name and "visual" not in name]
     return min((t.num_embeddings for t in tables), default=0)
 
 
 def _length(model: nn.Module, request: Request, captions: bool) -> int:
-    """Return the tokens of a row; a model with a table of positions takes no more than it holds."""
+    """Return the tokens of a row; a model with a table of positions takes at most as many as it holds."""
     most = position_table(model) or request.length
     if request.length > most and not captions:
         raise ConfigError(f"max_length={request.length}: the model has {most} positions.", f"Ask for {most} at most.")
@@ -101,14 +101,14 @@ def _length(model: nn.Module, request: Request, captions: bool) -> int:
 
 
 def open_images(model: nn.Module) -> None:
-    """Let a model that puts image features in the place of image tokens do so without looking for the tokens."""
+    """Let a model that replaces image tokens by image features do so without looking for the tokens."""
     for module in model.modules():
         if callable(getattr(type(module), "get_placeholder_mask", None)):
             module.get_placeholder_mask = _everywhere  # type: ignore[assignment]
 
 
 def _everywhere(input_ids: Any, inputs_embeds: Tensor, *features: Any, **more: Any) -> Tensor:
-    """Return a mask of the places that features are put in: all, or the first if there are fewer features."""
+    """Return a mask of the places that features fill: all, or the first ones if there are fewer features."""
     mask = torch.ones_like(inputs_embeds, dtype=torch.bool)
     mask.view(-1)[sum(f.numel() for f in (*features, *more.values()) if isinstance(f, Tensor)) :] = False
     return mask

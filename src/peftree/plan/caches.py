@@ -1,4 +1,4 @@
-"""The cache of generation, asked of transformers' own cache classes: what they keep is what is counted."""
+"""The cache of generation, taken from transformers' own cache classes: what they keep is counted."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Slot:
 
     Attributes:
         kind: transformers' class of the layer, which decides what it keeps.
-        window: tokens that a sliding layer looks at, 0 for any other.
-        key, value: heads and width of what it keeps of a token; None for a layer that keeps no tokens.
-        item: bytes of a number.
-        source: True if it holds the encoder's tokens, False for those of the text that is made.
+        window: tokens that a sliding layer sees; 0 for any other layer.
+        key, value: heads and width of what it keeps per token; None for a layer that keeps no tokens.
+        item: bytes per number.
+        source: True if it holds the encoder's tokens, False for those of the generated text.
         extra: virtual tokens in it.
-        fixed: tokens of a source whose length is the model's own (speech), else 0.
-        state: bytes of a row that no token adds to (recurrent layers).
+        fixed: tokens of a source whose length the model sets (speech), else 0.
+        state: bytes per row that do not grow with tokens (recurrent layers).
     """
 
     kind: type[Any]
@@ -41,7 +41,7 @@ class Slot:
     state: int = 0
 
     def size(self, rows: int, first: int, new: int) -> int:
-        """Return its bytes after `first` tokens, and `new - 1` more one by one."""
+        """Return its bytes after `first` tokens and then `new - 1` more, one by one."""
         if self.key is None:
             return rows * self.state
         layer = self.kind(sliding_window=self.window) if self.window else self.kind()
@@ -61,7 +61,7 @@ Slots = tuple[Slot, ...]
 def asked(model: nn.Module, request: Request) -> Slots:
     """Return the layers of the cache that a model on the meta device makes for a text of `request.length` tokens.
 
-    The model then holds fake tensors and is of no other use.
+    The model then holds fake tensors and cannot be used for anything else.
     """
     open_images(model)
     batch = inputs(model, request, labels=False)
@@ -74,7 +74,7 @@ def asked(model: nn.Module, request: Request) -> Slots:
 
 
 def _slots(cache: Cache, length: int, source: int) -> Iterator[Slot]:
-    """Yield the layers of a cache after `length` tokens, or one token of a decoder beside `source` of an encoder."""
+    """Yield the layers of a cache after `length` tokens, or one token of a decoder with `source` of an encoder."""
     if isinstance(cache, EncoderDecoderCache):
         yield from (_slot(layer, 1, False) for layer in cache.self_attention_cache.layers)
         yield from (_slot(layer, source, True) for layer in cache.cross_attention_cache.layers)
@@ -98,7 +98,7 @@ def _slot(layer: Any, count: int, source: bool) -> Slot:
 
 
 def guessed(config: Any, item: int) -> Slots:
-    """Return the layers of a decoder's cache as its config tells, for a model that cannot be asked."""
+    """Return the layers of a decoder's cache from its config, for a model that cannot be run."""
     text: Any = config.get_text_config(decoder=True)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -111,6 +111,6 @@ def guessed(config: Any, item: int) -> Slots:
 
 
 def sizes(slots: Slots, request: Request) -> list[int]:
-    """Return the bytes of each layer when the last token of a request is made."""
+    """Return the bytes of each layer when the last token of a request is generated."""
     first = 1 if any(slot.source for slot in slots) else request.length
     return [s.size(request.batch_size, request.length if s.source else first, request.new_tokens) for s in slots]

@@ -34,14 +34,14 @@ _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """What real steps took.
+    """The time of real steps.
 
     Attributes:
         seconds: median wall time of a step.
         low, high: the quartiles.
-        steps: how many were timed.
-        device: where.
-        threads: of the CPU.
+        steps: the number of timed steps.
+        device: the device they ran on.
+        threads: CPU threads.
     """
 
     seconds: float
@@ -52,21 +52,21 @@ class Calibration:
     threads: int
 
     def line(self) -> str:
-        """Return it as a line of text."""
+        """Return the time as a line of text."""
         where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
-        return f"{self.seconds:.3g} s a step ({self.low:.3g} to {self.high:.3g}, {self.steps} real steps on {where})"
+        return f"{self.seconds:.3g} s per step ({self.low:.3g} to {self.high:.3g}, {self.steps} real steps on {where})"
 
 
 def calibrate(asked: Request, made: Plan, say: Callable[[str], object] = lambda line: None) -> Calibration:
-    """Time real training steps of a request here; the values of the weights do not matter to the time.
+    """Time real training steps of a request on this machine; the values of the weights do not affect the time.
 
     Args:
         asked: the setting.
         made: its plan, which says whether it fits.
-        say: is told which step runs.
+        say: called with the step that runs.
 
     Raises:
-        ConfigError: it does not fit this machine, or is not a training step of dense weights.
+        ConfigError: the request does not fit this machine, or is not a training step of dense weights.
     """
     asked, device = settled(asked), "cuda" if torch.cuda.is_available() else "cpu"
     _check(asked, made, device)
@@ -91,17 +91,17 @@ def _check(asked: Request, made: Plan, device: str) -> None:
     if asked.mode != "train" or asked.quantize != "none" or asked.devices > 1:
         raise ConfigError("Only a training step of a dense model on one device can be timed.", "Leave out --calibrate.")
     if asked.optimizer not in _OPTIMIZERS:
-        raise ConfigError(f"{asked.optimizer} is not at hand for timing.", f"Choose {', '.join(_OPTIMIZERS)}.")
+        raise ConfigError(f"{asked.optimizer} is not available for timing.", f"Choose {', '.join(_OPTIMIZERS)}.")
     there = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     if made.high > there:
         raise ConfigError(
-            f"Timing takes {made.high / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free here.",
+            f"Timing takes {made.high / 2**30:.1f} GiB, but {there / 2**30:.1f} GiB are free here.",
             "Ask for a smaller batch or length, or leave out --calibrate.",
         )
 
 
 def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.optim.Optimizer]:
-    """Return what runs a forward pass and returns its loss, and the optimizer."""
+    """Return a callable that runs a forward pass and returns its loss, and the optimizer."""
     config, kind = model_of(asked)
     with torch.device(device):
         model: Any = kind._from_config(

@@ -1,4 +1,4 @@
-"""`peftree plan`: a run file or a model, and settings as `key=value`; `show` makes what it says. Imports no torch."""
+"""`peftree plan`: a run file or a model, and settings as `key=value`; `show` makes the output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peftree.errors import ConfigError
 def plan(
     first: Annotated[str, typer.Argument(help="run.yaml, a model (folder with config.json, or a name), or key=value.")],
     words: Annotated[list[str] | None, typer.Argument(help="key=value: method=lora r=16 data=FILE.")] = None,
-    memory: Annotated[str, typer.Option(help="Of one device, as 24GB: says what fits, and the ways under it.")] = "",
-    adapter: Annotated[str, typer.Option(help="Instead of a method: PEFT's adapter_config.json, or its folder.")] = "",
+    memory: Annotated[str, typer.Option(help="Memory of one device, as in 24GB: show what fits and how.")] = "",
+    adapter: Annotated[str, typer.Option(help="In place of a method: PEFT's adapter_config.json, or its folder.")] = "",
     table: Annotated[
-        bool, typer.Option("--table", help="Methods x batches x lengths; also where none is named.")
+        bool, typer.Option("--table", help="A table of methods x batches x lengths; all methods if none is named.")
     ] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Also time 20 real steps here.")] = False,
     html: Annotated[str, typer.Option(help="Also write one HTML page here.")] = "",
@@ -30,7 +30,7 @@ def plan(
     more = {"memory": parse_bytes(memory)} if memory else {}
     asked = one_method(read_settings(Request, path, rest, **named, **more, peft=read_adapter(adapter)))
     if table and asked.peft:
-        raise ConfigError("A table is of the tree's methods, not of an adapter's file.", "Leave out one of the two.")
+        raise ConfigError("A table shows the tree's methods, not an adapter's file.", "Leave out --table or --adapter.")
     from rich.console import Console
 
     from peftree.named_method import make_method

@@ -1,8 +1,8 @@
-"""The planner: builds the model without weights, traces few of its layers, and works out the rest.
+"""The planner: builds the model without weights, traces a few of its layers, and computes the rest.
 
-Layers of one kind hold the same bytes, so memory grows by the same amount with each: the step is traced with two depths
-and the difference carried on to the whole depth, phase by phase and part by part. What every layer shares (embedding,
-head, logits, loss) is in both and cancels. Weights, gradients of the optimizer's state are counted on the full model.
+Layers of one kind hold the same bytes, so memory grows by the same amount with each. The step is traced at two depths
+and the difference extended to the whole depth, phase by phase and part by part. What all layers share (embedding,
+head, logits, loss) is in both and cancels. Weights, gradients and optimizer state are counted on the full model.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Parts = dict[str, dict[str, float]]
 
 
 def plan(request: Request, quick: bool = False) -> Plan:
-    """Return what `request` takes; no weights are read, nothing runs.
+    """Return the memory that `request` takes; no weights are read, and nothing runs.
 
     Args:
         request: the setting.
-        quick: where traces at other sizes tell the memory exactly, do not trace; operations are then not counted.
+        quick: do not trace if traces at other sizes give the memory exactly; operations are then not counted.
 
     Raises:
         ConfigError: no config, an unknown task, or a mode that the model does not have; a wrong field of the method,
             with its place; PEFT is not installed.
         MethodError, SiteError: the method does not fit the model.
-        StoreError: no method of ours is what the adapter's file says.
+        StoreError: no method in peftree equals what the adapter's file says.
     """
     if not request.peft:
         make_method(request)  # what is wrong with it is said with its place, which the cached questions below lack
@@ -66,8 +66,8 @@ def plan(request: Request, quick: bool = False) -> Plan:
 
 
 def settled(request: Request) -> Request:
-    """Return the request as it can be planned: our own method for an adapter's file, if our code is to train it, and
-    eager attention where the class has no other, and the length that a run takes where none is named.
+    """Return the request as it can be planned: our own method for an adapter's file, if our code will train it;
+    eager attention if the class has no other; and the length that a run takes if none is named.
     """
     if request.attention == "sdpa" and not model_of(request)[1]._supports_sdpa:
         request = request.model_copy(update={"attention": "eager"})
@@ -90,7 +90,7 @@ def _planned(text: str, quick: bool) -> Plan:
     request = Request.model_validate_json(text)
     config, kind = model_of(request)
     if request.mode == "generate" and not kind.can_generate():
-        raise ConfigError(f"{kind.__name__} generates no text.", "Plan it with mode=train or mode=eval.")
+        raise ConfigError(f"{kind.__name__} does not generate text.", "Plan it with mode=train or mode=eval.")
     dtype = formulas.dtype_of(config, request.dtype)
     if request.peft:
         return _of_peft(configs.traced(config, kind, request, dtype, quick), request)
@@ -99,7 +99,7 @@ def _planned(text: str, quick: bool) -> Plan:
     how, operations = "traced", 0.0
     found: Parts = {}
     scores: Parts = {}
-    why = "" if supported() else f"torch {torch.__version__} is not among the tested versions"
+    why = "" if supported() else f"torch {torch.__version__} is not one of the tested versions"
     if not why:
         try:
             found, operations = traced(config, kind, request, dtype, whole.shared, quick)
@@ -117,7 +117,7 @@ def _planned(text: str, quick: bool) -> Plan:
     if scores:
         found["scoring"] = max(scores.values(), key=lambda parts: sum(parts.values()))
     if scores and request.generate:
-        notes.append("the cache of the rows that are decoded is not counted; mode=generate tells it")
+        notes.append("the cache of decoded rows is not counted; mode=generate counts it")
     phases = _phases(whole, found, request)
     if request.mode == "generate":
         phases["generation"] = _generation(config, whole, request, dtype)
@@ -126,7 +126,7 @@ def _planned(text: str, quick: bool) -> Plan:
 
 def _of_peft(found: configs.Theirs, request: Request) -> Plan:
     phases = _phases(found.whole, found.parts, request)
-    notes = ["traced with PEFT's own modules; with peftree's: code=peftree"]
+    notes = ["traced with PEFT's own modules; for peftree's own: code=peftree"]
     return _plan(request, found.whole, phases, round(found.operations), "traced", notes, found.held)
 
 
@@ -144,7 +144,7 @@ def traced(
 ) -> tuple[Parts, float]:  # fmt: skip
     """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers.
 
-    `whole`: trace all of them; `quick`: as in `plan`; `scores`: as in `trace`.
+    `whole`: trace all layers; `quick`: as in `plan`; `scores`: as in `trace`.
     """
     stacks = [] if whole else _cuttable(config, request)
     base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
@@ -181,14 +181,14 @@ def traced(
 
 
 def scoring(request: Request) -> Request:
-    """Return the evaluation of a batch that a run's scores need; gradients are gone then, as after every step."""
+    """Return the evaluation of a batch that a run's scores need; there are no gradients then, as after every step."""
     changes = {"mode": "eval", "batch_size": request.eval_batch_size, "train_batch": request.eval_batch}
     alike = {"gradient_checkpointing": False, "accumulation": 1, "eval_batch": None}
     return request.model_copy(update=changes | alike)
 
 
 def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:
-    """Return the stacks to trace with fewer layers: those deep enough, unless the request names layers."""
+    """Return the stacks to trace with fewer layers: those that are deep enough, unless the request names layers."""
     chosen = str(request.method.fields)
     if "layers" in request.method.fields or "@" in chosen or re.search(r"\.\d+\.", chosen):
         return []
@@ -213,12 +213,12 @@ def read(model: str, task: str | None, labels: int, changes: str = "{}") -> tupl
 
 
 def _apart(request: Request) -> str:
-    """Return, as the text of a request, what the full model's own figures depend on."""
+    """Return what the full model's own figures depend on, as the text of a request."""
     return request.bare.model_copy(update=_APART).model_dump_json()
 
 
 def check_room(request: Request) -> None:
-    """Raise ConfigError if a request's text and what its method puts in front need more positions than there are."""
+    """Raise ConfigError if a request's text and what its method puts in front of it need too many positions."""
     if request.peft:
         return
     made = request.new_tokens if request.mode == "generate" else 0
@@ -234,7 +234,7 @@ def check_room(request: Request) -> None:
 
 
 def positions(request: Request) -> int:
-    """Return the most tokens that the model of a request takes in a row, as its config says."""
+    """Return the most tokens that the model of a request takes per row, from its config."""
     config, kind = model_of(request)
     small = skeleton.build(skeleton.cut(config, dict.fromkeys(skeleton.depths(config), 1)), kind)
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
@@ -267,19 +267,19 @@ def _whole(text: str) -> Whole:
 
 
 def _optimizer(adapter: Adapter, trained: list[nn.Parameter], request: Request) -> tuple[int, int]:
-    """Return the bytes of the optimizer's state, and those that a step takes and gives back."""
+    """Return the bytes of the optimizer's state, and those that a step takes and releases."""
     own = adapter.optimizer()
     if own is None:
         kind = request.optimizer
         return formulas.optimizer_state(trained, kind), formulas.optimizer_scratch(trained, kind)
     if request.optimizer != Request.model_fields["optimizer"].default:
-        what = f"{request.method.name} has an optimizer of its own; optimizer={request.optimizer} asks for another."
+        what = f"{request.method.name} has an optimizer of its own, but optimizer={request.optimizer} asks for another."
         raise ConfigError(what, "Leave the optimizer out.")
     return formulas.own_step(own, trained)
 
 
 def _slots(model: nn.Module, config: Any, request: Request, dtype: torch.dtype) -> caches.Slots:
-    """Return the layers of the cache: the model's own, or a guess where it cannot run without values."""
+    """Return the layers of the cache: the model's own, or a guess if it cannot run without values."""
     if supported():
         with contextlib.suppress(Exception):
             return caches.asked(model, request)
@@ -287,7 +287,7 @@ def _slots(model: nn.Module, config: Any, request: Request, dtype: torch.dtype) 
 
 
 def _shares(adapter: Adapter) -> bool:
-    """Return whether layers share trained tensors, whose share of the memory then does not grow by the layer."""
+    """Return whether layers share trained tensors, whose memory then does not grow with depth."""
     held = [id(p) for delta in adapter.deltas.values() for p in delta.parameters() if p.requires_grad]
     return len(held) > len(set(held))
 
@@ -298,7 +298,7 @@ def _largest_layer(model: nn.Module) -> int:
 
 
 def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str) -> dict[str, int]:
-    """Return all parts of a phase: what was traced, the weights, what sharding does to them."""
+    """Return all parts of a phase: what was traced and the weights, after sharding."""
     out = dict.fromkeys(PARTS, 0) | whole.parts
     for part, value in parts.items():
         out[part] += formulas.rounded(max(value, 0))
@@ -309,7 +309,7 @@ def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str
 
 
 def _generation(config: Any, whole: Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
-    """Return the parts while the last token is made: the whole cache, and one layer's copy that grows."""
+    """Return the parts while the last token is generated: the whole cache, and the growing copy of one layer."""
     held = caches.sizes(whole.slots, request)
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     logits = request.batch_size * vocabulary * (dtype.itemsize + 4)
@@ -320,7 +320,7 @@ def _generation(config: Any, whole: Whole, request: Request, dtype: torch.dtype)
 def rough(config: Any, request: Request, dtype: torch.dtype, gradients: int, why: str) -> Parts:
     """Return phase -> part -> bytes by a rule of thumb: 34 bytes an activation of a layer (arXiv 2205.05198, eq. 2).
 
-    `why` says why there is no trace.
+    `why` says why it was not traced.
     """
     text = config.get_text_config()
     width = int(getattr(text, "hidden_size", 0) or 0)
@@ -351,7 +351,7 @@ def _plan(
     notes: list[str],
     held: int = 0,
 ) -> Plan:
-    """Put it together; `held`: what a replay of the allocator found, if there was one."""
+    """Put the plan together; `held`: what a replay of the allocator found, if there was one."""
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     phase = max(totals, key=lambda name: totals[name])
     low = totals[phase]
@@ -362,11 +362,9 @@ def _plan(
     margin = SLACK[request.device] if how == "traced" else 0.5
     high = round(expected + margin * (expected - min(still, expected)))
     if request.device == "cuda":
-        notes.append(f"a CUDA process takes some {CONTEXT >> 20} MiB more for its context")
+        notes.append(f"a CUDA process takes about {CONTEXT >> 20} MiB more for its context")
     else:
-        notes.append(
-            "under glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure"
-        )
+        notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
         whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),
@@ -376,7 +374,7 @@ def _plan(
 def reserved(low: int, still: int) -> int:
     """Return what CUDA's caching allocator reserves for a peak of `low` bytes, `still` of which never move.
 
-    The workspaces of two threads, and a share for rounding and fragments: the median of the public runs that
+    It adds the workspaces of two threads, and a share for rounding and fragments: the median of the public runs that
     `docs/plan-truth-public.md` holds (2 to 17 %; full fine-tuning, whose optimizer makes large lists, has most).
     """
     return low + 2 * WORKSPACE + round(FRAGMENTS * max(low - still, 0))
@@ -385,7 +383,7 @@ def reserved(low: int, still: int) -> int:
 def resident(low: int, still: int) -> int:
     """Return what a process has resident at a peak of `low` bytes, `still` of which never move.
 
-    glibc keeps what is freed for later, in pieces that later tensors do not fit: one share for all methods, the mean of
+    glibc keeps freed memory for later, in pieces that later tensors do not fit: one share for all methods, the mean of
     the real runs that `docs/plan-truth.md` holds (3 to 38 %).
     """
     return low + round(MALLOC * max(low - still, 0))

@@ -1,4 +1,4 @@
-"""What fits into a budget: the largest batch or length, the cheapest ways under it, a table of methods."""
+"""What fits into a budget: the largest batch or length, the cheapest ways to fit, a table of methods."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Way:
         what: the change in words.
         changes: the settings that differ.
         price: what it costs, in words.
-        rank: its price as a number, for order: about the share of time it adds; what changes results counts more.
-        plan: what the changed setting takes.
+        rank: its price as a number, for sorting: about the share of time it adds; changes to results count more.
+        plan: the plan of the changed setting.
     """
 
     what: str
@@ -41,9 +41,9 @@ class Way:
 
 
 def largest(request: Request, memory: int, key: Literal["batch_size", "max_length"] = "batch_size") -> int:
-    """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row is.
+    """Return the largest batch (or length) whose expected bytes are within `memory`; 0 if not even one row fits.
 
-    Scoring takes as many rows as the batch at most, and as many as the request says.
+    Scoring takes at most as many rows as the batch, and as the request says.
     """
 
     def level(value: int) -> int:
@@ -58,10 +58,10 @@ def _bound(request: Request, key: str) -> int:
 
 
 def _largest(level: Callable[[int], int], memory: int, most: int) -> int:
-    """Return the largest value up to `most` whose level is within `memory`; 0 if that of 1 is not.
+    """Return the largest value up to `most` whose level is within `memory`; 0 if the level of 1 is not.
 
-    Memory grows nearly in line. So: the line between what fits and what does not; where the same end moves twice, a
-    few steps from it towards the other, for the two have to meet.
+    Memory grows almost linearly: it follows the line between what fits and what does not. If one end moves twice, a
+    few steps go from it towards the other, since the two must meet.
     """
     low, under = 1, level(1)
     if under > memory:
@@ -90,9 +90,9 @@ def _largest(level: Callable[[int], int], memory: int, most: int) -> int:
 
 
 def ways(request: Request, memory: int, count: int = 3) -> list[Way]:
-    """Return the cheapest ways to get a setting under `memory`, at most `count`; none if it fits already.
+    """Return the cheapest ways to bring a setting within `memory`, at most `count`; none if it already fits.
 
-    Single changes first; where none is enough two together, then three, the cheapest first, up to `TRIES` in all.
+    Single changes come first; if none is enough, two together, then three, the cheapest first, up to `TRIES` in all.
     """
     made = plan(request)
     if made.fits(memory):
@@ -137,7 +137,7 @@ def _combinations(single: Sequence[_Change], size: int) -> list[tuple[_Change, .
 
 
 def _changes(request: Request) -> Iterator[_Change]:
-    """Yield what can be changed: words, settings, price in words, price as a number."""
+    """Yield the possible changes: words, settings, price in words, price as a number."""
     if request.attention == "eager":
         yield _Change("fused attention (sdpa)", {"attention": "sdpa"}, "nothing", 0.0)
     if request.dtype in ("auto", "float32"):
@@ -157,9 +157,9 @@ def _training_changes(request: Request) -> Iterator[_Change]:
     for part in (2, 4, 8, 16):
         if request.batch_size >= part and not request.contrastive:
             rows, times = request.batch_size // part, request.accumulation * part
-            what = f"batches of {rows}, {times} to a step"
+            what = f"batches of {rows}, {times} per step"
             fewer: dict[str, Any] = {"batch_size": rows, "accumulation": times}
-            yield _Change(what, fewer, "the same rows a step, less work at once", 0.04 * part)
+            yield _Change(what, fewer, "the same rows per step, less work at once", 0.04 * part)
     if not request.gradient_checkpointing:
         yield _Change(
             "gradient checkpointing", {"gradient_checkpointing": True}, "each layer's forward pass runs twice", 0.33
@@ -181,7 +181,7 @@ def _takes_any(request: Request) -> bool:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one batch and length; `expected` None where the method does not fit the model."""
+    """One method at one batch and length; `expected` is None if the method does not fit the model."""
 
     method: str
     batch: int
@@ -194,7 +194,7 @@ class Cell:
 def table(
     request: Request, methods: Sequence[str] = (), batches: Sequence[int] = (), lengths: Sequence[int] = ()
 ) -> Iterator[Cell]:
-    """Yield methods x batches x lengths, scored in no larger batches; by default every method at its defaults."""
+    """Yield methods x batches x lengths, scored in batches no larger; by default every method at its defaults."""
     for method in methods or sorted(registry.methods()):
         chosen = request.method if method == request.method.name else MethodConfig(name=method)
         changed = request.model_copy(update={"method": chosen, "peft": {}})
@@ -202,7 +202,7 @@ def table(
 
 
 def _row(request: Request, batches: Sequence[int], lengths: Sequence[int]) -> Iterator[Cell]:
-    """Yield the cells of one method; the corners are traced first, and tell most of what is between them."""
+    """Yield the cells of one method; the corners are traced first and give most of what is between them."""
     sizes = [(batch, length) for length in lengths for batch in batches]
     found: dict[tuple[int, int], Plan] = {}
     why: dict[int, str] = {}

@@ -25,7 +25,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:
-    """Return the frozen weights that a quantised base keeps in few bits: of linear maps, the head left out."""
+    """Return the frozen weights that a quantised base keeps in few bits: those of linear maps, except the head."""
     reader: Any = getattr(model, "get_output_embeddings", None)
     head = reader() if reader is not None else None
     linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
@@ -34,9 +34,9 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
 
 
 def quantised(weights: Iterable[Tensor], base: str) -> int:
-    """Return the bytes of `weights` in int8 (one float32 scale a row) or NF4 with double quantisation.
+    """Return the bytes of `weights` in int8 (one float32 scale per row) or NF4 with double quantisation.
 
-    NF4 (QLoRA, arXiv 2305.14314, section 3): half a byte a weight, one 8-bit scale for 64 of them, one float32 scale
+    NF4 (QLoRA, arXiv 2305.14314, section 3): half a byte per weight, one 8-bit scale for 64 of them, one float32 scale
     and offset for 256 of those scales.
     """
     total = 0
@@ -51,7 +51,7 @@ def quantised(weights: Iterable[Tensor], base: str) -> int:
 
 
 def optimizer_state(parameters: Iterable[Tensor], kind: str) -> int:
-    """Return the bytes that an optimizer keeps for `parameters` from its first step on."""
+    """Return the bytes that an optimizer keeps for `parameters` after its first step."""
     total = 0
     for p in parameters:
         n, item = p.numel(), p.element_size()
@@ -67,7 +67,7 @@ def optimizer_state(parameters: Iterable[Tensor], kind: str) -> int:
 
 
 def optimizer_scratch(parameters: Iterable[Tensor], kind: str) -> int:
-    """Return the bytes that one step of the optimizer takes and gives back."""
+    """Return the bytes that one step of the optimizer takes and releases."""
     sizes = [p.numel() * p.element_size() for p in parameters]
     if kind == "adamw_foreach":  # a root of every second moment at once
         return sum(sizes)
@@ -75,7 +75,7 @@ def optimizer_scratch(parameters: Iterable[Tensor], kind: str) -> int:
 
 
 def own_step(optimizer: Optimizer, parameters: Sequence[Tensor]) -> tuple[int, int]:
-    """Return the bytes that an optimizer keeps from its first step on, and the most that a step takes and gives back.
+    """Return the bytes that an optimizer keeps after its first step, and the most that a step takes and releases.
 
     Args:
         optimizer: holds `parameters`, which are on the meta device.
@@ -93,8 +93,8 @@ def sharded(parts: dict[str, int], request: Request, layer: int, trainable: int)
 
     Args:
         parts: bytes by name on one device that holds all.
-        request: says how.
-        layer: bytes of the largest layer's weights, which FSDP gathers, and once more the next one.
+        request: says how they are shared.
+        layer: bytes of the largest layer's weights; FSDP gathers them and those of the next layer.
         trainable: bytes of the gradients, which DDP copies into buckets.
     """
     out = dict(parts)
@@ -113,7 +113,7 @@ def rounded(value: float) -> int:
 
 
 def dtype_of(config: Any, wanted: str) -> torch.dtype:
-    """Return the dtype that a base is loaded in: the wanted one, or that of the config."""
+    """Return the dtype that a base is loaded in: the requested one, or that of the config."""
     if wanted != "auto":
         named: torch.dtype = getattr(torch, wanted)
         return named

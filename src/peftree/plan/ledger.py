@@ -1,9 +1,9 @@
 """Counts the bytes that a computation holds, without running it: fake tensors and one ledger of storages.
 
-A model on the meta device becomes one of fake CPU tensors: every operation then computes shapes and allocates nothing.
-`Ledger` sees each operation's results and notes when a storage comes to life and when its last reference goes, so its
-curve is that of the real allocator, operation by operation. FakeTensorMode is semi-private in torch: nothing outside
-this file knows of it, and `supported` says whether the installed version is one it was tested with.
+A model on the meta device becomes one of fake CPU tensors: every operation computes shapes and allocates nothing.
+`Ledger` sees each operation's results and records when a storage is created and when its last reference goes, so its
+curve is the real allocator's, operation by operation. FakeTensorMode is semi-private in torch: nothing outside
+this file uses it, and `supported` says whether the installed version is one that was tested.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TESTED = ((2, 8), (2, 15))  # from this version of torch, to below that one
 
 
 def supported() -> bool:
-    """Return whether this version of torch is one that tracing was tested with."""
+    """Return whether tracing was tested with this version of torch."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     return TESTED[0] <= version < TESTED[1]
 
@@ -40,7 +40,7 @@ def _size(*tensors: Any) -> int:
 
 
 def _tiles(query: Tensor, key: Tensor, backward: bool) -> int:
-    """Return the bytes that CPU's flash attention works in: for each thread a tile of scores, and what goes with it."""
+    """Return the bytes of flash attention's workspace on the CPU: a tile of scores per thread, and what it needs."""
     queries, keys, item = query.shape[2], min(key.shape[2], 512), query.element_size()
     rows = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
     more = 4 * rows if backward else 4 * rows * (2 + query.shape[3])
@@ -49,7 +49,7 @@ def _tiles(query: Tensor, key: Tensor, backward: bool) -> int:
 
 
 def _grouped(left: Tensor, right: Tensor, offsets: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
-    """Return what a product by groups of rows (experts) makes: torch's own rule for it knows bfloat16 only."""
+    """Return the result of a product by groups of rows (experts): torch's own rule for it knows only bfloat16."""
     lead = [left.shape[0]] if left.dim() == right.dim() == 3 else []
     if offsets is not None and left.dim() == right.dim() == 2:
         lead = [offsets.shape[0]]
@@ -79,13 +79,13 @@ class Timeline:
     """What a computation allocated and released, in order.
 
     Attributes:
-        owner: of each event, the number of its storage.
+        owner: the storage number of each event.
         change: bytes of each event, negative for a release.
-        phase: of each event, the index of its phase in `phases`.
-        phases: names in the order in which they began.
+        phase: the index in `phases` of each event's phase.
+        phases: names, in the order in which they began.
         size: bytes of each storage.
-        shape, dtype: of each storage, what the first tensor in it looked like.
-        kept: named sets of storages, as the gradients; the rest is told apart by when it lives.
+        shape, dtype: those of the first tensor in each storage.
+        kept: named sets of storages, such as the gradients; the rest is classified by its lifetime.
     """
 
     owner: list[int] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Timeline:
         return int(self.levels().max(initial=0))
 
     def peaks(self) -> dict[str, int]:
-        """Return the most bytes held in each phase; one without events holds what was there."""
+        """Return the most bytes held in each phase; a phase without events holds what was there."""
         levels, phase = self.levels(), np.asarray(self.phase)
         found: dict[str, int] = {}
         before = 0
@@ -128,10 +128,10 @@ class Timeline:
 
 
 class Ledger(TorchDispatchMode):
-    """Notes every storage that an operation makes, and its end.
+    """Records every storage that an operation makes, and its end.
 
-    `ignore` lives before the first event and is counted elsewhere; `scratch` counts what CPU kernels take for
-    themselves too.
+    `ignore` exists before the first event and is counted elsewhere; `scratch` also counts what CPU kernels take
+    for themselves.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = (), scratch: bool = True) -> None:
@@ -151,12 +151,12 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Count what happens inside as `phase`."""
+        """Count what happens inside the block as `phase`."""
         self.timeline.phases.append(phase)
         yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note the storages of its results."""
+        """Run the operation and record the storages of its results."""
         numbers = self._numbers(func, args) if self.scratch else []
         result = _grouped(*args, **(kwargs or {})) if func is _GROUPED else func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
@@ -172,7 +172,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _numbers(self, func: Any, args: Sequence[Any]) -> list[int]:
-        """Take what torch makes of a Python number in arithmetic; return what the operation gives back."""
+        """Take the tensor that torch makes of a Python number in arithmetic; return what the operation releases."""
         if func.overloadpacket not in _ARITHMETIC or len(args) < 2 or isinstance(args[1], Tensor):
             return []
         of, value = args[0], args[1]
@@ -189,7 +189,7 @@ class Ledger(TorchDispatchMode):
         return [*cast, own]
 
     def _take(self, size: int) -> int:
-        """Note memory that no result shows; return its number."""
+        """Record memory that no result shows; return its number."""
         self.timeline.shape.append(())
         self.timeline.dtype.append(torch.uint8)
         self.timeline.size.append(size)
@@ -200,7 +200,7 @@ class Ledger(TorchDispatchMode):
         self._event(number, -self.timeline.size[number])
 
     def see(self, tensor: Tensor) -> None:
-        """Note a tensor's storage, unless it is known."""
+        """Record a tensor's storage, unless it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -214,7 +214,7 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._gone, key, number, size).atexit = False
 
     def number(self, tensor: Tensor) -> int:
-        """Return the number of a tensor's storage; -1 if it was there before."""
+        """Return the number of a tensor's storage; -1 if it existed before."""
         return self._known.get(tensor.untyped_storage()._cdata, -1)
 
     def living(self) -> set[int]:
@@ -222,7 +222,7 @@ class Ledger(TorchDispatchMode):
         return set(self._known.values()) - {-1}
 
     def keep(self, name: str, of: Iterable[Tensor | int | None]) -> None:
-        """Name storages, given by number or by a tensor in them."""
+        """Name storages, given by number or by a tensor that uses them."""
         numbers = {t if isinstance(t, int) else self.number(t) for t in of if t is not None} - {-1}
         self.timeline.kept[name] = self.timeline.kept.get(name, frozenset()) | numbers
 
@@ -248,15 +248,15 @@ class Ledger(TorchDispatchMode):
 
 
 def _dropped() -> bool:
-    """Return whether what the graph saves is not kept: in a forward pass that will be run again, not in the rerun."""
+    """Return whether what the graph saves is dropped: true in a forward pass that will be rerun, not in the rerun."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and torch._C._current_graph_task_id() == -1
 
 
 def _by_engine(args: Sequence[Any]) -> bool:
-    """Return whether the running sum is the autograd engine's own, of gradients that it may change.
+    """Return whether the running sum is the autograd engine's own sum of gradients, which it may change.
 
-    Without a mode it adds them up in place, unless another tensor holds the storage of the first: a view's base does.
+    Without a mode it adds in place, unless another tensor, such as a view's base, holds the storage of the first.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
@@ -269,7 +269,7 @@ def _by_engine(args: Sequence[Any]) -> bool:
 
 @contextmanager
 def faking(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Turn all tensors of `model` into fake ones on the CPU; yield what turns a further tensor into one.
+    """Turn all tensors of `model` into fake ones on the CPU; yield a callable that does the same to another tensor.
 
     The model keeps the fake tensors. Tied parameters stay tied.
     """
@@ -305,7 +305,7 @@ def faking(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Let no garbage collection come in between, at a time that nobody chose."""
+    """Keep the garbage collector from running at arbitrary times inside."""
     collecting = gc.isenabled()
     gc.disable()
     try:

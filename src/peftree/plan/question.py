@@ -1,4 +1,4 @@
-"""What a plan is asked for, checked before anything is built. Imports no torch."""
+"""The request for a plan, checked before anything is built. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Feed(BaseModel, frozen=True, extra="forbid"):
     """The largest batch that a run's rows make.
 
     Attributes:
-        rows: in it; of: rows that were asked for.
+        rows: rows in it; of: rows that were asked for.
         length: tokens that a row was cut at.
-        tensors: of each, its dtype and its shape without the rows.
-        flags: what else the model is given.
+        tensors: each tensor's dtype and its shape without the rows.
+        flags: the model's other inputs.
         scored: labels that are scored.
     """
 
@@ -45,37 +45,37 @@ class Feed(BaseModel, frozen=True, extra="forbid"):
 
 
 class Request(RunConfig):
-    """The settings of a run, with the machine that it is planned for and what else decides its memory.
+    """The settings of a run, with the machine that it is planned for and everything else that decides its memory.
 
-    Of a run's settings those that no memory depends on may be there and count for nothing.
+    It accepts a run's settings on which memory does not depend, and ignores them.
     """
 
-    data: DataConfig | None = Field(None, description="rows, the longest of which is planned for")  # type: ignore[assignment]
+    data: DataConfig | None = Field(None, description="rows; the plan is for the longest")  # type: ignore[assignment]
     max_length: int | None = Field(None, ge=1, le=1 << 20, description=RunConfig.model_fields["max_length"].description)
     peft: dict[str, Any] = Field(default_factory=dict, description="the content of PEFT's adapter_config.json")
-    code: Literal["peft", "peftree"] = Field("peft", description="whose code trains the adapter of a file")
+    code: Literal["peft", "peftree"] = Field("peft", description="whose code trains the adapter of a PEFT file")
     labels: int = Field(2, ge=1, le=1_000_000, description="classes of a fresh classifier")
-    padded: bool = Field(True, description="rows are padded to one length, so that attention takes a mask")
-    quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the frozen linear weights are kept")
+    padded: bool = Field(True, description="rows are padded to one length, so attention takes a mask")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the frozen linear weights are stored")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention implementation")
     optimizer: Literal["adamw", "adamw_loop", "adamw_foreach", "adamw_8bit", "sgd"] = Field(
         "adamw", description="adamw is torch's fused one, the Trainer's default"
     )
     devices: int = Field(1, ge=1, le=100_000, description="devices that train together")
-    shard: Literal["none", "ddp", "fsdp"] = Field("none", description="what is split: nothing, rows, or weights too")
+    shard: Literal["none", "ddp", "fsdp"] = Field("none", description="what is split: nothing, rows, or also weights")
     mode: Mode = Field("train", description="train, eval (a forward pass), or generate (with its cache)")
     new_tokens: int = Field(128, ge=1, le=10_000_000, description="tokens to generate")
     device: Literal["cpu", "cuda"] = Field("cuda", description="whose allocator the expected figure is for")
-    train_batch: Feed | None = Field(None, description="the largest batch of training, as the rows of `data` tell")
-    eval_batch: Feed | None = Field(None, description="the largest batch of scoring, as the rows of `data` tell")
+    train_batch: Feed | None = Field(None, description="the largest batch of training, from the rows of `data`")
+    eval_batch: Feed | None = Field(None, description="the largest batch of scoring, from the rows of `data`")
     memory: Annotated[int, BeforeValidator(_bytes)] = Field(
-        0, ge=0, description="bytes of one device, or as 24GB; 0: no budget"
+        0, ge=0, description="memory of one device: bytes, or 24GB; 0: no budget"
     )
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.devices > 1 and self.shard == "none":
-            raise ValueError(f"devices={self.devices} share nothing: say shard=ddp or shard=fsdp")
+            raise ValueError(f"devices={self.devices} share nothing: set shard=ddp or shard=fsdp")
         return self
 
     @property
@@ -85,7 +85,7 @@ class Request(RunConfig):
 
     @property
     def name(self) -> str:
-        """What the method is called."""
+        """The name of the method."""
         return self.peft["peft_type"].lower() if self.peft else self.method.name
 
     @property
@@ -95,7 +95,7 @@ class Request(RunConfig):
 
     @property
     def bare(self) -> Self:
-        """The same without what no memory depends on, so that equal questions are known again."""
+        """The same request without what memory does not depend on, so that equal requests are recognised."""
         return self.model_copy(update={n: f.get_default() for n, f in type(self).model_fields.items() if n in _IDLE})
 
 
@@ -111,7 +111,7 @@ def request(**values: Any) -> Request:
     """Return a checked request; `peft` may be a folder with adapter_config.json, that file, or its content.
 
     Raises:
-        ConfigError: an unknown name, or a value out of range: named, with what is possible.
+        ConfigError: a name is unknown, or a value is out of range; the message says what is possible.
     """
     return one_method(checked(Request, values | {"peft": read_adapter(values.get("peft"))}, "plan"))
 
@@ -126,7 +126,7 @@ def one_method(asked: Request) -> Request:
 
 
 def read_adapter(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the adapter config that `source` is: a folder, its adapter_config.json, the config itself, or none.
+    """Return the adapter config of `source`: a folder, its adapter_config.json, the config itself, or nothing.
 
     Raises:
         ConfigError: there is none, or it names no method.
@@ -139,13 +139,13 @@ def read_adapter(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any
         path = Path(source).expanduser()
         path = path / FILE if path.is_dir() else path
         if not path.is_file() or path.stat().st_size > _LARGEST:
-            raise ConfigError(f"{source} has no {FILE} of usual size.", "Name the folder of a PEFT adapter.")
+            raise ConfigError(f"{source} has no {FILE} of a usual size.", "Name the folder of a PEFT adapter.")
         try:
             found = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not JSON: {error}.", "Save the adapter again.") from None
     if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
-        raise ConfigError(f"The adapter config names no peft_type: {str(found)[:60]}.", f"Use an {FILE} of PEFT.")
+        raise ConfigError(f"The adapter config names no peft_type: {str(found)[:60]}.", f"Use PEFT's {FILE}.")
     return found
 
 
@@ -156,13 +156,13 @@ def parse_bytes(text: str) -> int:
     (24000000000, 1610612736)
 
     Raises:
-        ConfigError: it is not a size.
+        ConfigError: the text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or found[2] not in _UNITS or not float(found[1]):
         raise ConfigError(f"'{text}' is not an amount of memory.", "Write it as 24GB, 24GiB or 800MB.")
     number = found[1]
     if number == text.strip() and float(number) < _LEAST:
-        what = f"'{text}' has no unit, and {number} bytes hold no model."
+        what = f"'{text}' has no unit, and {number} bytes do not hold a model."
         raise ConfigError(what, f"Write {number}GB or {number}GiB, or {number}MB.")
     return int(float(number) * _UNITS[found[2]])

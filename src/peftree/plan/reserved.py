@@ -1,9 +1,9 @@
 """What CUDA's caching allocator reserves for a step: its rules, replayed over what the step allocates and releases.
 
 The rules are those of torch's native allocator with default settings (`torch.cuda` memory management notes): sizes in
-blocks of 512 bytes; up to 1 MiB from segments of 2 MiB, more from segments of 20 MiB, or from 10 MiB on of their own
+blocks of 512 bytes; up to 1 MiB from segments of 2 MiB, more from segments of 20 MiB, or from 10 MiB up of their own
 size in whole 2 MiB; the smallest free block that is large enough is taken, and split if what is left is worth keeping
-(512 bytes, or over 1 MiB in the large pool); neighbours that are free become one. Segments go back only when asked.
+(512 bytes, or over 1 MiB in the large pool); free neighbours are joined. Segments are released only on request.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Allocator:
         insort(self._free[piece.pool], (piece.size, address))
 
     def empty(self) -> None:
-        """Return all segments that are wholly free, as `torch.cuda.empty_cache` does."""
+        """Release all segments that are completely free, as `torch.cuda.empty_cache` does."""
         for free in self._free:
             for size, address in list(free):
                 piece = self._pieces[address]
@@ -95,7 +95,7 @@ class Allocator:
         return address
 
     def _join(self, first: int, second: int, out: int) -> tuple[int, _Piece]:
-        """Make one of two neighbours, of which `out` is in the list of free ones."""
+        """Join two neighbours, of which `out` is in the list of free ones."""
         one, other = self._pieces[first], self._pieces.pop(second)
         size = one.size if out == first else other.size
         free = self._free[one.pool]
@@ -108,13 +108,13 @@ class Allocator:
 
 @dataclass(frozen=True)
 class Beside:
-    """What lives beside a step, in bytes of tensors.
+    """What lives besides a step, in bytes of tensors.
 
     Attributes:
-        weights: of the base, loaded into one segment.
+        weights: the base's weights, loaded into one segment.
         adapter: each tensor of the adapter.
         state: each tensor of the optimizer's state, made after the first backward pass.
-        scratch: each tensor that the optimizer takes at once and gives back.
+        scratch: each tensor that the optimizer takes at once and releases.
     """
 
     weights: int
@@ -130,11 +130,11 @@ def adamw(trained: Iterable[int]) -> dict[str, list[int]]:
 
 
 def reserved(steps: Sequence[Timeline], beside: Beside, emptied: Sequence[int] = ()) -> int:
-    """Return the most bytes that are reserved over training steps that follow one another.
+    """Return the most bytes that are reserved over consecutive training steps.
 
     Args:
         steps: what each step allocates and releases: phases `forward` and `backward`. What it leaves is gradients,
-            which go before the next forward pass, and outputs, which go after it.
+            released before the next forward pass, and outputs, released after it.
         beside: weights and the optimizer's memory.
         emptied: indices of the steps after which the cache is emptied.
     """
@@ -157,7 +157,7 @@ def reserved(steps: Sequence[Timeline], beside: Beside, emptied: Sequence[int] =
 
 
 def _replay(memory: Allocator, step: Timeline, before: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Run one step; `before`, the last step's outputs, goes after the forward pass. Return outputs and gradients."""
+    """Run one step; the forward pass releases `before`, the last step's outputs. Return outputs and gradients."""
     place: dict[int, int] = {}
     born: dict[int, int] = {}
     last = step.phases.index("backward")

@@ -1,4 +1,4 @@
-"""What a plan says."""
+"""The result of a plan."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Whole:
     """The full model's own figures.
 
     Attributes:
-        model: name of its class.
+        model: the name of its class.
         parts: bytes of weights, adapter and optimizer state.
-        scratch: bytes that the optimizer's step takes and gives back.
+        scratch: bytes that the optimizer's step takes and releases.
         layer: bytes of the largest layer.
         gradients: bytes of all gradients.
         trainable, total, sites: as in a plan.
-        shared: layers share trained tensors.
-        slots: the layers of the cache of generation; none for a plan of training.
-        rooms: stacks whose positions virtual tokens and prefixes take a part of.
+        shared: whether layers share trained tensors.
+        slots: the layers of the generation cache; empty for a plan of training.
+        rooms: stacks in which virtual tokens and prefixes take some of the positions.
     """
 
     model: str
@@ -48,16 +48,16 @@ class Plan:
     Attributes:
         request: the setting.
         model: name of the model's class.
-        low: the most bytes that live at once, exact where traced.
+        low: the most bytes that live at once, exact if traced.
         expected: what CUDA's allocator reserves for them, or a process on a CPU has resident.
-        high: with a margin for what no plan sees: other kernels, fragments, the longest batch.
-        phase: when the peak is.
+        high: the same with a margin for what no plan sees: other kernels, fragments, the longest batch.
+        phase: the phase of the peak.
         phases: bytes at the peak of each phase.
         parts: what the peak is made of.
         trainable, total, sites: parameters trained, all parameters of the base, places adapted.
         operations: floating-point operations of a step (matrix products, convolutions, attention).
-        how: `traced`, or `formula` where the model could not be traced.
-        notes: what to know.
+        how: `traced`, or `formula` if the model could not be traced.
+        notes: remarks for the reader.
     """
 
     request: Request
@@ -80,7 +80,7 @@ class Plan:
         return self.expected <= memory
 
     def ask(self, request: Request) -> Plan:
-        """Return the same plan for a request that differs in its budget alone."""
+        """Return the same plan for a request that differs only in its budget."""
         return replace(self, request=request)
 
     def to_dict(self) -> dict[str, Any]:

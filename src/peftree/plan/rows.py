@@ -1,4 +1,4 @@
-"""The largest batches of a run, as its own task makes them of its rows; for a plan the task's model has no weights."""
+"""The largest batches of a run, as its task makes them from its rows; for a plan, the task's model has no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftree.tasks.loading import weightless
 
 
 def batches(task: Task, items: Mapping[str, Items], config: RunConfig) -> tuple[Batch, Batch]:
-    """Return the largest batch of training, and of all scoring that a run does of its test and validation rows."""
+    """Return the largest training batch, and the largest of all scoring of test and validation rows."""
     filled = [split for split in ("test", "valid") if len(items[split])]  # type: ignore[arg-type]
     splits = filled[:1] if config.eval_every == 0 else filled
     with torch.random.fork_rng(devices=[]):
@@ -27,7 +27,7 @@ def batches(task: Task, items: Mapping[str, Items], config: RunConfig) -> tuple[
 
 
 def feeds(train: Batch, scored: Batch, config: RunConfig) -> dict[str, Any]:
-    """Return what a request says of batches."""
+    """Return what a request says about batches."""
     sides = ("input_ids", "decoder_input_ids")
     length = max((b[side].shape[1] for b in (train, scored) for side in sides if side in b), default=0)
     sizes = {"train_batch": (train, config.batch_size), "eval_batch": (scored, config.eval_batch_size)}
@@ -36,7 +36,7 @@ def feeds(train: Batch, scored: Batch, config: RunConfig) -> dict[str, Any]:
 
 
 def fed_by(asked: Request, data: Data) -> dict[str, Any]:
-    """Return what a request says of batches when its rows are `data`.
+    """Return what a request says about batches if its rows are `data`.
 
     Raises:
         PeftreeError: training would refuse the rows, the model, or its tokenizer.

@@ -1,4 +1,4 @@
-"""Shows a plan: a bar of what the peak is made of, what fits, the ways under the budget; in a terminal or as a page."""
+"""Shows a plan: a bar of what the peak is made of, what fits, ways to fit the budget; in a terminal or as a page."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def amount(size: float) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A plan with what its budget says.
+    """A plan, with what fits its budget.
 
     Attributes:
         plan: the plan.
         batch, length: the largest batch and length that fit; None without a budget.
-        ways: the cheapest ways under the budget, where the setting does not fit.
-        time: what real steps took, if asked for.
+        ways: the cheapest ways to fit the budget, if the setting does not fit.
+        time: the time of real steps, if asked for.
     """
 
     plan: Plan
@@ -59,7 +59,7 @@ class Shown:
 
     @classmethod
     def of(cls, asked: Request, timed: bool = False, say: Callable[[str], object] = lambda line: None) -> Shown:
-        """Plan a request; with a budget, find what fits and the ways under it; `say` is told what is being done.
+        """Plan a request; with a budget, find what fits and ways to fit; `say` is called with what is being done.
 
         Raises:
             ConfigError: the budget is less than the weights alone.
@@ -74,11 +74,11 @@ class Shown:
         if asked.memory < least and asked.shard != "fsdp":
             raise ConfigError(
                 f"The weights take {amount(least)} even in 4 bits; the budget is {amount(asked.memory)}.",
-                "Share them among devices (devices=4 shard=fsdp), or choose a smaller model.",
+                "Split them over devices (devices=4 shard=fsdp), or choose a smaller model.",
             )
         say("looking for the largest batch and length")
         batch, length = fit.largest(asked, asked.memory), fit.largest(asked, asked.memory, "max_length")
-        say("looking for ways under the budget")
+        say("looking for ways to fit the budget")
         return cls(made, batch, length, tuple(fit.ways(asked, asked.memory)), time)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Shown:
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
-        """Yield what there is to say, a line each."""
+        """Yield the output, line by line."""
         made, asked = self.plan, self.plan.request
         share = made.trainable / made.total if made.total else 0
         counts = f"{made.sites} sites, {made.trainable:,} trainable parameters ({share:.3%})"
@@ -101,7 +101,7 @@ class Shown:
         span = f"{amount(made.low)} to {amount(made.high)}"
         yield f"peak in the {made.phase} phase: {amount(made.expected)} expected ({span})"
         if made.operations:
-            yield f"{made.operations / 1e12:.3g} TFLOP a step (operations do not tell the time of one)"
+            yield f"{made.operations / 1e12:.3g} TFLOP per step (operations do not determine its time)"
         if self.time:
             yield self.time.line()
         if asked.memory:
@@ -110,7 +110,7 @@ class Shown:
         for number, way in enumerate(self.ways, 1):
             yield f"way {number}: {way.what} -> {amount(way.plan.expected)} (price: {way.price})"
         if asked.memory and not made.fits(asked.memory) and not self.ways:
-            yield "no way of up to three changes fits"
+            yield "no combination of up to three changes fits"
         yield from (f"note: {note}" for note in made.notes)
 
     def render(self) -> Any:
@@ -127,7 +127,7 @@ class Shown:
         return Group(bar, legend, *(Text(line) for line in self.lines()))
 
     def page(self) -> str:
-        """Return one HTML page, with no request to anywhere."""
+        """Return one HTML page, which requests nothing from anywhere."""
         from jinja2 import Environment
 
         text = (Path(__file__).with_name("page.html.j2")).read_text("utf-8")
@@ -143,13 +143,13 @@ class Shown:
 
 
 def with_data(asked: Request) -> tuple[Request, str]:
-    """Return the request with what its rows say: task, classes, and the length of the longest; and a line about it.
+    """Return the request with what its rows say (task, classes, and the length of the longest), and a line about it.
 
-    The model folder's tokenizer counts; without one, four characters are taken for a token. Rows are cut as
+    The model folder's tokenizer counts tokens; without one, four characters count as a token. Rows are cut as
     in training.
 
     Raises:
-        ConfigError: the data hold images alone, and no method of theirs says how large.
+        ConfigError: the data hold only images, of unknown size.
         DataError: a file does not parse.
     """
     from peftree.catalogue import task_facts
@@ -173,7 +173,7 @@ def with_data(asked: Request) -> tuple[Request, str]:
         limit = min(limit, words.model_max_length)
     most, middle = min(lengths[-1], limit), lengths[len(lengths) // 2]
     cut = f" (max_length={limit} cuts the longest)" if most < lengths[-1] else ""
-    said = f"{source}: {len(lengths):,} rows, {middle} tokens in the middle, {lengths[-1]} at most"
+    said = f"{source}: {len(lengths):,} rows of {middle} tokens (median), at most {lengths[-1]}"
     fed = fed_by(asked.model_copy(update={"max_length": limit}), data) if words else {"max_length": most}
     return asked.model_copy(update=fed), f"{said}: planned for {fed.get('max_length', most)}{cut}"
 
@@ -184,7 +184,7 @@ def _words(model: str) -> Any:
 
 
 def print_table(asked: Request, as_json: bool) -> None:
-    """Print methods x batches x lengths, each row when it is worked out."""
+    """Print methods x batches x lengths, each row when it is computed."""
     from rich.console import Console
     from rich.live import Live
     from rich.progress import track

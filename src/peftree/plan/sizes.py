@@ -1,8 +1,8 @@
-"""What a step holds at another batch and length, worked out from traces around it: the same events, other sizes.
+"""What a step holds at another batch and length, derived from traces around it: the same events, other sizes.
 
-A step allocates and releases the same tensors in the same order whatever its rows and tokens, within limits: code may
-branch on either. So a trace is derived only between traces whose events are equal, and only where each dimension of
-each tensor has one reading: a constant, or a multiple of rows, of tokens, of both, or so many more than the tokens.
+Within limits, a step allocates and releases the same tensors in the same order whatever its rows and tokens; code may
+branch on either. So a trace is derived only between traces whose events are equal, and only if each dimension of
+each tensor has one reading: a constant, a multiple of rows, of tokens or of both, or tokens plus a constant.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Seen:
 
     Attributes:
         batch, length: rows and tokens.
-        line: what it held.
+        line: the timeline of what it held.
         events: the same number for traces with the same events.
-        beside: what else was found, which no size changes.
+        beside: other findings, which do not depend on size.
     """
 
     batch: int
@@ -42,7 +42,7 @@ _HELD: OrderedDict[str, list[Seen]] = OrderedDict()
 
 
 def key(request: Request, more: object = "") -> str:
-    """Return what tells settings apart that differ in more than rows and tokens."""
+    """Return what distinguishes settings that differ in more than rows and tokens."""
     alike = {"batch_size": 1, "max_length": 1, "eval_batch_size": 1, "eval_batch": None}  # scores: traces of their own
     return f"{request.bare.model_copy(update=alike).model_dump_json()} {more}"
 
@@ -61,7 +61,7 @@ def remember(setting: str, batch: int, length: int, line: Timeline, beside: Any 
 
 
 def _in_order(line: Timeline) -> Timeline:
-    """Return the trace with releases that follow one another by number: which comes first is a matter of chance."""
+    """Return the trace with consecutive releases sorted by number, since their order is random."""
     events = list(zip(line.owner, line.change, line.phase, strict=True))
     ordered: list[tuple[int, int, int]] = []
     for taken, several in groupby(events, lambda event: (event[1] > 0, event[2])):
@@ -76,7 +76,7 @@ def forget() -> None:
 
 
 def line(setting: str, batch: int, length: int, run: Callable[[], tuple[Timeline, Any]]) -> tuple[Timeline, Any]:
-    """Return the trace of a setting at a size: a kept one, one derived, or that of `run`, which is kept."""
+    """Return the trace of a setting at a size: a kept one, one derived, or the result of `run`, which is kept."""
     seen = _HELD.get(setting, [])
     for events in dict.fromkeys(one.events for one in seen):
         same = [one for one in seen if one.events == events]
@@ -89,7 +89,7 @@ def line(setting: str, batch: int, length: int, run: Callable[[], tuple[Timeline
 
 
 def derived(seen: Sequence[Seen], batch: int, length: int) -> Timeline | None:
-    """Return the trace at a size from traces with equal events around it; None where that leaves any doubt."""
+    """Return the trace at a size from traces with equal events around it; None if that leaves any doubt."""
     for one in seen:
         if (one.batch, one.length) == (batch, length):
             return one.line
@@ -131,7 +131,7 @@ def _bytes(
     sizes: tuple[int, ...], shapes: Sequence[tuple[int, ...]], dims: tuple[int, ...] | None, at: At, batch: int,
     length: int, known: Known,
 ) -> int:  # fmt: skip
-    """Return the bytes at a size: those of the shape where it fills its storage, else read from the bytes alone."""
+    """Return the bytes at a size: those of the shape if it fills its storage, else derived from the bytes alone."""
     counts = [math.prod(shape) for shape in shapes]
     items = {size / count if count else 0.0 for size, count in zip(sizes, counts, strict=True)}
     if dims is not None and len(items) == 1:
@@ -149,7 +149,7 @@ def _value(values: tuple[int, ...], at: At, batch: int, length: int, known: Know
 
 
 def _readings(values: tuple[int, ...], at: At, batch: int, length: int) -> Iterator[int]:
-    """Yield what each reading that fits all `values` says of the size that is asked for."""
+    """Yield what each reading that fits all `values` gives for the requested size."""
     if len(set(values)) == 1:
         yield values[0]
     for unit in ((1, 0), (0, 1), (1, 1), (1, 2), (0, 2)):

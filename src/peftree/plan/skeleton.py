@@ -1,4 +1,4 @@
-"""A model without weights, built on the meta device from its config alone, with all of its layers or with few."""
+"""A model without weights, built on the meta device from its config alone, with all of its layers or a few."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Depth:
     Attributes:
         part: the sub-config's name, empty for the config itself.
         key: the attribute.
-        count: how many layers.
-        period: after how many layers their kinds repeat.
+        count: the number of layers.
+        period: the number of layers after which their kinds repeat.
     """
 
     part: str
@@ -68,7 +68,7 @@ def read_config(source: str) -> Any:
 
 
 def bare_class(config: Any) -> Any:
-    """Return the class that a config names; the plain model of its type where it names none."""
+    """Return the class that a config names, or the plain model of its type if it names none."""
     import transformers
 
     found = getattr(transformers, (config.architectures or [""])[0], None)
@@ -76,7 +76,7 @@ def bare_class(config: Any) -> Any:
 
 
 def model_class(config: Any, task: str | None) -> Any:
-    """Return the class to build: by the task, else the config's own, a bare encoder's being a classifier."""
+    """Return the class to build: the task's, else the config's own; a bare encoder gets a classifier."""
     import transformers
 
     name = (config.architectures or [""])[0]
@@ -133,7 +133,7 @@ def depths(config: Any) -> list[Depth]:
 
 
 def cut(config: Any, counts: dict[Depth, int]) -> Any:
-    """Return a copy of `config` with fewer layers; lists with an entry for each layer are cut with them."""
+    """Return a copy of `config` with fewer layers; lists with an entry per layer are cut to match."""
     new = copy.deepcopy(config)
     for depth, count in counts.items():
         own = getattr(new, depth.part) if depth.part else new

@@ -1,4 +1,4 @@
-"""Traces one training step, evaluation or prefill of a skeleton and says what its memory is made of."""
+"""Traces one training step, evaluation or prefill of a skeleton and reports what its memory is made of."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def recompute(model: Any, on: bool, **settings: bool) -> None:
 
 
 def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = False) -> Traced:
-    """Run the request's step on fake tensors; `model` then holds fake tensors and is of no other use.
+    """Run the request's step on fake tensors; `model` then holds fake tensors and cannot be used for anything else.
 
-    `scores`: tokens are scored after the forward pass, as a task does.
+    `scores`: whether tokens are scored after the forward pass, as a task does.
     """
     open_images(model)
     batch = inputs(model, request, labels=request.mode == "train")
@@ -81,14 +81,14 @@ def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = F
 
 
 def traced(timeline: Timeline, config: Any, operations: dict[str, int]) -> Traced:
-    """Return what a timeline is made of, for a model of `config`."""
+    """Return the parts of a timeline, for a model of `config`."""
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
 
 
 @contextmanager
 def _unpacked() -> Iterator[None]:
-    """Let transformers take positions as those of one text a row, which it otherwise reads from their values."""
+    """Make transformers take positions as those of one text per row, which it otherwise reads from their values."""
     own = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -98,17 +98,17 @@ def _unpacked() -> Iterator[None]:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Places that a method draws are all the first one: which ones they are does not matter to memory."""
+    """Every place that a method draws is the first one: which ones they are does not affect memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function; a permutation takes neither time nor, as its pages stay untouched, memory."""
+        """Call the function; a permutation takes no time and, since its pages stay untouched, no memory."""
         if func is torch.randperm and "device" not in (kwargs or {}):
             return torch.from_numpy(np.zeros(args[0], dtype=np.int64))
         return func(*args, **(kwargs or {}))
 
 
 class Fused(TorchFunctionMode):
-    """Fused attention as on CUDA, whose kernels drop attention weights without storing them; the CPU's do not."""
+    """Fused attention as on CUDA, whose kernels drop out attention weights without storing them; the CPU's do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, attention without dropout."""
@@ -158,7 +158,7 @@ def _reading(model: nn.Module, batch: dict[str, Any], request: Request, ledger: 
 
 
 def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
-    """Return the bytes of each part when the phase holds most."""
+    """Return the bytes of each part at the peak of the phase."""
     out = dict.fromkeys(("gradients", "activations", "logits", "temporaries"), 0)
     gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))
     for number in timeline.alive(phase):

@@ -1,4 +1,4 @@
-"""Probes, a file each, found by walking: what a finished run is measured on beyond quality. Imports no torch."""
+"""Probes, one per file, found by walking: what a finished run is measured for beyond quality. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FOLDERS = [Path(__file__).parent]
 
 
 class Scale(NamedTuple):
-    """How the scores of a task are written: their decimals, and the sign that turns a loss of score positive."""
+    """How the scores of a task are written: their decimals, and the sign that makes a loss of score positive."""
 
     decimals: int
     sign: float
@@ -38,7 +38,7 @@ class Sheet:
 
 
 class Probe(BaseModel):
-    """One probe; its fields are its settings. Heavy imports go inside `measure`, so that all else is read without."""
+    """One probe; its fields are its settings. Heavy imports go inside `measure`, so the rest is read without them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]  # what suites and records call it
@@ -50,16 +50,16 @@ class Probe(BaseModel):
     timed: ClassVar[bool] = False  # its figures depend on the machine: only runs of one environment are averaged
 
     def measure(self, subject: Subject) -> Result:
-        """Return what is found on a finished run, or why it cannot be measured; the model is left as it was.
+        """Return what is found on a finished run, or why it cannot be measured; the model is left unchanged.
 
-        Where `needs_rows` is True there is a test row at least.
+        If `needs_rows` is True, there is at least one test row.
         """
         raise NotImplementedError
 
 
 @cache
 def probes() -> dict[str, type[Probe]]:
-    """Return all probes by name, in the order of their tables: the classes below `Probe` that state their `name`."""
+    """Return all probes by name, in the order of their tables: the subclasses of `Probe` that state their `name`."""
     found: dict[str, type[Probe]] = {}
     for path in (p for folder in _FOLDERS for p in sorted(folder.glob("[!_]*.py"))):
         try:
@@ -69,24 +69,24 @@ def probes() -> dict[str, type[Probe]]:
         for kind in vars(module).values():
             named = isinstance(kind, type) and issubclass(kind, Probe) and "name" in vars(kind)
             if named and not {"result", "sheet"} <= {n for each in kind.__mro__ for n in vars(each)}:
-                raise ConfigError(f"{path}: the probe '{kind.name}' lacks its result or its sheet.", "State both.")
+                raise ConfigError(f"{path}: the probe '{kind.name}' lacks its result or its sheet.", "Define both.")
             if named and found.setdefault(kind.name, kind) is not kind:
-                raise ConfigError(f"{path}: there is a probe '{kind.name}' already.", "Rename one.")
+                raise ConfigError(f"{path}: there is already a probe '{kind.name}'.", "Rename one.")
     return dict(sorted(found.items(), key=lambda item: item[1].order))
 
 
 def register_folder(folder: str | Path) -> None:
-    """Look for files of probes in `folder` too; ConfigError if it is not a folder."""
+    """Look for probe files in `folder` too; raise ConfigError if it is not a folder."""
     path = Path(folder).resolve()
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder.", "Name one that holds files of probes.")
+        raise ConfigError(f"{path} is not a folder.", "Name a folder of probe files.")
     if path not in _FOLDERS:
         _FOLDERS.append(path)
     probes.cache_clear()
 
 
 def folders() -> list[str]:
-    """Return the folders beside our own that files of probes lie in."""
+    """Return the folders, besides peftree's own, in which probe files are."""
     return [str(path) for path in _FOLDERS[1:]]
 
 
@@ -117,15 +117,15 @@ def run_probes(subject: Subject, wanted: Mapping[str, Mapping[str, Any]]) -> dic
     """Run the probes `wanted` on a finished run.
 
     Args:
-        subject: the run, its adapter on and not merged.
+        subject: the run, with its adapter switched on and not merged.
         wanted: settings by probe, `{"calibration": {}, "noise": {"limit": 20}}`.
 
     Returns:
-        The result of every probe wanted, plain JSON; `{"not measured": reason}` where it cannot be done.
+        The result of every wanted probe as plain JSON; `{"not measured": reason}` if it cannot be measured.
 
     Raises:
-        ConfigError: a probe or setting is unknown or out of range; nothing was run then.
-        AdapterError: the adapter is off or merged, or another one is on.
+        ConfigError: a probe or setting is unknown or out of range; nothing is run then.
+        AdapterError: the adapter is off or merged, or another adapter is on.
         ValueError: a figure is not finite.
     """
     from peftree.adapter import active
@@ -133,8 +133,8 @@ def run_probes(subject: Subject, wanted: Mapping[str, Mapping[str, Any]]) -> dic
     checked = check(wanted)
     if active(subject.model) != (subject.adapter.name,):
         raise AdapterError(
-            f"Not '{subject.adapter.name}' alone is on, but {list(active(subject.model))}.",
-            "Unmerge, and switch(model, name) before probing.",
+            f"Only '{subject.adapter.name}' may be on, but {list(active(subject.model))} are.",
+            "Call unmerge(model) and switch(model, name) before probing.",
         )
     out: dict[str, dict[str, JsonValue]] = {}
     for name, probe in checked.items():

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 class Found(Result):
-    """How well the softmax probabilities of a classifier fit what happens.
+    """How well the softmax probabilities of a classifier match the outcomes.
 
     `ece`: expected calibration error, `sum_b n_b / n |accuracy_b - confidence_b|` over bins of equal width of the top
     probability (Guo et al. 2017, arXiv 1706.04599; 15 bins as there). It depends on the binning and is biased upwards
@@ -40,7 +40,7 @@ def _cells(found: Found, scale: Scale) -> list[Cell]:
 
 
 class Calibration(Probe):
-    """Is the probability of the predicted class the chance of being right?"""
+    """Is the probability of the predicted class the chance that it is right?"""
 
     name = "calibration"
     tasks = CLASSES
@@ -80,7 +80,7 @@ class Calibration(Probe):
 
 
 def log_probabilities(subject: Subject, rows: Sequence[Row]) -> tuple[Floats, NDArray[np.int64]]:
-    """Return log-probabilities `[rows, classes]`, float64, and labels `[rows]` of the model as it stands."""
+    """Return log-probabilities `[rows, classes]`, float64, and labels `[rows]`, for the model in its current state."""
     from peftree.evaluate.quality import evaluating
 
     logs, labels = [], []
@@ -93,7 +93,7 @@ def log_probabilities(subject: Subject, rows: Sequence[Row]) -> tuple[Floats, ND
 
 
 def reliability(top: Floats, right: NDArray[np.bool_], bins: int) -> tuple[dict[str, Number], ...]:
-    """Return the bins of equal width `(low, high]` that hold a row; the first one holds 0 too."""
+    """Return the bins of equal width `(low, high]` that hold a row; the first one includes 0."""
     place = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)
     held = [(int(index), place == index) for index in np.unique(place)]
     return tuple(

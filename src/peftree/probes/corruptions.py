@@ -25,10 +25,10 @@ class Corruptions(Probe):
     limit: int = Field(40, ge=0, description="rows, evenly spread; 0: all")
 
     def measure(self, subject: Subject) -> Result:
-        """Score the model on corrupted copies of its images; targets stay.
+        """Score the model on corrupted copies of its images; targets stay the same.
 
-        The copies lie in `folder/corruptions-1/`, named by kind, severity and the original's SHA-256: runs that share
-        the folder make them once, and every method and seed sees the same ones.
+        The copies are in `folder/corruptions-1/`, named by kind, severity and the original's SHA-256. Runs that share
+        the folder make them once, and every method and seed sees the same copies.
         """
         from peftree.evaluate.corruption import CORRUPTIONS
 
@@ -45,7 +45,7 @@ class Corruptions(Probe):
 
 
 def copy(data: bytes, kind: str, severity: int, folder: Path) -> Path:
-    """Return the path of the corrupted copy of an image file's bytes, made unless it is there."""
+    """Return the path of the corrupted copy of an image file's bytes; make it if it is missing."""
     from peftree.evaluate.corruption import corrupt
 
     path = folder / f"corruptions-{_VERSION}" / f"{kind}-{severity + 1}" / f"{sha256(data)}.png"

@@ -13,7 +13,7 @@ from peftree.text import NONE, clean, percent, score
 
 
 class Update(Result):
-    """Of weight updates: medians over matrices, and mean numbers of intruders by threshold; see `evaluate.spectra`."""
+    """Weight updates: medians over matrices, and mean numbers of intruders by threshold; see `evaluate.spectra`."""
 
     relative_update: FiniteFloat | None = None
     effective_rank: FiniteFloat | None = None
@@ -90,14 +90,14 @@ class Interpretability(Probe):
         "Inside the model", "Means over the seeds. A method that changes no weight matrix has no update.", _HEADS,
         _cells, "inside",
     )  # fmt: skip
-    matrices: int = Field(12, ge=1, description="weight matrices whose update is taken apart")
+    matrices: int = Field(12, ge=1, description="weight matrices whose update is decomposed")
     top: int = Field(10, ge=1, description="leading singular vectors among which intruders are counted")
-    rows: int = Field(64, ge=2, description="rows of the comparison of hidden states and of the routing load")
-    layers: int = Field(6, ge=1, description="layers that are knocked out, evenly spread")
+    rows: int = Field(64, ge=2, description="rows for the comparison of hidden states and for the routing load")
+    layers: int = Field(6, ge=1, description="layers to knock out, evenly spread")
     limit: int = Field(32, ge=1, description="rows scored for each layer knocked out")
 
     def measure(self, subject: Subject) -> Result:
-        """Look into an adapter."""
+        """Look inside an adapter."""
         from peftree.evaluate.hidden import likeness
         from peftree.evaluate.observe import gates, knockout, routing
         from peftree.evaluate.spectra import spectra

@@ -12,10 +12,10 @@ from peftree.table import NOTHING, Cell, Head
 
 
 class Found(Result):
-    """Median milliseconds of one row, and the median of the time over that of the same round with the adapter off.
+    """Median milliseconds per row, and the median ratio to the same round with the adapter off.
 
-    `batch`: the same of a batch of `rows`; `clock`: `thread`, processor time of the one thread that computes,
-    or `wall`. There are no merged figures for methods that cannot be folded into the weights.
+    `batch`: the same for a batch of `rows`; `clock`: `thread` (processor time of the one thread that computes)
+    or `wall`. Methods that cannot be folded into the weights have no merged figures.
     """
 
     unit: Literal["ms"] = "ms"
@@ -52,8 +52,8 @@ class Latency(Probe):
         _cells,
     )
     batch: int = Field(8, ge=1, description="rows of the larger batch")
-    rounds: int = Field(9, ge=3, description="rounds at most")
-    seconds: float = Field(15.0, ge=0, description="time after which no further round begins; three are always run")
+    rounds: int = Field(9, ge=3, description="most rounds")
+    seconds: float = Field(15.0, ge=0, description="time after which no new round begins; at least three are run")
 
     def measure(self, subject: Subject) -> Result:
         """Time the first row and the first batch of the test rows, see `evaluate.latency.timed`."""

@@ -24,10 +24,10 @@ Levels = Annotated[tuple[FiniteFloat, ...], Field(min_length=SEVERITIES, max_len
 
 
 class Damaged(Result):
-    """Scores on damaged inputs by `kinds` of damage, from mild to severe, with their means over the kinds.
+    """Scores on damaged inputs by `kinds` of damage, from mild to severe, with means over the kinds.
 
-    `clean`: the score on the same rows unharmed; `drop`: mean over kinds and severities of how much worse than that, in
-    units of the metric, positive where damage harms.
+    `clean`: the score on the same undamaged rows; `drop`: how much worse the mean over kinds and severities is, in
+    units of the metric, positive if damage harms.
     """
 
     clean: FiniteFloat
@@ -81,9 +81,9 @@ class Noise(Probe):
     limit: int = Field(48, ge=0, description="rows, evenly spread; 0: all")
 
     def measure(self, subject: Subject) -> Result:
-        """Score the model on damaged texts (prompts, where it completes them); targets stay.
+        """Score the model on damaged texts (prompts, if it completes them); targets stay the same.
 
-        What is damaged depends on the row's index, the kind and the severity alone, so it is the same for every method
+        What is damaged depends only on the row's index, the kind and the severity, so it is the same for every method
         and seed; a higher severity keeps the damage of the lower ones and adds to it. A short text may stay whole at a
         low severity: over many texts the shares are those of `LETTERS` and `WORDS`.
         """
@@ -113,7 +113,7 @@ def damage(text: str, kind: str, severity: int, index: int) -> str:
     """Return `text` with noise.
 
     Args:
-        text: any text; what has no letter or word to spare comes back as it is.
+        text: any text; a text with no letter or word to spare comes back unchanged.
         kind: one of `KINDS`.
         severity: 0 to 4.
         index: number of the row, which with `kind` seeds the noise.
@@ -123,7 +123,7 @@ def damage(text: str, kind: str, severity: int, index: int) -> str:
 
 
 def _neighbours() -> dict[str, str]:
-    """Return the keys beside each key of a QWERTY keyboard; a row stands half a key right of the one above."""
+    """Return the keys next to each key of a QWERTY keyboard; a row is half a key to the right of the one above."""
     place = {key: (row, column + row / 2) for row, keys in enumerate(_KEYS) for column, key in enumerate(keys)}
     return {
         key: "".join(k for k, (r, c) in place.items() if k != key and abs(r - row) <= 1 and abs(c - column) <= 1)
@@ -144,7 +144,7 @@ Noisy = Callable[[str, int, np.random.Generator], str]
 
 
 def _letters(change: Callable[[list[str], int, float], None], fits: Callable[[str, int], bool]) -> Noisy:
-    """Return noise that lets `change(characters, place, u)` act at random places that fit; u is uniform in [0, 1)."""
+    """Return noise that applies `change(characters, place, u)` at random places that fit; u is uniform in [0, 1)."""
 
     def noisy(text: str, severity: int, draw: np.random.Generator) -> str:
         out = list(text)
@@ -178,7 +178,7 @@ def _mistype(out: list[str], place: int, u: float) -> None:
 
 
 def _words(change: Callable[[str], str]) -> Noisy:
-    """Return noise that puts `change(word)` for random words, white space staying as it is."""
+    """Return noise that replaces random words by `change(word)` and keeps white space."""
 
     def noisy(text: str, severity: int, draw: np.random.Generator) -> str:
         parts = re.split(r"(\s+)", text)

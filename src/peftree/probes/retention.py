@@ -1,4 +1,4 @@
-"""Retention: what the adapted model still knows of general data, beside the base model on the same items."""
+"""Retention: what the adapted model still knows about general data, compared with the base model on the same items."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _cells(found: Found, scale: Scale) -> list[Cell]:
 
 
 class Retention(Probe):
-    """What does the model still know of general data?"""
+    """What does the model still know about general data?"""
 
     name = "retention"
     tasks = tuple(dict.fromkeys((*TEXTS, *IMAGES)))
@@ -73,14 +73,14 @@ class Retention(Probe):
         """Compare the model on `subject.general` with the adapter on and off.
 
         Language models (generation, captioning): perplexity, `exp` of the mean over items of an item's mean negative
-        log-likelihood per token: of a row's target, given its source; of a bare text all tokens but the first, and the
+        log-likelihood per token: of a row's target, given its source; of a bare text, all tokens but the first, and the
         stop token that the task adds. A rise means that the model predicts general text worse. It does not tell why: a
-        change of style or of the stop token's chance counts like lost knowledge, and no generated text is judged.
+        change of style or of the stop token's probability counts like lost knowledge, and no generated text is judged.
 
         All others: leave-one-out accuracy of the nearest neighbours in the features of the body, by the general rows'
-        own targets, which need not be those of the task. A row's feature is the mean over its real tokens (class tokens
-        are tokens too) of the last hidden state below the task head; the head plays no part. Neighbours are the k rows
-        of largest cosine; the most frequent target among them wins, the nearer one in a tie. It tells whether the
+        targets, which need not be those of the task. A row's feature is the mean over its real tokens (class tokens
+        included) of the last hidden state below the task head; the head plays no part. Neighbours are the k rows
+        with the largest cosine; the most frequent target among them wins, the nearer one in a tie. It tells whether the
         features still group general data by those targets; it does not tell whether a trained head would still read
         them, and rows of the same kind as the training data measure transfer as much as retention. For two towers the
         vision tower is measured.
@@ -91,7 +91,7 @@ class Retention(Probe):
 
         general = [row for _, row in some(subject.general, self.limit)]
         if len(general) < 2:
-            return Unmeasured(why=f"{len(general)} general rows were given; two are the least.")
+            return Unmeasured(why=f"{len(general)} general rows were given, but at least two are needed.")
         if subject.task == "captioning" and any(isinstance(g, str) for g in general):
             return Unmeasured(why="A captioner reads images; bare texts have none.")
         if subject.task not in _LANGUAGE and body(subject) is None:
@@ -106,7 +106,7 @@ class Retention(Probe):
         })  # fmt: skip
 
     def _scores(self, subject: Subject, general: Sequence[Any]) -> tuple[Scores, dict[str, Any]]:
-        """Return the scores of the model as it stands, and what else is known of neighbours."""
+        """Return the scores of the model in its current state, and facts about the neighbours."""
         from peftree.evaluate.hidden import pooled
         from peftree.evaluate.quality import Scores, complete
 
@@ -128,7 +128,7 @@ def nearest(features: NDArray[np.float64], targets: NDArray[np.int64], k: int) -
     Args:
         features: `[rows, d]`.
         targets: `[rows]`.
-        k: neighbours; all other rows where there are fewer.
+        k: number of neighbours; all other rows if there are fewer.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     cosine = unit @ unit.T

@@ -27,14 +27,14 @@ def build(records: Iterable[RunRecord]) -> Report:
     """Return the report on `records`, trials and final runs together.
 
     Raises:
-        DataError: there is no record, one run is there twice, or a probe's figures cannot be read.
+        DataError: there are no records, a run is there twice, or a probe's figures cannot be read.
     """
     found = in_order(records)
     if not found:
         raise DataError("There are no run records to report on.", "Run the suite first.")
     repeated = [key for key, times in Counter(r.key for r in found).items() if times > 1]
     if repeated:
-        raise DataError(f"Run {repeated[0]} is there twice.", "Give each run once.")
+        raise DataError(f"Run {repeated[0]} occurs twice.", "Give each run once.")
     tasks = tuple(_task(number, group, found) for number, group in enumerate(comparisons(found), 1))
     failures = tuple(_failure(r) for r in found if r.status == "failed" or (r.status != "ok" and r.phase == "final"))
     environments = _environments(found)
@@ -93,7 +93,7 @@ def _told(parts: list[object]) -> str:
 
 
 def _without_size(budget: Mapping[str, object]) -> dict[str, object]:
-    """Return what a budget says of anything but the model's weights and depth."""
+    """Return what a budget says about anything but the model's weights and depth."""
     out = {key: value for key, value in budget.items() if key != "weights"}
     config = out.get("config")
     if isinstance(config, dict):
@@ -106,7 +106,7 @@ def _number(value: object, usual: float) -> float:
 
 
 def _named(groups: dict[str, list[RunRecord]]) -> dict[str, list[RunRecord]]:
-    """Return the groups under labels that are safe to show, none twice."""
+    """Return the groups under labels that are safe to show, each once."""
     out: dict[str, list[RunRecord]] = {}
     for raw, runs in groups.items():
         label = clean(raw, limit=80)
@@ -141,7 +141,7 @@ def _baseline(groups: dict[str, list[RunRecord]]) -> str:
 
 
 def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: list[Row]) -> list[str]:
-    """Return what a careful reader must know about this table."""
+    """Return the notes that a careful reader needs for this table."""
     notes = _beside_one_answer(records, groups)
     done = [row for row in found if row.seeds]
     seeds = sorted({row.seeds for row in done})
@@ -200,7 +200,7 @@ def _beside_one_answer(records: list[RunRecord], groups: dict[str, list[RunRecor
 
 
 def _data_notes(records: list[RunRecord], twins: int) -> list[str]:
-    """Return what to note about data, suite versions and runs that are not there yet."""
+    """Return notes about data, suite versions and missing runs."""
     notes = []
     if twins > 1:
         notes.append(f"This task was run on {twins} versions of its data; each has a table of its own.")
@@ -243,7 +243,7 @@ def _statement(found: list[Row], full: str | None, decimals: int) -> str:
 
 
 def _kept(methods: list[Row]) -> str:
-    """Say of how many methods it is shown that they keep 90 % of full fine-tuning's gain, or do not."""
+    """Say for how many methods it is shown that they keep 90 % of full fine-tuning's gain, or do not."""
     judged = Counter(row.retained for row in methods if row.retained)
     if not judged:
         return ""
@@ -254,7 +254,7 @@ def _kept(methods: list[Row]) -> str:
 
 
 def _headline(task: Task) -> str:
-    """Say how much of full fine-tuning's gain each method keeps, at which memory, and how sure that is."""
+    """Say how much of full fine-tuning's gain each method keeps, at what memory, and how certain that is."""
     parts = []
     for row, kept in ((row, row.relative) for row in task.rows if row.retained and row.relative is not None):
         memory = f" at {percent(row.peak_share)} of the memory" if row.peak_share is not None else ""
@@ -314,7 +314,7 @@ def _whole(here: dict[str, str], key: str) -> bool:
 
 
 def _outcomes(records: list[RunRecord]) -> str:
-    """Return how the runs ended, trials apart."""
+    """Return how the runs ended, with trials counted separately."""
     ends = Counter(r.status for r in records)
     parts = [f"{ends['ok']} finished", f"{ends['failed']} failed"]
     parts += [f"{ends['diverged']} diverged"] if ends["diverged"] else []

@@ -51,7 +51,7 @@ def compare(row: Row, one: Sample, full: Sample, higher_is_better: bool) -> Row:
 def relative(one: Sample, full: Sample, base: Sample | None, start: float | None, higher: bool) -> Interval | None:
     """Return the relative score; the baseline is head-only, else the score before training.
 
-    None where full fine-tuning is not better than the baseline: then there is no gain to take a part of.
+    None if full fine-tuning is not better than the baseline: there is no gain to take a part of then.
     """
     if base is not None:
         three = aligned(one, base, full)

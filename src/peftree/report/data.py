@@ -1,4 +1,4 @@
-"""What a report says, as plain data: tasks, rows, trials, failures, environments."""
+"""The content of a report as plain data: tasks, rows, trials, failures, environments."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Stages:
-    """A sequence of tasks: mean scores ``[stage][task]`` over the seeds, and what they amount to."""
+    """A sequence of tasks: mean scores ``[stage][task]`` over the seeds, and their summary."""
 
     tasks: tuple[str, ...]
     scores: tuple[tuple[float, ...], ...]
@@ -106,7 +106,7 @@ class Trial:
 class Tuning:
     """All trials of one method on one task.
 
-    `low` to `high` is the range of rates around the best one where every trial scored within 95 %
+    `low` to `high` is the range of rates around the best one in which every trial scored within 95 %
     of it; `expected` counts a diverged trial with the worst score of any method's trial.
     """
 
@@ -124,8 +124,8 @@ class Tuning:
 class Task:
     """One comparison: the methods tried on one task, data set, model and suite.
 
-    Tasks of one `setting` differ in nothing but the `share` of the training rows and that of wrong labels, `wrong`;
-    those of one `family` also in the model, whose size is `parameters`. Those of one `source` have the same rows.
+    Tasks with the same `setting` differ only in the `share` of the training rows and that of wrong labels, `wrong`;
+    those with the same `family` also in the model, whose size is `parameters`. Tasks with one `source` share rows.
     """
 
     anchor: str
@@ -168,7 +168,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Overview:
-    """One suite's methods over all of its tasks. `ranks` is None where fewer than two can be ranked."""
+    """One suite's methods over all of its tasks. `ranks` is None if fewer than two can be ranked."""
 
     suite: str
     tasks: tuple[str, ...]
@@ -192,7 +192,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Environment:
-    """One machine and software state, with how many runs it made."""
+    """One machine and software state, with its number of runs."""
 
     facts: tuple[tuple[str, str], ...]
     runs: int

@@ -1,4 +1,4 @@
-"""Figures beside a task's plots: the critical-difference diagram, retention against gain."""
+"""Figures besides a task's plots: the critical-difference diagram, retention against gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = 17.0
 
 
 def critical_difference(overview: Overview, report: Report) -> Figure | None:
-    """Draw mean ranks on an axis, best to the left; a bar joins methods that are not told apart."""
+    """Draw mean ranks on an axis, best to the left; a bar joins methods that are not distinguished."""
     ranks = overview.ranks
     if ranks is None:
         return None

@@ -61,7 +61,7 @@ def _markdown(table: Table) -> str:
 
 
 def escape_markdown(raw: str) -> str:
-    """Return `raw` with everything that Markdown or HTML would act on made literal."""
+    """Return `raw` with everything escaped that Markdown or HTML would interpret."""
     one_line = " ".join(raw.split())
     out = "".join(f"\\{char}" if char in "\\`*_[]|#~!" else char for char in one_line)
     return out.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -92,7 +92,7 @@ def _latex(table: Table, task: Task | None) -> str:
 
 
 def escape_latex(raw: str) -> str:
-    r"""Return `raw` with everything that LaTeX would act on made literal, on one line.
+    r"""Return `raw` on one line, with everything escaped that LaTeX would interpret.
 
     >>> escape_latex("a_b 50 % {x}")
     'a\\_b 50 \\% \\{x\\}'

@@ -1,4 +1,4 @@
-"""One section a method: its results on every task."""
+"""One section per method: its results on every task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = ("score", "difference", "verdict", "relative", "trainable", "peak")
 
 @dataclass(frozen=True)
 class Section:
-    """A method with its table: a line for each task and setting, or why it has none."""
+    """A method with its table: one line per task and setting, or why it has none."""
 
     method: str
     branch: str

@@ -1,4 +1,4 @@
-"""One suite over all of its tasks: mean ranks and what does not allow them."""
+"""One suite over all of its tasks: mean ranks, and what rules them out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _one(suite: str, tasks: Sequence[Task]) -> Overview:
 
 
 def _apart(tasks: Sequence[Task]) -> Sequence[Task]:
-    """Return of tasks known to be over the same rows the one with the most scores; all where one would be left."""
+    """Return, of the tasks over the same rows, the one with the most scores; return all if only one would be left."""
     fullest: dict[str, Task] = {}
     for task in sorted(tasks, key=lambda task: -len(task.scored)):
         fullest.setdefault(task.source or task.anchor, task)
@@ -57,7 +57,7 @@ def _apart(tasks: Sequence[Task]) -> Sequence[Task]:
 
 
 def _shared(tasks: Sequence[Task]) -> Sequence[Task]:
-    """Return the tasks with the most scores of methods that all of them have; of equal choices the one of more tasks.
+    """Return the tasks with the most scores of methods common to all of them; among equal choices, the most tasks.
 
     A task of a few methods, or of methods that no other task has, would leave nothing to rank.
     """

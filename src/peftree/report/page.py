@@ -1,4 +1,4 @@
-"""The report as one HTML page that asks for nothing: styles, script and figures are inside."""
+"""The report as one self-contained HTML page: styles, script and figures are inside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def render(report: Report) -> str:
     """Return the page. Everything that comes from records is escaped.
 
     A content security policy in the page forbids every request and every script but the page's
-    own (named by its hash), so even a fault in escaping could not load or run anything.
+    own (named by its hash), so even an escaping error could not load or run anything.
     """
     views = [_view(task, report) for task in report.tasks]
     script = (HERE / "page.js").read_text(encoding="utf-8").strip()
@@ -80,7 +80,7 @@ def render(report: Report) -> str:
 
 
 def _view(task: Task, report: Report) -> dict[str, object]:
-    """Return a task with its drawn figures, further tables and the branches that occur in it."""
+    """Return a task with its figures, further tables and the branches that occur in it."""
     figures = [*plots.figures(task), diagrams.retention(task)]
     return {
         "task": task,
@@ -101,7 +101,7 @@ def _tags(line: Line) -> str:
 
 
 def _terms(found: Iterable[Table]) -> dict[str, str]:
-    """Return the headings of the further tables that need explaining, with what they mean."""
+    """Return the headings of the further tables that need an explanation, with their meaning."""
     names = {head.title: head.meaning for table in found for head in table.heads if head.meaning and not head.own}
     return dict(sorted(names.items()))
 
@@ -118,5 +118,5 @@ def symbol(branch: str) -> Markup:
 
 
 def _plain(cell: Cell) -> bool:
-    """Return whether a cell's text is the number that it is sorted by, to within what is shown of it."""
+    """Return whether a cell's text is the number that it is sorted by, up to the digits shown."""
     return re.fullmatch(r"[+\u2212-]?\d+(\.\d+)?", cell.main) is not None

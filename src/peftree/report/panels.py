@@ -1,4 +1,4 @@
-"""Small multiples: one panel a method, its lines in its branch's colour over all others in grey."""
+"""Small multiples: one panel per method, with its lines in its branch's colour over all others in grey."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Axes:
-    """How the panels of one group read: what x is and how its ends are written."""
+    """How to read the panels of one group: what x is and how its ends are written."""
 
     x: str
     write: Callable[[float], str] = field(default=lambda value: f"{value:.0f}")
@@ -62,7 +62,7 @@ class Panels:
 
 @dataclass(frozen=True)
 class Series:
-    """A curve over tasks that are alike in all but one thing: what to call it and where it stands."""
+    """A curve over tasks that differ in only one respect: its name and where it goes."""
 
     what: str
     alike: tuple[str, ...]
@@ -84,7 +84,7 @@ SERIES = {
 def panels(task: Task, report: Report) -> list[Panels]:
     """Return the groups of panels for which `task` has data, in reading order.
 
-    The most telling come first: where the page would get too many panels, the last ones are left out.
+    The most informative come first: if the page would get too many panels, the last ones are left out.
     """
     score, loss = _learning(task, report)
     found = [
@@ -102,7 +102,7 @@ def panels(task: Task, report: Report) -> list[Panels]:
 
 
 def _learning(task: Task, report: Report) -> list[Panels | None]:
-    """Return score and loss against the step, where recorded."""
+    """Return score and loss against the step, if recorded."""
     curves = sum(len(row.curves) for other in report.tasks for row in other.rows)
     most = max(5, min(40, PAGE_POINTS // max(1, 2 * curves)))
     kinds: tuple[tuple[str, str, Quantity, bool], ...] = (
@@ -139,7 +139,7 @@ def sensitivity(task: Task) -> Panels | None:
 
 
 def capacity(task: Task) -> Panels | None:
-    """Return the score against the number of trained parameters, of methods that were run with three sizes or more."""
+    """Return the score against the number of trained parameters, for methods that were run with three sizes or more."""
     groups: dict[str, list[Row]] = {}
     for row in task.scored:
         groups.setdefault(row.method, []).append(row)
@@ -154,9 +154,9 @@ def capacity(task: Task) -> Panels | None:
 
 
 def series(task: Task, report: Report, name: str) -> Panels | None:
-    """Return the score against what alone tells tasks apart: `name` is a key of SERIES, an attribute of a task.
+    """Return the score against the only difference between tasks: `name` is a key of SERIES, an attribute of a task.
 
-    The curve stands at the task with the most rows, the fewest wrong labels, the largest base.
+    The curve goes to the task with the most rows, the fewest wrong labels, the largest base.
     """
     kind = SERIES[name]
     alike = [t for t in report.tasks if all(getattr(t, same) == getattr(task, same) for same in kind.alike)]
@@ -183,7 +183,7 @@ def _with_intervals(label: str, branch: str, found: Sequence[tuple[float, Interv
 
 
 def expected(task: Task) -> Panels | None:
-    """Return the expected best score against what the trials cost: seconds, else their number."""
+    """Return the expected best score against the cost of the trials: seconds, else their number."""
     timed = all(one.expected is None or one.expected.seconds[-1] > 0 for one in task.tuning)
     traces = []
     for one in task.tuning:
@@ -243,7 +243,7 @@ def thin(steps: list[float], values: list[float], points: int) -> list[Point]:
 
 
 def draw(prefix: str, title: str, caption: str, traces: Sequence[Trace], axes: Axes) -> Panels | None:
-    """Return one panel a label over one pair of scales; None where no trace has a point."""
+    """Return one panel per label over one pair of scales; None if no trace has a point."""
     values = [y for trace in traces for _, y in trace.points]
     values += [end for trace in traces for _, low, high in trace.band for end in (low, high)]
     xs = [x for trace in traces for x in (*(x for x, _ in trace.points), *trace.crosses)]

@@ -21,7 +21,7 @@ NAME = 22
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure with the caption that stands under it."""
+    """A drawn figure with the caption below it."""
 
     title: str
     caption: str
@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cost:
-    """An axis of cost: its name, how it is read off a row and how it is written."""
+    """An axis of cost: its name, how it is read from a row, and how it is written."""
 
     title: str
     of: Callable[[Row], float | None]
@@ -46,7 +46,7 @@ COSTS = (
 
 
 def figures(task: Task) -> list[Figure]:
-    """Return all figures of `task` for which there are data, in reading order."""
+    """Return all figures of `task` for which there is data, in reading order."""
     drawn = [whiskers(task), *(against(task, cost) for cost in COSTS), memory(task)]
     return [figure for figure in drawn if figure is not None]
 
@@ -205,7 +205,7 @@ def value_of(task: Task, row: Row) -> str:
 
 
 def name_at(label: str, x: float, y: float) -> str:
-    """Return a method's name that ends at `x`, with the whole of it as a tip where it is cut."""
+    """Return a method's name that ends at `x`, with the full name as a tooltip if it is cut."""
     shown = escape(svg.cut(label, NAME))
     tip = f"<title>{escape(label)}</title>" if len(label) > NAME else ""
     return f'<text class="t end" x="{num(x)}" y="{num(y + 4)}">{tip}{shown}</text>'
@@ -257,7 +257,7 @@ def labels_at(
     labels: Sequence[str],
     corners: Sequence[tuple[float, float]],
 ) -> list[str]:
-    """Return the labels, with a thin leader where one stands away from its point."""
+    """Return the labels, with a thin leader line for a label away from its point."""
     body = []
     frame = (LEFT + 2, TOP, WIDTH - 2, HEIGHT - BOTTOM - 2)
     lines = [

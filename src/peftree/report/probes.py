@@ -1,4 +1,4 @@
-"""What the runs of a row were probed for, checked and averaged over their seeds."""
+"""The probes of the runs of a row, checked and averaged over their seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftree.text import clean
 
 
 def probes(records: Sequence[RunRecord], usual: Sequence[RunRecord]) -> dict[str, Result]:
-    """Return what each probe found, means over the finished runs `records`; of what is timed over `usual` only.
+    """Return each probe's means over the finished runs `records`; timings are means over `usual` only.
 
     Raises:
-        DataError: a probe's figures are not of the form that the report reads (run and field are named).
+        DataError: a probe's figures do not have the form that the report reads (run and field are named).
     """
     out: dict[str, Result] = {}
     for name, probe in kinds().items():
@@ -50,7 +50,7 @@ def _read(kind: type[Result], record: RunRecord, name: str) -> Result:
 
 
 def mean(values: Sequence[Any]) -> Any:
-    """Return the mean of equally built JSON values, number by number; of anything else the first.
+    """Return the mean of equally built JSON values, number by number; for anything else, the first.
 
     >>> mean([{"a": [1, 2], "b": "x"}, {"a": [3, None], "b": "x"}])
     {'a': [2.0, 2.0], 'b': 'x'}

@@ -40,7 +40,7 @@ def shifted(records: Sequence[RunRecord], full: Sequence[RunRecord]) -> tuple[Sh
     """Return the score on each other test set with its interval and difference from full's.
 
     Raises:
-        DataError: a run's `shift` is not of the form ``{set: {"score": number, "items": [...]}}``.
+        DataError: a run's `shift` does not have the form ``{set: {"score": number, "items": [...]}}``.
     """
     mine, theirs = _samples(records), _samples(full)
     out = []
@@ -55,7 +55,7 @@ def stages(records: Sequence[RunRecord]) -> Stages | None:
     """Return the mean matrix of a sequence of tasks over the finished runs, and its transfer.
 
     Raises:
-        DataError: a run's `sequence` is not of the form ``{"tasks": [...], "scores": [[...]]}``.
+        DataError: a run's `sequence` does not have the form ``{"tasks": [...], "scores": [[...]]}``.
     """
     found: list[tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]] = []
     for record in records:

@@ -17,7 +17,7 @@ Box = tuple[float, float, float, float]
 
 
 def num(value: float) -> str:
-    """Return a coordinate with one decimal at most."""
+    """Return a coordinate with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -90,7 +90,7 @@ def scale_over(values: Sequence[float], start: float, end: float, *, log: bool =
 
 
 def tick_text(scale: Scale) -> Callable[[float], str]:
-    """Return a formatter with the decimals that tell neighbouring ticks apart."""
+    """Return a formatter with enough decimals to distinguish neighbouring ticks."""
     ticks = scale.ticks()
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     decimals = 0
@@ -100,13 +100,13 @@ def tick_text(scale: Scale) -> Callable[[float], str]:
 
 
 def marker(branch: str, x: float, y: float, *, solid: bool = True) -> str:
-    """Return the symbol of a branch, defined once a page by `symbols`; hollow ones are off the Pareto front."""
+    """Return the symbol of a branch, defined once per page by `symbols`; hollow ones are off the Pareto front."""
     css = f"m b-{branch}{'' if solid else ' hollow'}"
     return f'<use class="{css}" href="#s-{branch}" x="{num(x)}" y="{num(y)}"/>'
 
 
 def file(drawn: str) -> str:
-    """Return a figure as an SVG file of its own, styles and symbols inside."""
+    """Return a figure as a standalone SVG file, with styles and symbols inside."""
     size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
     assert size is not None
     style = Path(__file__).with_name("figure.css").read_text("utf-8")
@@ -137,7 +137,7 @@ def symbols() -> Markup:
 
 
 def _polygon(corners: int, outer: float, inner: float | None = None) -> list[tuple[float, float]]:
-    """Return a regular polygon, or a star where an inner radius is given."""
+    """Return a regular polygon, or a star if an inner radius is given."""
     count = corners * (2 if inner else 1)
     out = []
     for index in range(count):
@@ -148,7 +148,7 @@ def _polygon(corners: int, outer: float, inner: float | None = None) -> list[tup
 
 
 def text_width(raw: str) -> float:
-    """Return about how wide `raw` is in the 11 px label font, by the wider of common fonts."""
+    """Return the approximate width of `raw` in the 11 px label font, by the wider of common fonts."""
     return sum(10.0 if char in "mwMW@%" else 4.0 if char in "fijlrt.,:;'|! []()" else 6.8 for char in raw)
 
 

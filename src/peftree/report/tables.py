@@ -33,7 +33,7 @@ def _method(_: Task, row: Row) -> Cell:
 
 
 def _ended(row: Row) -> str:
-    """Return how the runs without a score ended, in one word if they ended alike."""
+    """Return how the runs without a score ended, in one word if all ended the same way."""
     ends = {run.status for run in row.runs} - {"ok"}
     return {"inapplicable": "not applicable"}.get(word := ends.pop(), word) if len(ends) == 1 else "without a score"
 
@@ -216,7 +216,7 @@ def row_table(
     fill: Callable[[Row], Sequence[Cell] | None],
     probe: str = "",
 ) -> Table | None:
-    """Return a further table of `task`: a line for each row that `fill` has cells for; None if there is none."""
+    """Return a further table of `task`: one line per row that `fill` has cells for; None if there are none."""
     lines, notes = [], []
     for row in task.scored:
         cells = fill(row)
@@ -231,7 +231,7 @@ def row_table(
 
 
 def interval(ends: Interval | None, decimals: int, *, signed: bool = False) -> str:
-    """Return ``[low, high]``, or the words that there is none."""
+    """Return ``[low, high]``, or words that say that there is none."""
     if ends is None or not ends.known:
         return "no interval"
     low = text.score(ends.low, decimals, signed=signed)

@@ -1,6 +1,6 @@
-"""What stands under a task's results: costs, tuning, robustness, calibration, retention and the rest.
+"""The tables below a task's results: costs, tuning, robustness, calibration, retention and the rest.
 
-Each table is there only where the records hold its figures.
+Each table is there only if the records hold its figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _time(value: float | None) -> Cell:
 
 
 def memory(task: Task) -> Table | None:
-    """What the peak consists of, where gradients or optimizer were measured."""
+    """What the peak consists of, if gradients or optimizer were measured."""
 
     def fill(row: Row) -> list[Cell] | None:
         c = row.costs
@@ -62,7 +62,7 @@ def memory(task: Task) -> Table | None:
 
 
 def time(task: Task) -> Table | None:
-    """Where time goes, where more than the results table's is known."""
+    """Where time goes, if more is known than the results table shows."""
 
     def fill(row: Row) -> list[Cell] | None:
         c = row.costs

@@ -1,4 +1,4 @@
-"""The report in a terminal: one table a task, fitted to the width, safe to print."""
+"""The report in a terminal: one table per task, fitted to the width, safe to print."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BY_NAME = {column.name: column for column in COLUMNS}
 
 
 class TaskTable:
-    """A task's table: one line a method where the terminal is wide enough, else stacked cells."""
+    """A task's table: one line per method if the terminal is wide enough, else stacked cells."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -72,7 +72,7 @@ class TaskTable:
 
 
 def _cell(column: Column, task: Task, row: Row, between: str) -> Text:
-    """Return a cell; stacked cells leave out what costs width and is said elsewhere."""
+    """Return a cell; stacked cells leave out what takes width and is said elsewhere."""
     cell = column.cell(task, row)
     style = ""
     if column.name == "verdict":
@@ -85,7 +85,7 @@ def _cell(column: Column, task: Task, row: Row, between: str) -> Text:
 
 
 def _overview(overview: Overview, report: Report) -> list[RenderableType]:
-    """Return the overview without its columns of tasks, which the tables below hold."""
+    """Return the overview without its task columns, which the tables below hold."""
     whole = overview_table(overview, report)
     few = len(whole.heads) - len(overview.tasks)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -103,7 +103,7 @@ def _overview(overview: Overview, report: Report) -> list[RenderableType]:
 
 
 def render(report: Report) -> RenderableType:
-    """Return the whole report: summary, overview, a table with its statement and notes a task, failures."""
+    """Return the whole report: summary, overview, a table with statement and notes per task, failures."""
     parts: list[RenderableType] = [Text(line) for line in (report.summary, *report.headlines, "")]
     for overview in report.overviews:
         parts += _overview(overview, report)

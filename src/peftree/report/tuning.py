@@ -1,4 +1,4 @@
-"""What the trials of a task show: how sensitive a method is to its learning rate, what tuning is worth."""
+"""What the trials of a task show: how sensitive a method is to its learning rate, and what tuning is worth."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WITHIN = 0.95
 
 
 def tuning(trials: Sequence[RunRecord], usual: Facts | None) -> tuple[Tuning, ...]:
-    """Return the trials of each method, grouped and labelled as its final runs are, best first.
+    """Return the trials of each method, grouped and labelled like its final runs, best first.
 
     Args:
-        trials: of one task; those without a learning rate are left out.
+        trials: the trials of one task; those without a learning rate are left out.
         usual: the environment whose times count.
     """
     known = [r for r in trials if r.learning_rate is not None]
@@ -54,9 +54,9 @@ def _one(label: str, runs: Sequence[RunRecord], worst: float | None, usual: Fact
 
 
 def steady(trials: Sequence[Trial], best: Trial, higher: bool) -> tuple[float, float]:
-    """Return the ends of the range of tried rates around `best` where each scores within 95 % of it.
+    """Return the ends of the range of tried rates around `best` in which each scores within 95 % of it.
 
-    Within 95 %: at least 0.95 of the best score, or at most 1 / 0.95 of it where lower is better. A
+    Within 95 %: at least 0.95 of the best score, or at most 1 / 0.95 of it if lower is better. A
     trial that diverged ends the range. `trials` are sorted by rate.
     """
     top = best.score or 0.0

@@ -1,4 +1,4 @@
-"""Records from files: one a file, packed as JSON lines, or made of what `peftree train` left in its folder."""
+"""Records from files: one per file, packed as JSON lines, or made from what `peftree train` left in its folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_records(folder: str | Path) -> list[RunRecord]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder.", "Give the folder the runs were written to.")
+        raise DataError(f"{folder} is not a folder.", "Name the folder that the runs were written to.")
     paths = sorted(folder.glob(PATTERN))
     if not paths:
         raise DataError(
@@ -54,7 +54,7 @@ def read_packed(packed: Path) -> list[RunRecord]:
     """Return the records of a packed file.
 
     Raises:
-        DataError: the file is missing, damaged, or a record in it is.
+        DataError: the file is missing or damaged, or a record in it is.
     """
     try:
         text = gzip.decompress(packed.read_bytes()).decode()
@@ -82,14 +82,14 @@ def read_record(path: str | Path) -> RunRecord:
 
     Raises:
         DataError: the file is not JSON, of another schema version, has an unknown, missing or
-            wrong field (named), or does not carry the name of its content.
+            wrong field (named), or is not named by its content.
     """
     path = Path(path)
-    record = parse_record(_json(path, "Delete the file and run this cell again."), str(path))
+    record = parse_record(_json(path, "Delete the file and run its cell again."), str(path))
     if path.name != file_name(record.key):
         raise DataError(
             f"{path} holds the run {record.key} but is not named {file_name(record.key)}.",
-            "A copied or edited record counts twice or wrongly: rename it back or delete it.",
+            "A copied or edited record would be counted wrongly: rename it back or delete it.",
         )
     return record
 
@@ -98,7 +98,7 @@ def parse_record(data: dict[str, JsonValue], where: str) -> RunRecord:
     """Return the record in `data`, which was read from `where`.
 
     Raises:
-        DataError: another schema version, or an unknown, missing or wrong field (named).
+        DataError: the schema version differs, or a field is unknown, missing or wrong (named).
     """
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -113,10 +113,10 @@ def parse_record(data: dict[str, JsonValue], where: str) -> RunRecord:
 
 
 def _migrated(data: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return what an older version wrote as it would be written today: the one place that knows what records held.
+    """Return a record of an older version as today's version would write it: the only place that knows older formats.
 
-    What was added since has its default in `RunRecord`. The probe `energy`, gone since, was empty on machines without a
-    counter. The method's fields stay as they ran, being part of the address; see `bench.run.completed`.
+    Fields added since have a default in `RunRecord`. The probe `energy`, now removed, was empty on machines without a
+    counter. The method's fields stay as they ran, since they are part of the address; see `bench.run.completed`.
     """
     probes = data.get("probes")
     if (
@@ -131,7 +131,7 @@ def _migrated(data: dict[str, JsonValue]) -> dict[str, JsonValue]:
 def _trained(place: Path) -> list[RunRecord]:
     """Return a record for each finished run of `peftree train` in `place`: its folder, or a folder of such folders.
 
-    Of runs that are the same in all that defines one (data file, model, method, fields, rate, steps, seed) the newest.
+    Among runs with the same data file, model, method, fields, rate, steps and seed, it takes the newest.
     """
     folders = [place, *sorted(p for p in place.iterdir() if p.is_dir())] if place.is_dir() else []
     found = (_of_folder(f) for f in folders if (f / METRICS).is_file() and (f / SETTINGS).is_file())

@@ -1,4 +1,4 @@
-"""One run, one record: what was trained, how well it did, what it cost; and its content address. Imports no torch."""
+"""One run, one record: what was trained, how well it did, what it cost, and its content address. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Turn NaN and infinity into None: a diverged loss is a gap in a curve, not bad JSON."""
+    """Turn NaN and infinity into None: a diverged loss is a gap in a curve, not invalid JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -50,7 +50,7 @@ class _Strict(BaseModel):
 
 
 class CurvePoint(_Strict):
-    """One point of a learning curve, the score on validation rows; None where not measured or a loss not finite."""
+    """One point of a learning curve, with the score on validation rows; None if not measured or not finite."""
 
     step: NonNegativeInt
     loss: Measured = None
@@ -58,23 +58,23 @@ class CurvePoint(_Strict):
 
 
 class Costs(_Strict):
-    """What a run costs, in bytes and seconds; None where it was not measured.
+    """What a run costs, in bytes and seconds; None if it was not measured.
 
     Attributes:
-        adapter_bytes: of the saved files.
-        peak_rss_bytes: most resident memory while training, of the process as a whole where the kernel cannot start
-            that count again; rss_after_load_bytes: before training.
+        adapter_bytes: bytes of the saved files.
+        peak_rss_bytes: most resident memory while training, or of the process as a whole if the kernel cannot restart
+            that count; rss_after_load_bytes: resident memory before training.
         device_peak_bytes: most memory of tensors on the CUDA device while training; None on a CPU.
         saved_for_backward_bytes: what the graph of one training batch keeps.
-        gradient_bytes, optimizer_bytes: of one gradient for each trained tensor, and of the optimizer's state.
-        allocator_peak_bytes: most that torch's CPU allocator held of one forward and backward pass of the first rows.
-        peak_bytes: most bytes of tensors at once in training or scoring, the model's and the optimizer's among them: on
-            CUDA what the allocator told, on a CPU of the largest batches, without the optimizer's update.
-        planned_bytes: what the planner says of the same.
+        gradient_bytes, optimizer_bytes: bytes of one gradient per trained tensor, and of the optimizer's state.
+        allocator_peak_bytes: most that torch's CPU allocator held in one forward and backward pass of the first rows.
+        peak_bytes: most bytes of tensors at once in training or scoring, including the model's and the optimizer's: on
+            CUDA from the allocator, on a CPU for the largest batches, without the optimizer's update.
+        planned_bytes: the planner's figure for the same.
         setup_seconds, train_seconds, eval_seconds: wall time, each without the others.
-        cpu_seconds: processor time of training alone.
+        cpu_seconds: processor time of training only.
         step_seconds: median of the steps after the first two; processor time on one thread of a CPU, else wall time.
-        throughput: rows of a training step a second, times their tokens where they are text; see `throughput_unit`.
+        throughput: rows per second of training, times their tokens if they are text; see `throughput_unit`.
     """
 
     adapter_bytes: Count = None
@@ -97,7 +97,7 @@ class Costs(_Strict):
 
     @property
     def rest_bytes(self) -> float | None:
-        """The part of the peak that is none of load, gradients, optimizer and saved for backward."""
+        """The part of the peak besides load, gradients, optimizer and what is saved for backward."""
         parts = (self.rss_after_load_bytes, self.gradient_bytes, self.optimizer_bytes, self.saved_for_backward_bytes)
         if self.peak_rss_bytes is None or None in parts:
             return None
@@ -105,19 +105,19 @@ class Costs(_Strict):
 
 
 class Run(Costs):
-    """What a run found. `metrics.json` in its output folder holds the same under the same names, and the rate as `lr`.
+    """The results of a run. `metrics.json` in its output folder holds them under the same names, and the rate as `lr`.
 
     Attributes:
         task, model, method, branch, fields, learning_rate, seed: what was trained.
         metric, higher_is_better, aggregate: the primary metric, and how `items` give it: their mean, or ``exp(mean)``
-            where it is ``exp_mean`` (perplexity from losses).
-        split: `test`, or `valid` where no test file was given.
+            if it is ``exp_mean`` (perplexity from losses).
+        split: `test`, or `valid` if no test file was given.
         score, values, items: after training, on that split, `items` in its order; see `evaluate.quality.Scores`.
         base_score, base_values, base_items: the same without the adapter; empty if not asked for.
-        constant_score: of one answer for all rows: the commonest class or text, the mean; None where there is none.
+        constant_score: the score of one answer for all rows (the commonest class or text, or the mean); or None.
         no_better_than: which of the two the score does not beat; empty if it beats them.
         labels: class names in the order of the model's outputs.
-        trainable_parameters, total_parameters: of the adapter, and of the base model.
+        trainable_parameters, total_parameters: parameters of the adapter, and of the base model.
         output: the folder that holds it.
         environment: versions, machine and threads.
     """
@@ -158,7 +158,7 @@ class Run(Costs):
         return self.learning_rate
 
     def metrics(self) -> dict[str, Any]:
-        """Return what `metrics.json` holds."""
+        """Return the content of `metrics.json`."""
         return self.model_dump(mode="json") | {"lr": self.lr}
 
     @property
@@ -168,12 +168,12 @@ class Run(Costs):
 
 
 class RunRecord(Run):
-    """A run in its place among others: one method, one task, one model, one seed of a suite, in one JSON file.
+    """A run among others: one method, one task, one model and one seed of a suite, in one JSON file.
 
     `phase`: a ``trial`` is one try of a learning rate, scored on validation rows only, which is what
     `score` and `items` then are; a ``final`` run is scored on the test rows. `data` is the SHA-256 of
-    all data files, `own_data` that of the task's own alone, without those of probes and stages, and `suite_hash`
-    that of the suite as it was when the run was made. `probes` is what was found beyond quality: probe -> its figures.
+    all data files, `own_data` that of the task's own, without those of probes and stages, and `suite_hash`
+    that of the suite when the run was made. `probes` is what was found beyond quality: probe -> its figures.
 
     `status`: ``ok``; ``failed`` (tried again by the next call); ``diverged`` (the loss or output was
     not finite: a result like any other); ``inapplicable`` (the method cannot be put on this model).
@@ -197,13 +197,13 @@ class RunRecord(Run):
 
     @classmethod
     def of(cls, run: Run, planned: Mapping[str, Any], started: datetime, **found: Any) -> Self:
-        """Return the record of a run that ended well, without its folder.
+        """Return the record of a finished run, without its folder.
 
         Args:
-            run: what it found.
-            planned: the record's fields that were known before; they may call task and model otherwise.
-            started: when.
-            found: what was found beside.
+            run: the results of the run.
+            planned: the record's fields that were known before; they may name task and model differently.
+            started: the time when it started.
+            found: further findings.
 
         Raises:
             TrainError: the run is not the one that was planned.
@@ -211,7 +211,7 @@ class RunRecord(Run):
         told = dict(run)
         wrong = [k for k, v in planned.items() if k in told and k not in ("task", "model") and v != told[k]]
         if wrong:
-            raise TrainError(f"The run differs from its plan in {', '.join(wrong)}.", "Correct the plan.")
+            raise TrainError(f"The run differs from its plan in {', '.join(wrong)}.", "Correct the suite or its job.")
         return cls(**{**told, "output": "", **found, **planned}, status="ok", started=started)
 
     @model_validator(mode="after")
@@ -229,7 +229,7 @@ class RunRecord(Run):
 
     @property
     def settled(self) -> bool:
-        """Whether doing the run again would give nothing new."""
+        """Whether repeating the run would give nothing new."""
         return self.status != "failed"
 
     def write(self, folder: str | Path) -> Path:
@@ -239,12 +239,12 @@ class RunRecord(Run):
 
 
 def run_key(facts: Mapping[str, Any]) -> str:
-    """Return the content address of a run from what defines it, so known before it starts.
+    """Return the content address of a run from what defines it, so it is known before the run starts.
 
     A runner asks for this key first and skips the run if ``folder / file_name(key)`` exists.
 
     Args:
-        facts: the fields of `IDENTITY`, or those of them that have no default; others do not count.
+        facts: the fields of `IDENTITY`, or those without a default; others do not count.
     """
     known = {name: RunRecord.model_fields[name].get_default(call_default_factory=True) for name in IDENTITY}
     known |= {name: facts[name] for name in IDENTITY if name in facts}

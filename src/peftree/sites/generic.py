@@ -1,4 +1,4 @@
-"""What is known of any model without a description: roles by kind, layer numbers by lists, output heads."""
+"""What is known about any model without a record: roles by kind, layer numbers by lists, output heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODALITY = {
 
 
 class Number(NamedTuple):
-    """Where a module stands: the list it is in, its number there, and how many there are."""
+    """Where a module is: the list it is in, its number there, and the length of the list."""
 
     holder: str
     layer: int
@@ -31,7 +31,7 @@ class Number(NamedTuple):
 def number_of(modules: Modules, path: str) -> Number | None:
     """Return the number of the layer that holds the module at `path`; None if it is in no list.
 
-    The outermost list of modules counts; else the outermost sequence of modules of one class, else any sequence.
+    It takes the outermost list of modules, else the outermost sequence of modules of one class, else any sequence.
     """
     found: list[tuple[int, Number]] = []
     parts = path.split(".")
@@ -47,7 +47,7 @@ def number_of(modules: Modules, path: str) -> Number | None:
 
 
 def generic_sites(modules: Modules) -> list[Site]:
-    """Return a site for every linear map, convolution, norm and embedding of a model whose structure is not known."""
+    """Return a site for every linear map, convolution, norm and embedding of a model of unknown structure."""
     tower, heads, found = modality(modules), set(heads_of(modules)), []
     for path, module in modules.items():
         if kind := kind_of(module):
@@ -59,7 +59,7 @@ def generic_sites(modules: Modules) -> list[Site]:
 
 
 def modality(modules: Modules) -> str:
-    """Return the tower of a model whose structure is not known: what a transformers model reads, else `model`."""
+    """Return the tower of a model of unknown structure: what a transformers model reads, else `model`."""
     names = (str(getattr(module, "main_input_name", "")) for module in modules.values())
     return next((MODALITY[name] for name in names if name in MODALITY), "model")
 
@@ -99,10 +99,10 @@ def parameter_at(modules: Modules, path: str, name: str, tower: str, layer: int 
 
 
 def unclear(kind: str, reason: str, modules: Modules, hint: str = "") -> SiteError:
-    """Return the error that says why roles have no meaning on a model, and how its places are named without them."""
+    """Return the error that says why a model has no roles, and how to name its places without them."""
     leaves = [path.rpartition(".")[2] for path, module in modules.items() if kind_of(module) == "linear"]
     common = max(dict.fromkeys(leaves), key=leaves.count, default="")
-    example = f", for instance *.{common}" if common else ""
+    example = f", for example *.{common}" if common else ""
     return SiteError(
         f"The structure of '{kind}' is not known: {reason}.",
         f"{hint}Name module paths instead of roles{example} (whole paths, paths with *, or their last components), or "

@@ -1,4 +1,4 @@
-"""Structural inference: stacks of layers of a model without a record, found where attention with known names lies."""
+"""Structural inference: the stacks of layers of a model without a record, found by attention with known names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from peftree.sites.vocabulary import COUNTS, EMBEDDINGS, HEADS, KEYS, NAMES, TOW
 
 
 def infer(modules: Modules, taken: list[str]) -> list[Stack]:
-    """Return the stacks that lie outside of `taken`, in model order.
+    """Return the stacks outside `taken`, in model order.
 
-    Maps called so are queries, keys, values (`NAMES`) where they stand together; the lists of layers around them are
-    stacks, those of several stages one stack. In a layer what is clear by its name has its role, all other linear
+    Maps with such names (`NAMES`) are queries, keys, values if they are siblings; the lists of layers around them are
+    stacks, and those of several stages are one stack. In a layer, a map with a clear name has its role; other linear
     maps have the role `linear`.
     """
     lists: dict[str, list[str]] = {}
@@ -40,7 +40,7 @@ def infer(modules: Modules, taken: list[str]) -> list[Stack]:
 
 
 def no_stack(modules: Modules, known: list[str]) -> SiteError:
-    """Return the error that says that a model has neither a record nor layers with an attention of known names."""
+    """Return the error for a model that has neither a record nor layers whose attention has known names."""
     kind = str(getattr(getattr(modules[""], "config", None), "model_type", "")) or type(modules[""]).__name__
     close = difflib.get_close_matches(kind, known, n=1)
     hint = f"There is a record for '{close[0]}'. " if close else ""
@@ -50,14 +50,14 @@ def no_stack(modules: Modules, known: list[str]) -> SiteError:
 
 
 def attends(leaves: list[str]) -> bool:
-    """Return whether linear maps of these names, side by side, make up an attention's projections."""
+    """Return whether sibling linear maps with these names are the projections of an attention."""
     count = {part: sum(leaf in NAMES[part] for leaf in leaves) for part in ("q", "k", "v", "kv", "qkv")}
     apart = count["q"] == 1 and ((count["k"] == count["v"] == 1) or count["kv"] == 1)
     return apart or (count["qkv"] == 1 and not count["q"])
 
 
 def _units(modules: Modules) -> dict[str, str]:
-    """Return every linear map by the path that names it: its own, or that of a module made of it alone."""
+    """Return every linear map by the path that names it: its own, or that of a module that holds only it."""
     paths = [path for path, module in modules.items() if is_map(module)]
     known = frozenset().union(*NAMES.values())
     units = {}
@@ -109,7 +109,7 @@ def _stack(modules: Modules, units: dict[str, str], holders: list[str], lists: l
 
 
 def _root(modules: Modules, start: str, others: list[str]) -> str:
-    """Return the module that makes up a whole stack: with the embeddings around the list, and no other stack in it."""
+    """Return the module of a whole stack: with the embeddings around the list, and without another stack."""
     root = start.rpartition(".")[0]
     base = root
     while True:
@@ -171,7 +171,7 @@ def _around(modules: Modules, root: str, holders: list[str]) -> dict[str, Any]:
 
 
 def _outer(modules: Modules, root: str, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the linears around the layers that are heads: of a transformers model, or by their names."""
+    """Return the linears around the layers that are heads: those of a transformers model, or by name."""
     known = set(heads_of(modules))
     named = not any(getattr(type(m), "base_model_prefix", None) is not None for m in modules.values())
     return tuple(

@@ -19,10 +19,10 @@ _PART = re.compile(r"(?P<first>\d+)-(?P<last>\d+)|(?P<one>-?\d+)|(?P<start>-?\d+
 def in_layers(found: Survey, text: str, sites: list[Site], layers: str) -> list[Site]:
     """Keep the sites of the named layers.
 
-    Every layer that is named one by one must be there: in each stack, and in one of the lists outside stacks.
+    Each layer that is named by its number must exist: in each stack, and in one of the lists outside stacks.
 
     Raises:
-        SiteError: the range is malformed or names layers that are not there; `text` is the term as it was written.
+        SiteError: the range is malformed or names layers that do not exist; `text` is the original term.
     """
     placed = [site for site in sites if site.layer is not None]
     whole = [site for site in sites if site.kind == "stack"]
@@ -51,7 +51,7 @@ def in_layers(found: Survey, text: str, sites: list[Site], layers: str) -> list[
 
 
 def _depths(stack: Site, layers: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of the layers of `stack` that are meant; empty if they are all."""
+    """Return the numbers of the layers of `stack` that are meant; empty if all are."""
     wanted, _ = _numbers(layers, len(stack.layers), text, f"in the {stack.tower} tower", strict=True)
     return tuple(sorted(wanted)) if len(wanted) < len(stack.layers) else ()
 
@@ -64,12 +64,12 @@ def _check(text: str, missing: set[int], sites: list[Site], where: str) -> None:
     if missing:
         raise SiteError(
             f"'{text}' asks for layers {spans(sorted(missing))}, {where} no such site.",
-            f"It is in layers {spans(sorted(_present(sites)))}.",
+            f"The site is in layers {spans(sorted(_present(sites)))}.",
         )
 
 
 def _of(site: Site, layers: tuple[str, ...]) -> bool:
-    """Return whether the site lies in that one of `layers` whose number it has."""
+    """Return whether the site is in the one of `layers` that has its number."""
     if site.layer is None or site.layer >= len(layers):
         return False
     base = layers[site.layer]
@@ -77,15 +77,15 @@ def _of(site: Site, layers: tuple[str, ...]) -> bool:
 
 
 def _numbers(text: str, count: int, term: str, where: str, strict: bool) -> tuple[set[int], set[int]]:
-    """Return the layers that `text` means among `count`, and those that it names one by one."""
+    """Return the layers that `text` means among `count`, and those that it names by number."""
     wanted: set[int] = set()
     closed: set[int] = set()
     for part in _counted(text, count).split(","):
         match = _PART.fullmatch(part)
         if match is None or part == ":":
             raise SiteError(
-                f"The layers '{text}' of '{term}' are not well formed at '{part}'.",
-                "Write numbers and ranges as 0-3,8, the last four as -4:, the first two as :2, a share as 0%-25%.",
+                f"The layers '{text}' of '{term}' are malformed at '{part}'.",
+                "Write numbers and ranges like 0-3,8, the last four as -4:, the first two as :2, a share as 0%-25%.",
             )
         given = {key: int(value) for key, value in match.groupdict().items() if value is not None}
         given = {key: value + count * (value < 0) for key, value in given.items()}
@@ -104,9 +104,9 @@ def _numbers(text: str, count: int, term: str, where: str, strict: bool) -> tupl
 
 
 def _counted(text: str, count: int) -> str:
-    """Return `text` with shares of the depth as numbers: `25%-50%` begins at a quarter and ends before the half.
+    """Return `text` with shares of the depth as numbers: `25%-50%` begins at a quarter and ends before half.
 
-    Of several parts, a share that lies between two layers is left out.
+    Among several parts, a share that falls between two layers is left out.
     """
 
     def number(share: str) -> str:

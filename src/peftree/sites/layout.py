@@ -16,7 +16,7 @@ class LayerNames:
 
     Attributes:
         roles: role to places, relative to a layer.
-        attention: paths of the modules that attend to their own input, in order.
+        attention: paths of the self-attention modules, in order.
         parents: their paths relative to their layers, each once.
         feeds: where feed-forward networks start and end, relative to their layers, each once.
     """
@@ -32,7 +32,7 @@ class LayerNames:
             self._read(layer)
 
     def layout(self) -> dict[str, Any]:
-        """Return what is known, as a record has it."""
+        """Return what is known, in the form of a record."""
         feed = self.feeds[0] if len(self.feeds) == 1 and not self._experts() else None
         ends = {"in": feed[0], "out": feed[1]} if feed else None
         return {"roles": self.roles, "norms": self.norms, "ffn": ends}
@@ -40,7 +40,7 @@ class LayerNames:
     def attend(
         self, modules: Modules, config: Any, counts: Sequence[str], keys: Sequence[str]
     ) -> dict[str, Any] | None:
-        """Return the attention of a layer, if there is one, as a record has it; None if its heads are not known."""
+        """Return the attention of a layer in the form of a record; None if there is none or its heads are unknown."""
         if not self.parents or "attn.o" not in self.roles or not {"attn.qkv", "attn.v", "attn.kv"} & set(self.roles):
             return None
         # Where layers are of several kinds, those that take a memory.
@@ -203,7 +203,7 @@ class LayerNames:
 
 
 def _leaf(unit: str) -> str:
-    """Return the name by which a map is known: its last component, or its last two where the last tells nothing."""
+    """Return the name by which a map is known: its last component, or its last two if the last says nothing."""
     pair = ".".join(unit.split(".")[-2:])
     return pair if pair in PAIRS else unit.rpartition(".")[2]
 

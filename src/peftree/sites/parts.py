@@ -17,9 +17,9 @@ Modules = dict[str, nn.Module]
 
 
 def modules_of(model: nn.Module) -> Modules:
-    """Return every module of `model` by path, in order; adapters' own (`deltas`) are left out.
+    """Return every module of `model` by path, in order, without the adapters' own (`deltas`).
 
-    A module that is in several places has the first of its paths, as in `named_modules`.
+    A module in several places has the first of its paths, as in `named_modules`.
     """
     found: Modules = {}
     seen: set[int] = set()
@@ -31,7 +31,7 @@ def modules_of(model: nn.Module) -> Modules:
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
-    """Return the further paths of modules that are in several places, each with the first path of its module."""
+    """Return the other paths of modules that are in several places, each with the first path of its module."""
     first: dict[int, str] = {}
     walked = ((path, first.setdefault(id(module), path)) for path, module in _walk(model, ""))
     return {path: own for path, own in walked if path != own}
@@ -76,7 +76,7 @@ def glob(names: list[str], pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Head counts of an attention; 0 where they are not known."""
+    """Head counts of an attention; 0 if unknown."""
 
     query: int = 0
     keys: int = 0
@@ -127,7 +127,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def interfaced(module: nn.Module) -> bool:
-    """Return whether a module calls transformers' attention interface, by the config that it holds."""
+    """Return whether a module calls transformers' attention interface, judged by its config."""
     forward = type(module).forward
     names = (*forward.__code__.co_names, *getattr(forward, "__wrapped__", forward).__code__.co_names)
     return "ALL_ATTENTION_FUNCTIONS" in names and "config" in module.__dict__
@@ -149,7 +149,7 @@ def width_of(module: nn.Module, kind: Kind) -> tuple[int, int]:
 
 
 def is_map(module: nn.Module) -> bool:
-    """Return whether a module maps vectors, each alone, by one matrix: also as a convolution of kernel 1."""
+    """Return whether a module maps each vector separately by one matrix, possibly as a convolution of kernel 1."""
     kind = kind_of(module)
     return kind in ("linear", "conv1d", "expert") or (kind == "conv" and {*vars(module)["kernel_size"]} == {1})
 
@@ -189,7 +189,7 @@ def experts_at(
 
 
 def field(config: Any, name: str) -> Any:
-    """Return a field of a config; None if it has none of this name, or another one in each layer."""
+    """Return a field of a config; None if it has no such field, or one that differs between layers."""
     try:
         return getattr(config, name, None)
     except RuntimeError:

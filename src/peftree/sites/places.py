@@ -18,9 +18,9 @@ class Site:
     Attributes:
         role: `attn attn.q attn.k attn.v attn.o xattn xattn.q .. ffn ffn.up ffn.gate ffn.down
             layer norm embed conv head stack`; also `attn.qkv` (a fused projection whose heads are
-            interleaved, so that no row range is q alone), `embed.position`, `embed.type`,
-            `linear` (a projection of a connector, or of a model whose structure is not known),
-            `module` (addressed by its path alone) and `module.NAME` (stacked experts likewise).
+            interleaved, so that no row range is only q), `embed.position`, `embed.type`,
+            `linear` (a projection of a connector, or of a model of unknown structure),
+            `module` (addressed only by its path) and `module.NAME` (the same for stacked experts).
         tower: `text`, `vision`, `connector`, `audio`, or `encoder` / `decoder` for the stacks of
             an encoder-decoder.
         layer: index of the layer in its stack; None outside layers (embeddings, final norm, head,
@@ -29,7 +29,7 @@ class Site:
             adds to.
         kind: what the module is. `conv1d` is transformers' transposed linear (GPT-2), `expert` a
             3-D parameter of stacked experts `[experts, out, in]` or the weight `[out, in]` of a linear map
-            of a class of its own, `branch` a sub-layer given by
+            of a custom class, `branch` a sub-layer given by
             two modules, `stack` a backbone, `raw` any one parameter (role `all`; widths are 0).
         in_features, out_features: width of input and output of this site (of the slice, if
             fused). For a norm its weight's length, for a layer and a stack the hidden size of
@@ -41,29 +41,29 @@ class Site:
             (after its norm in pre-norm models).
         residual: branch and attention: path of the module whose input is the residual stream
             before the sub-layer (the norm in pre-norm models; equal to `source` in post-norm
-            models). None where it is not known.
+            models). None if unknown.
         parameter: name of the weight parameter inside the module.
         bias: name of the bias parameter or None if the module has none.
         unit_offset: norm only: the module multiplies by (1 + weight), as Gemma's do.
         heads, kv_heads, head_dim: attention and stack only.
-        value_dim: attention only: width of a head's values, where it is not that of its keys; else 0.
+        value_dim: attention only: width of a head's values if it differs from that of its keys; else 0.
         parts: branch only: the sites of its maps (`ffn.gate`, `ffn.up`, `ffn.down`), and, of kind `raw`, of the modules
             that are its activation function (`ffn.act`) and a mixture's router (`ffn.router`).
-        copies: attention only: how often the module repeats its heads of keys and values, all after all, by itself.
+        copies: attention only: how often the module itself repeats its heads of keys and values, set after set.
         project: attention only: paths of the q, k, v, o projections (relative to the model).
-        entry: stack only: width of its token embeddings, which a map in it brings to `in_features` (ALBERT); else 0.
+        entry: stack only: width of its token embeddings, if a map in it turns them to `in_features` (ALBERT); else 0.
         layers: stack only: paths of its layers, in order.
-        depths: stack only: the numbers of those that were asked for; empty: all.
+        depths: stack only: the numbers of the requested layers; empty: all.
         embed: stack only: path of the module whose output enters the first layer (vision), or of
-            the token embedding (text); None where there is no such module (audio).
+            the token embedding (text); None if there is no such module (audio).
         causal: attention and stack: True for a decoder's self-attention.
         cross: attention only: True for cross-attention.
-        experts: expert only: how many are stacked.
-        entries: raw only: number of entries of the parameter; 0 where it is tied to one before.
+        experts: expert only: number of stacked experts.
+        entries: raw only: number of entries of the parameter; 0 if it is tied to an earlier one.
         split: expert only: the side, `in` or `out`, that the parameter holds as its last two dimensions, heads by their
             width (XLNet); the other side is its first. Else empty.
-        length_first: the module takes `[length, rows, width]`, so rows of a batch are not routed in it.
-        maps: layer only: it takes maps, channels first, as the layers of a network of convolutions do.
+        length_first: whether the module takes `[length, rows, width]`, so that rows of a batch cannot be routed in it.
+        maps: layer only: whether it takes maps, channels first, like the layers of a convolutional network.
         area, groups: conv only: kernel area, and the number of groups that its channels are in.
     """
 

@@ -20,12 +20,12 @@ from peftree.sites.survey import Survey, survey
 
 WEIGHTS = ("linear", "conv1d", "expert")
 PSEUDO = ("linear", "bias", "all")
-GRAMMAR = "Terms are [tower:]role[@layers][?], for instance attn.q text:ffn.*@0-3,8 xattn.v@-2:?"
+GRAMMAR = "Terms are [tower:]role[@layers][?], for example attn.q text:ffn.*@0-3,8 xattn.v@-2:?"
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a query, taken apart."""
+    """One parsed term of a query."""
 
     text: str
     tower: str
@@ -38,22 +38,22 @@ def resolve(model: nn.Module, query: str | Sequence[str], layers: str = "") -> l
     """Return the sites that `query` names, in model order, each once.
 
     Args:
-        model: the base model, adapted already or not, on any device.
+        model: the base model, adapted or not, on any device.
         query: terms separated by white space, or a sequence of such. A term is
             `[tower:]role[@layers][?]`. A role may hold `*`; `linear` is every projection of
-            attention and feed-forward network in the layers, a convolution of kernel 1 too (every
-            linear map but output heads, if the layers are not known), `bias` every linear, norm or
-            conv outside heads that has a bias, `all` every single parameter of the model. What is
+            attention and feed-forward network in the layers, including convolutions of kernel 1 (every
+            linear map except output heads, if the layers are unknown), `bias` every linear, norm or
+            conv outside heads that has a bias, `all` every parameter of the model. What is
             not a role is tried as a module path: whole, with `*`, or its last components; then as
             the path of a parameter (`mlp.experts.down_proj`). `?` makes a term optional.
-        layers: layers for the terms that name none, as `0-3,8`, `-4:`, `6:`, `:2`, `0%-25%` or `all`.
+        layers: layers for the terms that name none, such as `0-3,8`, `-4:`, `6:`, `:2`, `0%-25%` or `all`.
 
     Raises:
         SiteError: a term is malformed, matches nothing, or matches only some of its layers.
     """
     texts = query.split() if isinstance(query, str) else [t for row in query for t in row.split()]
     if not texts:
-        raise SiteError("The sites asked for are empty.", GRAMMAR + ".")
+        raise SiteError("The list of sites is empty.", GRAMMAR + ".")
     found = survey(model)
     chosen: list[Site] = []
     for text in texts:
@@ -81,7 +81,7 @@ def _everything(found: Survey, tower: str) -> list[Site]:
 def _parse(text: str, found: Survey) -> Term:
     match = re.fullmatch(r"(?:([A-Za-z*]+):)?([\w.*-]+)(?:@([^?]*))?(\?)?", text)
     if match is None:
-        raise SiteError(f"The site '{text}' is not well formed.", GRAMMAR + ".")
+        raise SiteError(f"The site '{text}' is malformed.", GRAMMAR + ".")
     tower, what, layers, optional = match.groups()
     if tower and tower != "*" and tower not in found.towers:
         if tower in TOWERS and optional:
@@ -116,7 +116,7 @@ def _match(found: Survey, term: Term, layers: str) -> list[Site]:
 
 
 def _unknown(text: str, why: SiteError) -> SiteError:
-    """Return the error for a role that has no meaning on this model."""
+    """Return the error for a role on a model without roles."""
     return SiteError(f"No site matches '{text}'. {why.what}", why.fix)
 
 
@@ -146,7 +146,7 @@ def _weight(site: Site) -> bool:
 
 
 def _biased(found: Survey, sites: list[Site]) -> list[Site]:
-    """Return one whole-module site for each module with a bias, heads left out."""
+    """Return one whole-module site for each module with a bias, except heads."""
     chosen: dict[str, Site] = {}
     for site in sites:
         if site.bias and site.role != "head" and site.kind in (*WEIGHTS, "norm", "conv"):
@@ -176,7 +176,7 @@ def _by_path(found: Survey, term: Term) -> list[Site]:
 
 
 def _named(names: list[str], what: str) -> list[str]:
-    """Return the names that `what` means: itself, what it matches as a whole or at the end, or what ends so."""
+    """Return the names that `what` means: itself, or what it matches as a whole or at the end."""
     if what in names:
         return [what]
     if "*" in what:
@@ -196,7 +196,7 @@ def _parameters(found: Survey) -> dict[str, tuple[str, str]]:
 
 
 def _parameter_sites(found: Survey, path: str, name: str) -> list[Site]:
-    """Return the sites whose weight is this parameter; else the parameter as a site of its own."""
+    """Return the sites whose weight is this parameter; else the parameter as a separate site."""
     sites = [s for s in found.sites if s.path == path and s.parameter == name and _owns(s)]
     return sites or [parameter_at(found.modules, path, name, *_place(found, path))]
 
@@ -206,7 +206,7 @@ def _owns(site: Site) -> bool:
 
 
 def _sites_of(found: Survey, path: str) -> list[Site]:
-    """Return the sites at `path`: those of its weight, else what is built around the module."""
+    """Return the sites at `path`: those of its weight, else what contains the module."""
     sites = [site for site in found.sites if site.path == path]
     owned = [site for site in sites if _owns(site)]
     generic = None if sites else _generic(found, path)
@@ -228,7 +228,7 @@ def _place(found: Survey, path: str) -> tuple[str, int | None]:
 
 
 def _advice(found: Survey, term: Term) -> str:
-    """Return what is near to the term, and what exists, by tower."""
+    """Return what is close to the term, and what exists, by tower."""
     roles = list(dict.fromkeys(site.role for site in found.sites))
     if term.what in found.modules:
         return _inner(found, term.what)
@@ -237,26 +237,26 @@ def _advice(found: Survey, term: Term) -> str:
     if term.what in PSEUDO:
         hint = f"Nothing here has a {term.what}." if term.what == "bias" else ""
     if term.what == "stack" and any(site.length_first for site in found.sites):
-        hint = "Its layers take the length of a text before its rows, so nothing is put into the stack as a whole."
+        hint = "Its layers take the length of a text before its rows, so nothing can enter the stack as a whole."
     fused = next((r for r in roles if r in ("attn.qkv", "attn.kv", "xattn.qkv", "xattn.kv")), "")
     if term.what in ("attn.q", "attn.k", "attn.v", "xattn.q", "xattn.k", "xattn.v") and fused:
-        hint = f"They are made by one weight here, in which no rows are {term.what} alone: write {fused}."
+        hint = f"One fused weight makes them here, and none of its rows are only {term.what}: write {fused}."
     elsewhere = [s.tower for s in found.sites if s.role == term.what or (term.what == "bias" and s.bias)]
     if elsewhere:
-        hint = f"It is in the tower {' and '.join(dict.fromkeys(elsewhere))}: "
+        hint = f"It exists in the tower {' and '.join(dict.fromkeys(elsewhere))}: "
         hint += f"write {elsewhere[0]}:{term.what}."
     lines = [f"  {tower}: {_listing(found, tower)}" for tower in found.towers]
     return "\n".join([hint + " This model has" if hint else "This model has", *lines])
 
 
 def _inner(found: Survey, path: str) -> str:
-    """Return how to name what is in a module that is not a site itself."""
+    """Return how to name the sites in a module that is not itself a site."""
     module = found.modules[path]
     own = [join(path, name) for name, value in module._parameters.items() if value is not None]
     below = f"{path}.*" if any(inside(other, path) for other in found.modules) else ""
     names = " or ".join([*([below] if below else []), *own[:3]])
-    return f"It is a {type(module).__name__}, no linear map, convolution, norm or embedding. " + (
-        f"Name what is in it, as {names}." if names else "It has no parameters."
+    return f"It is a {type(module).__name__}, not a linear map, convolution, norm or embedding. " + (
+        f"Name what is in it: {names}." if names else "It has no parameters."
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads one stack: its own site, what lies around its layers, and every place in a layer."""
+"""Reads one stack: its own site, what is around its layers, and every place in a layer."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class StackReader:
     def _sizes(self, path: str, heads: Heads, q: Site, k: Site, v: Site, o: Site) -> tuple[tuple[int, int], ...]:
         """Return heads of queries and of keys, then widths of a key head and a value head.
 
-        They are read from the weights: configs name head sizes in many ways, and layers may differ.
+        They are derived from the weights: configs name head sizes in many ways, and layers may differ.
         """
         fused, read, own = q.out_features, o.in_features // heads.query, self.modules[path].__dict__
         same = k.path == v.path and k.role == v.role
@@ -171,9 +171,9 @@ class StackReader:
         ]  # fmt: skip
 
     def _activations(self, path: str, layer: str, maps: list[str]) -> list[str]:
-        """Return the activation functions that are modules beside the map at `path`, or beside what holds it.
+        """Return the activation functions that are modules next to the map at `path`, or next to what holds it.
 
-        None where there are weights besides `maps` too: a norm (BitNet) or a convolution (SegFormer) between.
+        None if there are other weights besides `maps`, such as a norm (BitNet) or a convolution (SegFormer) between.
         """
         found: list[str] = []
         while inside(path, layer) and not found:
@@ -189,7 +189,7 @@ class StackReader:
         return found
 
     def _hull(self, index: int, row: list[Site]) -> Site:
-        """Return the layer's own site; its width is that of the last weight on its way."""
+        """Return the layer's own site; its width is that of the last weight on its path."""
         last: dict[str, Site] = {site.role: site for site in row if "shortcut" not in site.path}
         end = last.get("ffn.down") or last.get("attn.o") or last.get("conv")
         out = wide = end.out_features if end else 0

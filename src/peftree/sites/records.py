@@ -1,4 +1,4 @@
-"""Role records: one YAML file a model family that says where its layers, projections, norms are."""
+"""Role records: one YAML file per model family that says where its layers, projections and norms are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class Place(_Part):
-    """Where a role's weight is, relative to its layer; a plain path may stand for it.
+    """Where a role's weight is, relative to its layer; may be written as a plain path.
 
     `slice` names the rows of a fused weight: `1/3` is the second of three equal parts; `q`, `k`,
     `v` are parts as wide as the heads of the query or the (grouped) keys and values.
@@ -89,9 +89,9 @@ class Layout(_Part):
     """One stack of layers. Paths hold `*` for "every child".
 
     `layers`, `embed` and `outside` are relative to the stack, all other paths to one layer.
-    Where several layouts are given the first applies whose `when` equals the config's fields and
-    whose roles, but for those in `optional`, are all found. `causal` may name a config field.
-    `length_first`: layers take `[length, rows, width]`; then no method of whole stacks fits.
+    If several layouts are given, the first applies whose `when` equals the config's fields and
+    whose roles, except those in `optional`, are all found. `causal` may name a config field.
+    `length_first`: layers take `[length, rows, width]`; methods of whole stacks do not fit then.
     """
 
     tower: Tower
@@ -111,12 +111,12 @@ class Layout(_Part):
 
 
 class Record(_Part):
-    """One model family: stacks, or for a composite model what lies around its parts' stacks.
+    """One model family: stacks, or for a composite model what is around its parts' stacks.
 
     `model_types` are values of `config.model_type`; `classes` are class names, for models without
     a config. Composite models: `connector` paths hold the projections between towers, `heads`
     gives outer projections a tower, `towers` renames the tower of a sub-module, and
-    `default_towers` are meant where a query names none.
+    `default_towers` apply if a query names none.
     """
 
     model_types: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def read_record(path: str | Path) -> Record:
     """Read and check one record file.
 
     Raises:
-        SiteError: the file is missing, no YAML, or a key or value is wrong; names file and key.
+        SiteError: the file is missing or not YAML, or a key or value is wrong; the message names file and key.
     """
     path = Path(path)
     try:
@@ -151,7 +151,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def register_record(path: str | Path) -> Record:
-    """Add a record file for this process; it goes before the packaged records.
+    """Add a record file for this process; it takes precedence over the packaged records.
 
     Raises:
         SiteError: see `read_record`.
@@ -163,7 +163,7 @@ def register_record(path: str | Path) -> Record:
 
 @cache
 def _packaged() -> dict[str, tuple[Path, Record]]:
-    """Return the records of our folder and of entry points `peftree.roles`, by type or class."""
+    """Return the packaged records and those of entry points `peftree.roles`, by type or class."""
     found: dict[str, tuple[Path, Record]] = {}
     for file in [*sorted(FOLDER.glob("*.yaml")), *_entry_points()]:
         record = read_record(file)
@@ -178,7 +178,7 @@ def _packaged() -> dict[str, tuple[Path, Record]]:
 
 
 def _entry_points() -> list[Path]:
-    """Return the YAML files beside each module that an entry point `peftree.roles` names."""
+    """Return the YAML files next to each module that an entry point `peftree.roles` names."""
     files: list[Path] = []
     for point in importlib.metadata.entry_points(group="peftree.roles"):
         try:
@@ -186,14 +186,14 @@ def _entry_points() -> list[Path]:
         except (ImportError, AttributeError, TypeError) as error:
             raise SiteError(
                 f"The entry point peftree.roles '{point.name}' ({point.value}) does not load: {error}.",
-                "It must name a module whose folder holds record files; repair or remove it.",
+                "It must name a module whose folder holds record files; fix or remove it.",
             ) from None
         files += sorted(place.glob("*.yaml"))
     return files
 
 
 def records() -> dict[str, Record]:
-    """Return every known record by model type and by class name; added ones win."""
+    """Return every known record by model type and by class name; added ones take precedence."""
     found = {name: record for name, (_, record) in _packaged().items()}
     for record in _ADDED.values():
         found |= dict.fromkeys((*record.model_types, *record.classes), record)

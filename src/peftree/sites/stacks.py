@@ -40,7 +40,7 @@ def find_composites(modules: Modules) -> dict[str, Record]:
 
 
 def find_stacks(modules: Modules, around: dict[str, Record]) -> tuple[list[Stack], SiteError | None]:
-    """Return every stack that a record describes, in model order, and what one that does not fit says."""
+    """Return every stack that a record describes, in model order, and why a record does not fit."""
     known = records()
     renamed = {name: tower for record in around.values() for name, tower in record.towers.items()}
     found: list[Stack] = []
@@ -59,12 +59,12 @@ def find_stacks(modules: Modules, around: dict[str, Record]) -> tuple[list[Stack
             misfit.setdefault(name, f"below '{path}', {reason}")
     for name, reason in misfit.items():
         if not any(getattr(stack.config, "model_type", "") == name for stack in found):
-            return found, unclear(name, f"it is not laid out as its role record says, {reason}", modules)
+            return found, unclear(name, f"it does not match its role record: {reason}", modules)
     return found, None
 
 
 def _fit(modules: Modules, path: str, record: Record, config: Any, tower: str | None) -> tuple[Stack | None, str]:
-    """Return the stack of the first layout that fits at `path`, or why the last one did not."""
+    """Return the stack of the first layout that fits at `path`, or why the last one does not fit."""
     reason = ""
     for layout in record.stacks:
         lists = expand(modules, path, layout.layers)

@@ -26,10 +26,10 @@ PRETRAINED_HEADS = frozenset(
 
 @dataclass(frozen=True)
 class Survey:
-    """All that is known of a model: its modules, stacks, sites, and the towers meant by default.
+    """All that is known about a model: its modules, stacks, sites, and default towers.
 
-    `aliases` gives the further paths of modules that are in several places. `unclear` says why there are no stacks:
-    then every linear map, convolution, norm and embedding is a site by its kind, and roles have no meaning.
+    `aliases` gives the other paths of modules that are in several places. `unclear` says why there are no stacks:
+    then every linear map, convolution, norm and embedding is a site by its kind, and there are no roles.
     """
 
     modules: Modules
@@ -52,7 +52,7 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Find everything that is known of `model`; a structure that is not known is not an error here."""
+    """Find all that is known about `model`; an unknown structure is not an error here."""
     modules, aliases = modules_of(model), aliases_of(model)
     around = find_composites(modules)
     stacks, why = find_stacks(modules, around)
@@ -78,25 +78,25 @@ def survey(model: nn.Module) -> Survey:
 
 
 def tree(model: nn.Module) -> list[Site]:
-    """Return every site of `model` in model order; only shapes are read (the meta device will do).
+    """Return every site of `model` in model order; only shapes are read (the meta device is enough).
 
-    A model whose structure is not known has its linear maps, convolutions, norms and embeddings as sites, and no
+    A model of unknown structure has its linear maps, convolutions, norms and embeddings as sites, but no
     attention, branch, layer or stack.
     """
     return list(survey(model).sites)
 
 
 def why_unclear(model: nn.Module) -> str:
-    """Return why roles have no meaning on `model` and how its places are named; empty if its structure is known."""
+    """Return why `model` has no roles and how to name its places; empty if its structure is known."""
     found = survey(model).unclear
     return str(found) if found else ""
 
 
 def task_head(model: nn.Module) -> list[Site]:
-    """Return the heads made afresh for a task (classifiers, regressors); none for `lm_head`.
+    """Return the heads that are new for a task (classifiers, regressors); none for `lm_head`.
 
-    A model made of pretrained parts has more that is new: what joins them. Its config names those
-    modules in `fresh_modules`, as `["multi_modal_projector"]`; by its class it cannot be told.
+    A model made of pretrained parts has more new modules: those that join the parts. Its config names these
+    modules in `fresh_modules`, as `["multi_modal_projector"]`; its class does not tell.
     """
     found = survey(model)
     pretrained = PRETRAINED_HEADS | found.projections
@@ -112,7 +112,7 @@ def task_head(model: nn.Module) -> list[Site]:
 
 
 def _connector(modules: Modules, around: dict[str, Record], stacks: list[Stack]) -> list[str]:
-    """Return the paths in the connectors between towers, or in what must be one."""
+    """Return the paths in the connectors between towers, or in what must be a connector."""
     kind = getattr(getattr(modules[""], "config", None), "model_type", None)
     parts = {getattr(stack.config, "model_type", None) for stack in stacks}
     if not around and kind is not None and kind not in parts:
@@ -136,7 +136,7 @@ def _connector_site(modules: Modules, path: str) -> Site | None:
 
 
 def _default_towers(around: dict[str, Record], stacks: list[Stack]) -> tuple[str, ...]:
-    """Return the towers that a query without a tower means."""
+    """Return the towers that a query without a tower applies to."""
     towers = tuple(dict.fromkeys(stack.tower for stack in stacks))
     for record in around.values():
         if record.default_towers:
@@ -174,7 +174,7 @@ def _heads(
 
 
 def _foreign(modules: Modules, stacks: list[Stack]) -> list[str]:
-    """Return the modules in which no head is looked for: stacks, and parts of another model type.
+    """Return the modules that are not searched for heads: stacks, and parts of another model type.
 
     A part that no record describes (the audio tower of an unknown composite, say) must not be
     taken for a head.

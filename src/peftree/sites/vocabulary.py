@@ -1,4 +1,4 @@
-"""What modules are called, read from `vocabulary.yaml`: the names by which maps are known without a record."""
+"""The names of modules, read from `vocabulary.yaml`, by which maps are known without a record."""
 
 from __future__ import annotations
 

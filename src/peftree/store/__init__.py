@@ -22,18 +22,18 @@ RACES = 20  # times that a folder is read again if somebody saves into it meanwh
 
 
 def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Path:  # noqa: A002
-    """Write an adapter to `folder`, wholly or not at all, and return the folder's path.
+    """Write an adapter to `folder`, completely or not at all, and return the folder's path.
 
     Args:
         adapter: an adapter on a model; the base model is not written.
-        folder: made if need be; an adapter in it is replaced once the new one is complete.
+        folder: created if needed; an adapter in it is replaced once the new one is complete.
         format: `peft` is Hugging Face PEFT's `adapter_config.json` and `adapter_model.safetensors`, `native` our
-            `adapter.safetensors`; both have our `manifest.json` beside them. `auto` is `peft` where it exists and is
+            `adapter.safetensors`; both include our `manifest.json`. `auto` is `peft` where that exists and is
             exact, else `native`.
 
     Raises:
         StoreError: a tensor is not finite, or the format asked for cannot hold the adapter exactly.
-        AdapterError: the adapter was detached, or the model changed shape under it.
+        AdapterError: the adapter was detached, or the shapes of its model have changed.
     """
     if format not in ("auto", "native", "peft"):
         raise StoreError(f"There is no format {format!r}.", did_you_mean(str(format), ("auto", "native", "peft")))
@@ -49,23 +49,23 @@ def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Pa
 
 
 def from_peft(model: nn.Module, config: Any, *, name: str = "default", seed: int = 0) -> Adapter:
-    """Put a new adapter on `model` as a config of Hugging Face PEFT describes it, and return it.
+    """Put a new adapter on `model` as described by a Hugging Face PEFT config, and return it.
 
-    It sits at the same modules and has the same trained tensors as PEFT's. They start as our method's do: as PEFT's by
-    default, but for the embedding behind a prefix network (here N(0, 0.02), there N(0, 1)) and prompts (here rows of
+    It sits at the same modules and has the same trained tensors as PEFT's. They start as our method's do: PEFT's
+    default, except for the embedding behind a prefix network (here N(0, 0.02), there N(0, 1)) and prompts (here rows of
     the vocabulary). Random values are drawn from `seed`.
 
     Args:
         model: the base model.
         config: an object such as `peft.LoraConfig(...)` or any with `to_dict`, a dict, or the path of an
-            `adapter_config.json` or its folder. A pattern is run if it comes from an object or dict of yours, never out
-            of a file.
-        name: on the model.
-        seed: see above.
+            `adapter_config.json` or its folder. A pattern is run if it comes from your own object or dict, never if
+            it comes from a file.
+        name: the adapter's name on the model.
+        seed: the seed of its random tensors.
 
     Raises:
-        StoreError: it is not a config, or asks for something that has no exact form here.
-        ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is not good.
+        StoreError: it is not a config, or asks for something that peftree cannot do exactly.
+        ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is invalid.
     """
     method, head = hfpeft.method_from(model, config)
     return adapt(model, method, name=name, head=head, seed=seed)
@@ -75,21 +75,21 @@ def load(
     model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = True,
     allow_other_base: bool = False,
 ) -> Adapter:  # fmt: skip
-    """Put the adapter of `folder` on `model`, switch it on, and return it. The format is found from the files.
+    """Put the adapter in `folder` on `model`, switch it on, and return it. The files tell the format.
 
-    Everything is checked before the model is changed: file hashes, header, method and fields, base, the set of
+    Everything is checked before the model is changed: file hashes, header, method and fields, base, the names of the
     tensors, their shapes and values.
 
     Args:
-        model: the base model, of the class the adapter was made for.
+        model: the base model, of the class that the adapter was made for.
         folder: what `save` or PEFT's `save_pretrained` wrote.
-        name: on the model; None: the name it was saved with.
-        trainable: whether its tensors take gradients.
-        allow_other_base: load it on another base than it was made for, if all shapes fit.
+        name: its name on the model; None: the name it was saved with.
+        trainable: whether its tensors are trained.
+        allow_other_base: load it on a base that it was not made for, if all shapes fit.
 
     Raises:
         StoreError: a file is missing, damaged, unsafe, or made for another base or method.
-        ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is not good.
+        ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is invalid.
     """
     for tries in reversed(range(RACES)):
         before = stamp(folder)
@@ -108,13 +108,13 @@ def _read(model: nn.Module, path: Path, name: str | None, allow_other_base: bool
     """Return name, filled draft and kept keys of the adapter in a folder."""
     found = listing(path)
     if {NATIVE, PEFT} <= found:
-        raise StoreError(f"{path} holds both {NATIVE} and {PEFT}.", "Remove the one that is not wanted.")
+        raise StoreError(f"{path} holds both {NATIVE} and {PEFT}.", "Remove the one that you do not want.")
     if CONFIG in found:
         return hfpeft.read(model, path, name, allow_other_base, MANIFEST in found)
     if MANIFEST in found:
         return native.read(model, path, name, allow_other_base)
     raise StoreError(
-        f"{path} holds no adapter: neither {MANIFEST} nor {CONFIG} is there.",
+        f"{path} holds no adapter: it has neither {MANIFEST} nor {CONFIG}.",
         "Name the folder that peftree.save(adapter, folder) wrote.",
     )
 

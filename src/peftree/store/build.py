@@ -24,7 +24,7 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Draft:
-    """An adapter that is not on a model yet: its method, deltas with their keys and sites, task head, seed."""
+    """An adapter that is not yet on a model: its method, deltas with their keys and sites, task head, seed."""
 
     method: Method
     entries: Entries
@@ -33,7 +33,7 @@ class Draft:
 
     @property
     def keyed(self) -> Entries:
-        """The entries with keys as `Adapter.entries` has them."""
+        """The entries, with keys as in `Adapter.entries`."""
         return [(f"{site.path}/{key}", site, delta) for key, site, delta in self.entries]
 
     def state(self) -> dict[str, Tensor]:
@@ -54,12 +54,12 @@ def states(entries: Entries) -> dict[str, Tensor]:
 
 
 def expected(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes | None = None) -> Draft:
-    """Build the adapter's deltas on the meta device: shapes without values, whatever sizes the fields ask for.
+    """Build the adapter's deltas on the meta device: shapes without values, so fields may ask for any size.
 
     Args:
-        given: the keys of a file and the shapes there. If they are those of the trained form that the method leaves
-            after its `post_hoc` (a folded prefix, merged experts), the draft is brought to that form; tensors whose
-            sizes training decides (`Delta.elastic`) get those of the file.
+        given: the keys and shapes in a file. If they are those of the trained form that the method leaves
+            after its `post_hoc` (a folded prefix, merged experts), the draft takes that form; tensors whose
+            sizes training decides (`Delta.elastic`) get the sizes in the file.
     """
     return _finished(_draft(abstract(model), method, head, seed), given)
 
@@ -103,12 +103,12 @@ def abstract(model: nn.Module) -> nn.Module:
 def bare(
     module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t, made: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """Return the base model as it is without anything grafted on, sharing what it has.
+    """Return the base model without anything grafted on; it shares the model's modules.
 
     Args:
         module: the model.
-        tensor: what takes the place of each of its parameters and buffers.
-        made: copies by the identity of their modules: what is in several places stays one module.
+        tensor: returns the replacement for each of its parameters and buffers.
+        made: copies by the identity of their modules, so that a module in several places stays one module.
     """
     made = {} if made is None else made
     if id(module) in made:
@@ -129,21 +129,21 @@ def compare(where: str, shapes: Mapping[str, Shape], given: Mapping[str, tuple[i
 
     Args:
         where: the file, for messages.
-        shapes: what the method has, by key.
-        given: what the file has, by key.
+        shapes: the shapes that the method has, by key.
+        given: the shapes that the file has, by key.
     """
     missing, extra = sorted(set(shapes) - set(given)), sorted(set(given) - set(shapes))
     if missing or extra:
-        parts = [f"{len(n)} {word}, as {n[0]!r}" for n, word in ((missing, "missing"), (extra, "not part of it")) if n]
+        parts = [f"{len(n)} {word} (first: {n[0]!r})" for n, word in ((missing, "missing"), (extra, "unexpected")) if n]
         raise StoreError(
             f"{where} does not hold the tensors of this adapter on this model: {'; '.join(parts)}.",
-            "Check that it was made for this model class, tower and method.",
+            "Check that the adapter was made for this model class, tower and method.",
         )
     for name, shape in shapes.items():
         if tuple(shape) != tuple(given[name]):
             raise StoreError(
                 f"{where}: {name} has the shape {list(given[name])}; on this model it is {list(shape)}.",
-                "Check that it was made for this base model and with these fields.",
+                "Check that the adapter was made for this base model and with these fields.",
             )
 
 
@@ -151,7 +151,7 @@ def fill(model: nn.Module, draft: Draft, tensors: Mapping[str, Tensor], where: s
     """Copy `tensors` into the draft's deltas; `model` is only read.
 
     Raises:
-        StoreError: a tensor is of another kind, or an index lies outside the weight it points into.
+        StoreError: a tensor has another dtype, or an index lies outside the weight that it points into.
     """
     damaged = "The file is damaged; fetch or save the adapter again."
     with torch.no_grad():
@@ -167,7 +167,7 @@ def fill(model: nn.Module, draft: Draft, tensors: Mapping[str, Tensor], where: s
 
 
 def _indices_fit(module: nn.Module, site: Site, delta: Delta) -> bool:
-    """Return whether stored indices point into the weight; tried on the CPU, where a wrong one is an exception."""
+    """Return whether stored indices point into the weight; checked on the CPU, where a wrong index raises."""
     indices = [t for t in delta.state_dict().values() if t.dtype in (torch.int32, torch.int64)]
     if not indices or not isinstance(delta, Reweight):
         return True

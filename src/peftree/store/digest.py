@@ -1,4 +1,4 @@
-"""Digests of a tensor's bits: any one changed value changes them, and they are the same on every device.
+"""Digests of a tensor's bits: any changed value changes them, and they are the same on every device.
 
 The bits are read as 32-bit words, in blocks of 2^14. A block's sum is that of its words times odd 64-bit numbers, one
 for each position, modulo 2^64: a change of one word always changes it, since an odd factor has an inverse, and several
@@ -27,10 +27,10 @@ _known: dict[tuple[bytes, torch.dtype], bytes] = {}  # what rounding gave, by th
 def digests(tensor: Tensor, rounded: Sequence[torch.dtype] = ()) -> list[bytes]:
     """Return the digest of the bits of `tensor`, and those of its values rounded to each dtype of `rounded`.
 
-    A tensor that is not of a float kind is not rounded. What has been rounded before is looked up by its bits.
+    A tensor without a float dtype is not rounded. What was rounded before is looked up by its bits.
 
     Args:
-        tensor: of any shape, dtype and device with values; of a sharded one, every process must call this.
+        tensor: of any shape, dtype and device with values; for a sharded one, every process must call this.
     """
     if isinstance(tensor, DTensor):
         return digests(tensor.full_tensor(), rounded)

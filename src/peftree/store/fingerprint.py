@@ -1,8 +1,8 @@
-"""Base fingerprint: what an adapter remembers of the base model it was made for, and how a model is compared with it.
+"""Base fingerprint: what an adapter records about its base model, and how a model is compared with that.
 
 It holds the model's class, the essentials of its config, a hash of all parameter names and shapes, and a digest of
-every parameter's bits (see `digest.py`), so a change of any one value is seen. Two bases are the same if the digests
-agree; if their dtypes differ, also if they agree once both are rounded to bfloat16 or to float16, for the same
+every parameter's bits (see `digest.py`), so a change of any value is seen. Two bases are the same if the digests
+agree. If their dtypes differ, it is enough that they agree once both are rounded to bfloat16 or float16: the same
 checkpoint loaded in another dtype is the same base. Adapters, merging, the device and buffers do not count, nor does a
 fresh task head, whose random start is not part of the pretrained model; an adapter carries its own copy.
 
@@ -38,16 +38,16 @@ Scalar = bool | int | float | str | None
 
 
 class Fingerprint(BaseModel):
-    """What is remembered of a base model; see the head of this file.
+    """What is recorded about a base model; see the docstring of this module.
 
     Attributes:
         model: name of its class.
-        config: essentials of its config, those of towers with a dotted name.
-        parameters, tensors: how many values and tensors it has.
-        shapes: SHA-256 of every parameter's name and shape.
-        dtype: of its first parameter.
-        digests: base64 of the digests, group by group of tensors, a tensor a group where there are not very many.
-        samples: format 1: base64 of little-endian float32 values, tensor by tensor.
+        config: essentials of its config; those of towers have dotted names.
+        parameters, tensors: the number of values and tensors.
+        shapes: SHA-256 of the names and shapes of all parameters.
+        dtype: the dtype of its first parameter.
+        digests: base64 of the digests, one for each group of tensors; a group is one tensor unless there are very many.
+        samples: in format 1, base64 of little-endian float32 values, tensor by tensor.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,7 @@ class Fingerprint(BaseModel):
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Return the fingerprint of the base model under whatever adapters are on it.
+    """Return the fingerprint of the base model, whatever adapters are on it.
 
     Raises:
         StoreError: the model is on the meta device and has no values.
@@ -83,10 +83,10 @@ def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint
 
 
 def difference(saved: Fingerprint, model: nn.Module) -> str:
-    """Return how `model` differs from the base that `saved` remembers, as the rest of a sentence, or an empty text."""
+    """Return how `model` differs from the base in `saved`, as the rest of a sentence, or an empty string."""
     here = _remembered(model, ())
     if saved.model != here.model:
-        return f"it was made for a {saved.model[:80]}, this is a {here.model}"
+        return f"it was made for a {saved.model[:80]}, but this is a {here.model}"
     for key in sorted(set(saved.config) | set(here.config)):
         was, now = saved.config.get(key), here.config.get(key)
         if was != now:
@@ -108,7 +108,7 @@ def _values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
     was, now, groups = _decode(saved.digests), _decode(here.digests), _groups(named)
     whole = SIZE * (1 + len(ROUNDED))
     if len(was) != whole * len(groups):
-        return "its record of the base's values has another length"
+        return "its record of the base's values has the wrong length"
     for number, group in enumerate(groups):
         record = was[number * whole :][:whole]
         if record[:SIZE] == now[number * SIZE :][:SIZE]:
@@ -125,7 +125,7 @@ def _sampled_values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
     chosen = [group[0] for group in _groups(named)]
     raw = _decode(saved.samples)
     if len(raw) != 4 * sum(min(PER_TENSOR, p.numel()) for _, p in chosen):
-        return "its record of the base's values has another length"
+        return "its record of the base's values has the wrong length"
     was, at = torch.frombuffer(raw or bytearray(4), dtype=torch.float32), 0
     for name, p in chosen:
         now = _sample(p)
@@ -155,7 +155,7 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's own parameters, each once, as they were before merging; fresh task heads are left out."""
+    """Yield the base's own parameters, each once, as they were before merging, without fresh task heads."""
     record = model.__dict__.get("_peftree")
     originals = record.originals if isinstance(record, Record) else {}
     heads = [site.path for site in site_tree.task_head(model)]
@@ -173,7 +173,7 @@ def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _groups(named: Named) -> list[Named]:
-    """Return every tensor alone, or runs of them where there are very many."""
+    """Return every tensor alone, or runs of tensors if there are very many."""
     step = -(-len(named) // TENSORS) or 1
     return [named[at : at + step] for at in range(0, len(named), step)]
 

@@ -1,4 +1,4 @@
-"""Folders of adapters: listed with limits, read without following links, replaced as a whole or not at all."""
+"""Folders of adapters: listed with limits, read without following links, replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def listing(folder: str | Path) -> set[str]:
     """Return which of peftree's four file names are in `folder`.
 
     Raises:
-        StoreError: there is no such folder, it has too many entries, a file that is read is a link or no
-            file, or it holds a pickle.
+        StoreError: there is no such folder, it has too many entries, a file to read is a link or not a
+            regular file, or it holds a pickle.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -45,26 +45,26 @@ def listing(folder: str | Path) -> set[str]:
                 raise StoreError(f"{path} has more than {ENTRIES:,} entries.", "Give the adapter a folder of its own.")
             if entry.name in OURS:
                 if not entry.is_file(follow_symlinks=False):
-                    raise StoreError(f"{entry.path} is a link or no regular file.", "Copy the file itself there.")
+                    raise StoreError(f"{entry.path} is a link or not a regular file.", "Copy the file itself there.")
                 found.add(entry.name)
             elif entry.name.lower().endswith(_PICKLES) and not entry.name.startswith(_COMPANIONS):
                 raise StoreError(
                     f"{path} holds {entry.name!r}, which may be a pickle; those can run code and are never read.",
                     f"Convert it to safetensors: `peftree convert {str(path)[:200]} NEW_FOLDER`."
                     if entry.name == "adapter_model.bin"
-                    else "Convert it to safetensors where you trust it, and remove it from the folder.",
+                    else "If you trust it, convert it to safetensors elsewhere; remove it from the folder.",
                 )
     return found
 
 
 def newest(folder: str | Path) -> Path:
-    """Return where the files of `folder` are to be read: `NEXT` in it where a save was killed at its very end."""
+    """Return where to read the files of `folder`: `NEXT` in it if a save was killed at its very end."""
     inner = Path(folder) / NEXT
     return inner if inner.is_dir() and not inner.is_symlink() else Path(folder)
 
 
 def stamp(folder: str | Path) -> list[tuple[int, int, int] | None]:
-    """Return what changes when somebody saves into `folder`: nodes, sizes and times of it and of peftree's files."""
+    """Return what changes when a process saves to `folder`: nodes, sizes and times of it and of peftree's files."""
     paths = [Path(folder), *(Path(folder) / name for name in (NEXT, *sorted(OURS)))]
     found = [os.lstat(path) if os.path.lexists(path) else None for path in paths]
     return [None if f is None else (f.st_ino, f.st_size, f.st_mtime_ns) for f in found]
@@ -91,14 +91,14 @@ def read_file(path: Path, limit: int) -> bytearray:
 
 
 def write_folder(folder: str | Path, files: Mapping[str, bytes]) -> Path:
-    """Make `folder` hold exactly these files of ours, or leave it as it was.
+    """Make `folder` hold exactly these peftree files, or leave it unchanged.
 
-    A folder that holds nothing else is exchanged in one step for a complete new one. In a folder with other things
-    in it those stay: the complete new files come in as the sub-folder `NEXT`, which readers prefer, then each is put
-    in its place and `NEXT` goes. An error puts the old files back.
+    A folder that holds nothing else is exchanged in one step for a complete new one. In a folder with other entries,
+    those stay: the complete new files arrive as the sub-folder `NEXT`, which readers prefer; then each is moved
+    into place and `NEXT` is removed. An error puts the old files back.
 
     Raises:
-        StoreError: `folder` is a link or a file, or the system does not let us write (BusyError: no space is left).
+        StoreError: `folder` is a link or a file, or the system refuses to write (BusyError: no space is left).
     """
     path = target(folder)
     try:
@@ -127,18 +127,18 @@ def _write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def target(folder: str | Path) -> Path:
-    """Return the absolute path of a folder to write, its parent made.
+    """Return the absolute path of a folder to write, and create its parent.
 
     Raises:
         StoreError: it is a link or a file.
     """
     path = Path(os.path.abspath(folder))  # resolve() would follow a link
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise StoreError(f"{path} is a link or a file.", "Save to a folder of its own.")
+        raise StoreError(f"{path} is a link or a file.", "Save to another folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{path.parent} cannot be made: {error.strerror}.", "Save to another folder.") from None
+        raise StoreError(f"{path.parent} cannot be created: {error.strerror}.", "Save to another folder.") from None
     return path
 
 
@@ -166,7 +166,7 @@ def put_in_place(stage: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step, so that a killed process leaves one or the other; False where unsupported."""
+    """Exchange two folders in one step, so that a killed process leaves one or the other; False if unsupported."""
     if not sys.platform.startswith("linux"):
         return False
     with contextlib.suppress(OSError, AttributeError):
@@ -177,7 +177,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _move_in(stage: Path, path: Path, names: list[str]) -> None:
-    """Bring the files of `stage` into `path`, where other things stay; whenever it ends, old or new files are whole."""
+    """Bring the files of `stage` into `path`, where other entries stay; at any time, old or new files are complete."""
     if newest(path) != path:  # a save that was killed at its very end: what it brought is what is there
         _settle(path / NEXT, path)
     kept = [name for name in OURS if (path / name).is_symlink() or (path / name).exists()]
@@ -204,7 +204,7 @@ def _move_in(stage: Path, path: Path, names: list[str]) -> None:
 
 
 def _settle(inner: Path, path: Path) -> None:
-    """Put the files of `inner` in their places in `path`, drop ours that it has not, and remove it in one step."""
+    """Move the files of `inner` into `path`, drop peftree files that it lacks, and remove it in one step."""
     names = [name for name in OURS if (inner / name).is_file()]
     for name in names:
         spare = inner / f"{name}.link"

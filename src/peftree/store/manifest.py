@@ -21,7 +21,7 @@ from peftree.strict import explain
 
 FORMAT = 2  # 1: sampled values of the base instead of digests
 LIMIT = 1 << 22
-_ADVICE = "The file is damaged or not one of ours; fetch or save the adapter again."
+_ADVICE = "The file is damaged, or not peftree's; fetch or save the adapter again."
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -34,22 +34,22 @@ class Stored(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything about a saved adapter that its tensors do not say.
+    """Everything about a saved adapter that its tensors do not tell.
 
     Attributes:
-        format: version of this layout.
-        peftree: version of the package that wrote it.
+        format: the version of this layout.
+        peftree: the version of the package that wrote it.
         layout: `native` or `peft`, the naming of the tensors.
         name: the adapter's name.
         method: `{"method": name, "fields": {...}}`.
-        seed: of its random tensors and frozen random bases.
+        seed: the seed of its random tensors and frozen random bases.
         head: whether it holds its own copy of the task head.
-        sites: every place it sits at, as `tower:role@layer path`.
+        sites: every place that it adapts, as `tower:role@layer path`.
         weights: SHA-256 of the weights file.
         config: SHA-256 of `adapter_config.json` as canonical JSON (`peft` layout only).
-        kept: keys of a foreign `adapter_config.json` that peftree does not use, given back when it is written again.
+        kept: keys of a foreign `adapter_config.json` that peftree does not use; saving writes them back.
         tensors: what the weights file holds.
-        rest: flags of the adapter that the weights file has no place for (`peft` layout only).
+        rest: flags of the adapter that the weights file cannot hold (`peft` layout only).
         base: the base model it was made for.
     """
 
@@ -70,7 +70,7 @@ class Manifest(BaseModel):
     base: Fingerprint
 
     def text(self) -> bytes:
-        """Return the file's content, with a hash of all of it under `seal`."""
+        """Return the file's content, with a hash of it all under `seal`."""
         content = self.model_dump()
         return (json.dumps(content | {"seal": _seal(content)}, indent=1, allow_nan=False) + "\n").encode()
 
@@ -104,14 +104,14 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        StoreError: it is damaged, or written by a later version.
+        StoreError: it is damaged, or a later version wrote it.
     """
     raw = read_json(path, LIMIT)
     written = raw.get("format")
     if type(written) is int and written > FORMAT:
         raise StoreError(f"{path} has the format {written}; this peftree reads up to {FORMAT}.", "Update peftree.")
     if not _printable(raw):
-        raise StoreError(f"{path} holds text that is not printable.", _ADVICE)
+        raise StoreError(f"{path} holds unprintable text.", _ADVICE)
     if raw.pop("seal", None) != _seal(raw):
         raise StoreError(f"{path} was changed or damaged: its content does not match its seal.", _ADVICE)
     try:
@@ -130,7 +130,7 @@ def method_of(manifest: Manifest, path: Path) -> Method:
     """Return the method that a manifest names.
 
     Raises:
-        StoreError, MethodError, ConfigError: it is not a method, unknown, or a field is out of range.
+        StoreError, MethodError, ConfigError: it is not a method, it is unknown, or a field is out of range.
     """
     try:
         made = registry.from_spec(manifest.method)
@@ -142,7 +142,7 @@ def method_of(manifest: Manifest, path: Path) -> Method:
 
 
 def _sound(method: Method) -> bool:
-    """Return whether everything a composite method is made of is a method, and numbers fit the members."""
+    """Return whether every part of a composite method is a method, and numbers fit the members."""
     values = {name: getattr(method, name) for name in type(method).model_fields}
     members = values.get("members", [])
     if not all(isinstance(m, Method) and _sound(m) for m in members):
@@ -155,4 +155,4 @@ def check_tensors(manifest: Manifest, entries: dict[str, Entry], path: Path) -> 
     """Raise StoreError unless the weights file holds what the manifest lists."""
     listed = {n: (list(s.shape), s.dtype) for n, s in manifest.tensors.items()}
     if listed != {n: (list(e.shape), NAMES[e.dtype]) for n, e in entries.items()}:
-        raise StoreError(f"{path} lists other tensors than the weights file holds.", _ADVICE)
+        raise StoreError(f"{path} and the weights file list different tensors.", _ADVICE)

@@ -29,9 +29,9 @@ def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] =
     """Write an adapter for other programs and return the folder's path.
 
     Args:
-        adapter: an adapter on a model; the model is afterwards as it was.
-        folder: made if need be; for `merged` it must be empty or new.
-        to: `peft` for PEFT's files; `merged` for a complete model with the adapter folded in, which is loaded again
+        adapter: an adapter on a model; the model is unchanged afterwards.
+        folder: created if needed; for `merged` it must be empty or new.
+        to: `peft` for PEFT's files; `merged` for a complete model with the adapter folded in, which is reloaded
             and compared before it is put in place.
 
     Raises:
@@ -46,7 +46,7 @@ def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] =
 
 
 def an_adapter(given: Adapter) -> Adapter:
-    """Return `given`; AdapterError if it is not an adapter, as the model that holds one."""
+    """Return `given`; AdapterError if it is not an adapter, for example the model that holds one."""
     if not isinstance(given, Adapter):
         raise AdapterError(
             f"A {type(given).__name__} is not an adapter.",
@@ -56,11 +56,11 @@ def an_adapter(given: Adapter) -> Adapter:
 
 
 def _merged(adapter: Adapter, folder: Path) -> Path:
-    """Write the merged model to a folder beside, load it, compare, and move it into place."""
+    """Write the merged model to a sibling folder, load it, compare, and move it into place."""
     model = adapter.model
     if model is None or "save_pretrained" not in dir(model):
         raise StoreError(
-            "Only a transformers model can be written whole.", "Use to='peft', or peftree.save(adapter, folder)."
+            "Only a transformers model can be written as a whole.", "Use to='peft', or peftree.save(adapter, folder)."
         )
     path = target(folder)
     if path.is_dir() and os.listdir(path):
@@ -85,7 +85,7 @@ def _merged(adapter: Adapter, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(adapter: Adapter) -> Iterator[None]:
-    """Have only this adapter on, in evaluation mode, and put back what was."""
+    """Switch on only this adapter, in evaluation mode, then restore the previous state."""
     model = adapter.model
     assert model is not None
     before = adapters.active(model)
@@ -110,7 +110,7 @@ def _folded(model: nn.Module) -> Iterator[None]:
 
 
 def _write(plain: Any, stage: Path) -> None:
-    """Save a model without adapters; if merging has parted tied embeddings, the config says so."""
+    """Save a model without adapters; if merging separated tied embeddings, the config says so."""
     plain.config = copy.deepcopy(plain.config)
     configs = (plain.config, plain.config.get_text_config())
     if any(getattr(config, "tie_word_embeddings", False) for config in configs) and not _tie(plain):
@@ -121,7 +121,7 @@ def _write(plain: Any, stage: Path) -> None:
 
 
 def _tie(plain: Any) -> bool:
-    """Return whether the output embedding is still the input embedding, tying them again where they are equal."""
+    """Return whether the output embedding is still the input embedding, tying them again if they are equal."""
     try:
         given, made = plain.get_input_embeddings(), plain.get_output_embeddings()
     except NotImplementedError:  # transformers' answer for models without one
@@ -142,7 +142,7 @@ def _check(plain: Any, stage: Path, wanted: Tensor | None) -> None:
     found = loaded.state_dict()
     for name, tensor in plain.state_dict().items():
         if name not in found or not torch.equal(found[name], tensor):
-            raise StoreError(f"The merged model, loaded again, has another {name}.", advice)
+            raise StoreError(f"The merged model, loaded again, has a different {name}.", advice)
     output = _probe(loaded)
     if output is None or wanted is None:
         return

@@ -46,7 +46,7 @@ def read(model: nn.Module, folder: Path, name: str | None, allow_other_base: boo
 
 
 def read_weights(model: nn.Module, path: Path, manifest: Manifest | None) -> tuple[bytearray, dict[str, Entry]]:
-    """Read a weights file once, check its SHA-256 where a manifest has it, and parse its header from those bytes."""
+    """Read a weights file once, check its SHA-256 if a manifest has it, and parse its header from those bytes."""
     base = sum(p.numel() for p in model.parameters())
     data = read_file(path, (64 << 20) + 16 * base)
     if manifest is not None and hashlib.sha256(data).hexdigest() != manifest.weights:
@@ -66,12 +66,12 @@ def check_base(manifest: Manifest, model: nn.Module, folder: Path, allow_other_b
     if reason:
         raise StoreError(
             f"The adapter in {folder} does not fit this base model: {reason}.",
-            "Load it on the base it was trained on, or pass allow_other_base=True if you know that it fits.",
+            "Load it on the base it was trained on, or pass allow_other_base=True if you are sure that it fits.",
         )
 
 
 def drafted(model: nn.Module, method: Any, head: bool, seed: int, path: Path, tensors: dict[str, Tensor]) -> Draft:
-    """Compare the file with what the method has on this model, by shapes alone; then build it and fill it in."""
+    """Compare the file with what the method has on this model, by shapes alone; then build it and fill it."""
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     wanted = {n: t.shape for n, t in build.expected(model, method, head, seed, shapes).state().items()}
     build.compare(str(path), wanted, shapes)

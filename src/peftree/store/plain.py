@@ -1,4 +1,4 @@
-"""What `save_pretrained` of an adapted model writes, for a plain Trainer's checkpoints and for hubs too."""
+"""What `save_pretrained` of an adapted model writes, also for a plain Trainer's checkpoints and for hubs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def install(save: Callable[[Adapter, Path], Any]) -> None:
     """Let `save_pretrained` of adapted models write adapters with `save`."""
 
     def write(model: nn.Module, folder: Any, asked: dict[str, Any]) -> None:
-        """Write the adapter, several ones in a folder each; a merged model as a whole, without a trace of them.
+        """Write the adapter, or each of several to its own folder; write a merged model as a whole, without adapters.
 
-        A Trainer (it passes `state_dict`) also gets the adapters' tensors by their names in the model, in the file
+        For a Trainer (it passes `state_dict`) also write the adapters' tensors by their names in the model, to the file
         that it resumes from.
         """
         path = Path(folder)

@@ -20,7 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER, NAME, DIMENSIONS = 1 << 22, 512, 8
-_ADVICE = "The file is damaged or no adapter; fetch or save the adapter again."
+_ADVICE = "The file is damaged or not an adapter; fetch or save the adapter again."
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def header(data: bytearray, where: str) -> dict[str, Entry]:
-    """Return what the header of a safetensors file says, checked against the length of the file.
+    """Return what the header of a safetensors file states, checked against the file's length.
 
     Args:
         data: the whole file.
-        where: its name, for messages.
+        where: the file's name, for messages.
 
     Raises:
-        StoreError: anything but a well-formed header whose tensors tile the rest of the file exactly.
+        StoreError: the header is malformed, or its tensors do not tile the rest of the file exactly.
     """
     if len(data) < 8:
         raise StoreError(f"{where} has {len(data)} bytes and no header.", _ADVICE)
@@ -97,9 +97,9 @@ def _entry(name: str, value: object, base: int) -> Entry:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {str(dtype)[:20]!r}")
     if not _naturals(shape) or len(shape) > DIMENSIONS:
-        raise ValueError(f"{name} has no proper shape")
+        raise ValueError(f"{name} has an invalid shape")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has no proper data_offsets")
+        raise ValueError(f"{name} has invalid data_offsets")
     start, stop = offsets
     size = DTYPES[dtype].itemsize * prod(shape)
     if stop - start != size:

@@ -1,4 +1,4 @@
-"""Tasks behind one small interface, each in a file of its own; `build_task` loads the model of one."""
+"""Tasks behind one small interface, each in its own file; `build_task` loads the model of one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def kind(name: str) -> type[Task]:
     """Return the class of a task, from the file that `catalogue` found it in.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no task of that name.
     """
     module = _module(task_facts(name).file, __name__)
     own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
@@ -29,7 +29,7 @@ def build_task(model: str, data: Data, options: Options | None = None) -> Task:
     """Load the model for the task of `data`, and its tokenizer or image settings; see `Task.load`.
 
     Raises:
-        ConfigError: the model does not load, has no such task, or a length or size does not fit.
+        ConfigError: the model does not load or has no such task, or a length or size does not fit.
     """
     task, fresh = kind(data.task).load(model, data, options or Options())
     if fresh:

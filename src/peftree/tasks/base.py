@@ -1,4 +1,4 @@
-"""What a task is: a model with what turns rows into batches and scores its answers."""
+"""What a task is: a model, and the code that turns rows into batches and scores its answers."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Options:
 
 
 class Task(ABC):
-    """A model with what turns rows into batches and scores its answers.
+    """A model, and the code that turns rows into batches and scores its answers.
 
     The class of a task states its facts as literals, see `catalogue.TaskFacts`; `load` makes it from a model's files.
 
     Attributes:
         model: the base model with a head for the task.
-        labels: class names by index; empty where there are no classes.
-        notes: sentences the user should see (a new head, rows that were cut).
+        labels: class names by index; empty if there are no classes.
+        notes: sentences for the user (a new head, rows that were cut).
         stop: id of the token that must end a completion; None for other tasks.
-        length: most tokens of a row; 0 where rows are not text.
-        progress: show a bar for a pass over items that takes longer than `DELAY`.
+        length: most tokens per row; 0 if rows are not text.
+        progress: whether to show a bar for a pass over items that takes longer than `DELAY`.
     """
 
     name: ClassVar[str]
@@ -66,15 +66,15 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
-        """Load the model of the task, and return with it the names of tensors that its files lack.
+        """Load the model of the task; return the task and the names of tensors that the model's files lack.
 
         Args:
-            model: a local folder; or a hub name, which is fetched only because the user gave one.
+            model: a local folder, or a hub name, which is fetched only because the user named it.
             data: the checked rows, for labels.
             options: precision, lengths and sizes.
 
         Raises:
-            ConfigError: the model does not load, has no such task, or a length or size does not fit.
+            ConfigError: the model does not load or has no such task, or a length or size does not fit.
         """
 
     @abstractmethod
@@ -83,11 +83,11 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Return features as one batch of tensors with `labels`, first dimension the rows."""
+        """Return features as one batch of tensors with `labels`; the first dimension is the rows."""
 
     @abstractmethod
     def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
-        """Score the model as it stands now on `items`."""
+        """Score the model in its current state on `items`."""
 
     def batches(self, items: Items, batch_size: int) -> Iterator[Batch]:
         """Yield `items` in their order, batch by batch, on the model's device."""
@@ -98,7 +98,7 @@ class Task(ABC):
             yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def largest(self, items: Items, batch_size: int, any_order: bool = False) -> Batch:
-        """Return the batch of most tokens that `items` make, in their order or, as in training, in any."""
+        """Return the batch with most tokens that `items` make, in their order or, as in training, in any order."""
         rows = getattr(items, "features", None) or [{}] * len(items)  # type: ignore[arg-type]  # images are all alike
         sizes = [sum(len(value) for value in row.values() if isinstance(value, list)) for row in rows]
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i]) if any_order else range(len(sizes))
@@ -113,16 +113,16 @@ class Task(ABC):
         return self.largest(items, batch_size)
 
     def read(self, batch: Batch) -> object:
-        """Do with a batch what `score` does with it: a forward pass without labels, and what is kept of it."""
+        """Do with a batch what `score` does: a forward pass without labels, keeping what it keeps."""
         return self.model(**{k: v for k, v in batch.items() if k not in ("labels", "return_loss")})
 
     def note_cut(self, cut: Sequence[Example], count: int, what: str, how: str) -> None:
-        """Note which of `count` rows lost something, so that it is said before training."""
+        """Note which of `count` rows were cut, so that it is said before training."""
         if cut:
-            self.notes.append(f"{len(cut)} of {count} {what} are cut {how}, as that of {cut[0].where or 'a row'}")
+            self.notes.append(f"{len(cut)} of {count} {what} are cut {how} (first: {cut[0].where or 'a row'})")
 
     def bar(self, places: range) -> Iterable[int]:
-        """Return `places` with a progress bar around them, which is gone when it is done."""
+        """Return `places` with a progress bar that disappears at the end."""
         bar: Iterable[int] = tqdm(places, "scoring", leave=False, delay=DELAY, disable=not self.progress)
         return bar
 
@@ -141,7 +141,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> Batch:
-    """Return `input_ids` padded at the right with `value` and their `attention_mask`, `[batch, longest]`."""
+    """Return `input_ids` padded on the right with `value`, and their `attention_mask`, `[batch, longest]`."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), value)
     mask = torch.zeros(len(sequences), longest, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Captioning: a LLaVA model, a vision encoder before a causal language model, writes the text of an image."""
+"""Captioning: a LLaVA model, a vision encoder in front of a causal language model, writes an image's text."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Captioning(Completions):
         """Load a LLaVA model.
 
         Raises:
-            ConfigError: the model is another one, or its vision tower does not take images of that size.
+            ConfigError: it is not a LLaVA model, or its vision tower does not take images of that size.
         """
         config = read_config(model, options.config, ())
         if config.model_type != "llava":
             raise ConfigError(
                 f"model: {model} is of type {config.model_type}, not llava.",
-                "Use a LLaVA model (llava-smollm2-8-dinov2).",
+                "Use a LLaVA model, such as llava-smollm2-8-dinov2.",
             )
         tokens, look = tokenizer(model), pair_look(model, config, options.image_size)
         net: Any
@@ -81,9 +81,9 @@ class Captioning(Completions):
         return Pairs(rows, self.features(rows), self.look)
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad at the right, stack the images `[batch, 3, size, size]`, and leave out the logits of the image's tokens.
+        """Pad on the right, stack the images `[batch, 3, size, size]`, and leave out the logits of the image's tokens.
 
-        `labels` are `[batch, kept]`: those of the last `kept` tokens, for which alone the model computes logits.
+        `labels` are `[batch, kept]`, for the last `kept` tokens, the only ones for which the model computes logits.
         """
         batch = super().collate(features)
         kept = (
@@ -98,7 +98,7 @@ class Captioning(Completions):
         """Scores of the captions as in `Generation`, and the control `shuffled_perplexity`.
 
         The control gives each caption the image of another row. A model that does not look at the image has
-        the same perplexity there. It is left out for a single row.
+        the same perplexity there. A single row has no control.
         """
         scores = super().score(items, batch_size)
         assert isinstance(items, Pairs)

@@ -1,4 +1,4 @@
-"""What tasks share in which a model writes: rows of prompt and completion, the loss on the latter."""
+"""What tasks in which a model writes share: rows of prompt and completion, with the loss on the completion."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Completions(Task):
     """A causal language model with the loss on completions and their stop token.
 
     Attributes:
-        length: tokens of a row at most.
-        fixed: tokens at the beginning of every prompt that are never cut.
-        generate: how many of the scored rows are completed by greedy decoding; see `score`.
+        length: most tokens per row.
+        fixed: number of tokens at the start of every prompt that are never cut.
+        generate: number of scored rows that are completed by greedy decoding; see `score`.
         ending: the tokens that end every completion.
     """
 
@@ -50,7 +50,7 @@ class Completions(Task):
         return [int(self.tokenizer.eos_token_id)]
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text alone."""
+        """Return the tokens of a single text."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
@@ -67,7 +67,7 @@ class Completions(Task):
             room = self.length - max(1, head + tail)  # a first token is not predicted
             if room < 2:
                 raise ConfigError(
-                    f"max_length={self.length}: {head + tail} stand around every prompt.", "Raise max_length."
+                    f"max_length={self.length}: {head + tail} tokens surround every prompt.", "Raise max_length."
                 )
             prompt, completion, learned = self.encode_row(row)
             if row.source and completion == self.ending:
@@ -82,13 +82,13 @@ class Completions(Task):
             ids = {"input_ids": prompt + completion, "labels": learned + completion, "start": len(prompt)}
             features.append({**ids, "target": self.wanted(row, completion)})
         limit = f"so that rows have max_length={self.length} tokens"
-        self.note_cut(cut[0], len(rows), "prompts", f"in their middle {limit}")
-        self.note_cut(cut[1], len(rows), "completions", f"at their end {limit}, and have no stop token")
+        self.note_cut(cut[0], len(rows), "prompts", f"in the middle {limit}")
+        self.note_cut(cut[1], len(rows), "completions", f"at the end {limit}, and have no stop token")
         return features
 
     @property
     def frame(self) -> tuple[int, int]:
-        """How many tokens at the beginning and at the end of a prompt are never cut."""
+        """The number of tokens at the start and at the end of a prompt that are never cut."""
         return self.fixed, 0
 
     def frame_of(self, row: Example) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class Completions(Task):
         return Rows(self.features(rows))
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad at the right; padding is masked by place, so a pad token that equals eos is not a label."""
+        """Pad on the right; padding is masked by position, so a pad token that equals eos is not a label."""
         batch = pad([f["input_ids"] for f in features], self.pad)
         labels = pad([f["labels"] for f in features], IGNORED)["input_ids"]
         return batch | {"labels": labels.masked_fill(batch["attention_mask"] == 0, IGNORED)}
@@ -135,9 +135,9 @@ class Completions(Task):
 
 
 def shortened(prompt: list[int], room: int, head: int, tail: int) -> list[int]:
-    """Return `room` tokens of a prompt, taken from its middle: `head` and `tail`, and of the rest as much at both ends.
+    """Return `room` tokens of a prompt, cut in its middle: `head`, `tail`, and as much of the rest at each end.
 
-    Instructions stand at the beginning of a prompt or at its end.
+    Instructions are at the start or the end of a prompt.
     """
     before = head + (room - head - tail) // 2
     return prompt[:before] + prompt[len(prompt) - (room - before) :]

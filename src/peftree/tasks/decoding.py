@@ -22,7 +22,7 @@ def greedy(
     bar: Callable[[range], Iterable[int]] = iter,
     start: int | None = None,
 ) -> list[list[int]]:
-    """Return the tokens that `model` writes after each prompt, the stop token and what follows it left out.
+    """Return the tokens that `model` writes after each prompt, without the stop token and what follows it.
 
     Args:
         model: in eval mode, without gradients.
@@ -31,7 +31,7 @@ def greedy(
         pad: id to pad prompts with, at the left; at the right for an encoder.
         stop: id at which a row ends.
         batch_size: rows at a time.
-        bar: is put around the places where a batch begins, to show progress.
+        bar: wraps the places where a batch begins, to show progress.
         start: for an encoder-decoder, whose prompts are all of `input_ids`: the id that its decoder starts with.
     """
     most = max(sum(label != IGNORED for label in f["labels"][f.get("start", 0) :]) for f in features)

@@ -1,12 +1,12 @@
-"""A small class-conditional diffusion transformer; the packaged weights `dit-fashion` are of it.
+"""A small class-conditional diffusion transformer, the model of the packaged weights `dit-fashion`.
 
 The model is DiT (Peebles and Xie 2023, arXiv 2212.09748): patches as tokens, and each block scaled and shifted by time
 and class (adaLN-Zero). It predicts the velocity of a rectified flow (Liu et al. 2023, arXiv 2209.03003):
 
     x_t = (1 - t) x_0 + t e,  e ~ N(0, I),  t in [0, 1];   v = e - x_0;   loss = mean (v' - v)^2.
 
-Here the norms keep weights of their own, so that methods which train norms have a place, positions are learned, and
-"no class" is the zero vector. It is a stand-in for a pretrained model where no model hub is at hand.
+Here the norms have their own weights, so that methods that train norms have a place, positions are learned, and
+"no class" is the zero vector. It replaces a pretrained model where no model hub is available.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class DiffusionConfig(PretrainedConfig):
 
 @dataclass
 class Velocity(ModelOutput):
-    """What the model and its backbone return.
+    """The output of the model and of its backbone.
 
     Attributes:
-        loss: of the model, if there was a target.
+        loss: the model's loss, if there was a target.
         velocity: `[batch, channels, side, side]`.
-        last_hidden_state: of the backbone, the normed tokens `[batch, patches, d]`.
+        last_hidden_state: the backbone's normed tokens, `[batch, patches, d]`.
         hidden_states: if asked for, the tokens before the first block and after each.
     """
 
@@ -164,7 +164,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class _Base(PreTrainedModel):
-    """What transformers wants to know of the model and its backbone."""
+    """What transformers needs to know about the model and its backbone."""
 
     config_class = DiffusionConfig
     base_model_prefix = "backbone"
@@ -208,7 +208,7 @@ class DiffusionBackbone(_Base):
             pixel_values: x_t, `[batch, channels, side, side]`.
             timesteps: t, `[batch]`.
             class_vectors: `[batch, d]`, zeros for no class.
-            output_hidden_states: return those of every block.
+            output_hidden_states: whether to return those of every block.
         """
         x = self.embeddings(pixel_values.to(self.output.weight.dtype))
         condition = functional.silu(self.time(timesteps) + class_vectors)
@@ -225,7 +225,7 @@ class DiffusionBackbone(_Base):
 
 
 class DiffusionTransformer(_Base):
-    """The backbone with a vector for each class: the head, which is new where the classes are."""
+    """The backbone with a vector for each class: the head, which is new for new classes."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
@@ -244,7 +244,7 @@ class DiffusionTransformer(_Base):
             timesteps: t in 0..1, `[batch]`.
             classes: index of each row's class, -1 for none, int64 `[batch]`; None: no row has one.
             labels: the velocity e - x_0, as `pixel_values`.
-            output_hidden_states: return those of every block.
+            output_hidden_states: whether to return those of every block.
         """
         if classes is None:
             classes = torch.full_like(timesteps, -1, dtype=torch.long)
@@ -256,7 +256,7 @@ class DiffusionTransformer(_Base):
         return Velocity(loss=loss, velocity=velocity, hidden_states=states)
 
     def rename(self, names: list[str]) -> list[str]:
-        """Give the model the classes `names`: known ones keep their vector, others start at none; return these."""
+        """Give the model the classes `names`: known ones keep their vector, new ones start at zero. Return the new."""
         old = {name: int(index) for index, name in (self.config.id2label or {}).items()}
         before = self.class_vectors.weight
         made = ZeroLinear(len(names), self.config.hidden_size, bias=False, device=before.device, dtype=before.dtype)
@@ -289,11 +289,11 @@ def sample(
     """Draw an image for each class: Euler steps of the flow from noise to image, in the model's mode.
 
     Args:
-        model: as it stands, with or without an adapter.
+        model: the model in its current state, with or without an adapter.
         classes: index of a class for each image, -1 for none.
         steps: calls of the model.
         guidance: w of v(none) + w (v(class) - v(none)) (Ho and Salimans 2022); 1: none, and half the work.
-        seed: of the noise.
+        seed: the seed of the noise.
 
     Returns:
         Values in -1..1, `[len(classes), channels, side, side]`, float32.

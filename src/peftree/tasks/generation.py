@@ -26,7 +26,7 @@ class Generation(Completions):
     """A causal language model that completes prompts; the loss is on the completion and its stop token.
 
     A prompt is cut in its middle so that prompt and completion fit into `max_length` tokens: the token that begins
-    every text and what a chat template puts around a prompt stay, and the rest at both ends. A completion that alone
+    every text, what a chat template puts around a prompt, and both ends of the rest stay. A completion that alone
     is longer is cut at its end and then has no stop token.
     """
 
@@ -49,7 +49,7 @@ class Generation(Completions):
         """Load a causal language model, or an encoder-decoder.
 
         Raises:
-            ConfigError: the model does not load, or its tokens see those after them.
+            ConfigError: the model does not load, or its tokens see later ones.
         """
         config = read_config(model, options.config, data.labels)
         if config.is_encoder_decoder:
@@ -75,7 +75,7 @@ class Generation(Completions):
 
     @functools.cached_property
     def frame(self) -> tuple[int, int]:
-        """How many tokens stand before and after what the user wrote: a mark, or what the template adds."""
+        """The number of tokens before and after what the user wrote: a mark, or what the template adds."""
         if not self.chat:
             return len(self.begun("")), 0
         before, _, after = self.written("\0PROMPT\0").partition("\0PROMPT\0")
@@ -132,7 +132,7 @@ class Generation(Completions):
     def encode(self, prompt: str, completion: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of the prompt, and of the completion with its stop token.
 
-        Both are the strings they are, to the character; nothing is put between them but what the chat template does.
+        Both strings are used exactly as they are; only the chat template puts anything between them.
         """
         if self.chat:
             text = self.written(prompt)
@@ -141,10 +141,10 @@ class Generation(Completions):
         return self.begun(prompt), self.continued(self.ids(prompt), prompt, completion) + self.ending
 
     def continued(self, start: list[int], before: str, text: str) -> list[int]:
-        """Return the tokens of `text` behind `before`, whose tokens are `start`, and not as at a text's beginning.
+        """Return the tokens of `text` as it continues `before`, whose tokens are `start`, not as a text starts.
 
-        Tokenizers with a mark for word beginnings put one before a text that stands alone: a space that is not there.
-        Where tokens would join across the seam, some character that joins nothing stands for what is before.
+        Tokenizers that mark the start of words put a mark before a text on its own: a space that is not there.
+        If tokens would join across the seam, a character that joins nothing stands for what is before.
         """
         for other in (before, "\n", ".", "0"):
             head = start if other == before else self.ids(other)
@@ -157,8 +157,8 @@ class Generation(Completions):
 class SequenceToSequence(Completions):
     """An encoder-decoder; the loss is on the completion and its stop token.
 
-    Prompt and completion have `max_length` tokens each; what is longer is cut at its end, a prompt before the token
-    that ends it, and a completion then has no stop token.
+    Prompt and completion have `max_length` tokens each. Longer ones are cut at the end, a prompt before the token
+    that ends it; a cut completion has no stop token.
     """
 
     name, metric, higher_is_better = Generation.name, Generation.metric, Generation.higher_is_better
@@ -169,7 +169,7 @@ class SequenceToSequence(Completions):
         start = net.config.decoder_start_token_id
         if start is None:
             raise ConfigError(
-                "The model does not say with which token its decoder starts.", "Set config.decoder_start_token_id."
+                "The model does not say which token its decoder starts with.", "Set config.decoder_start_token_id."
             )
         self.start = int(start)
 
@@ -178,7 +178,7 @@ class SequenceToSequence(Completions):
         """Load an encoder-decoder.
 
         Raises:
-            ConfigError: the model does not load, or has no tokenizer or a length that does not fit.
+            ConfigError: the model does not load or has no tokenizer, or a length does not fit.
         """
         if options.chat or data.talks or not data.train[0].source:
             raise ConfigError(
@@ -192,14 +192,14 @@ class SequenceToSequence(Completions):
     def encode_row(self, row: Example) -> Encoded:
         """Return the tokens of prompt and completion, each with the special tokens that its tokenizer adds.
 
-        A prompt of no token is the stop token: an encoder needs one at least.
+        An empty prompt becomes the stop token, since an encoder needs at least one token.
         """
         source: list[int] = self.tokenizer(row.source)["input_ids"]
         target: list[int] = self.tokenizer(text_target=row.target)["input_ids"]
         return given(source or self.ending, target if target[-1:] == self.ending else target + self.ending)
 
     def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
-        """Return token ids of the prompt, those of the completion as labels, and the text that is wanted.
+        """Return token ids of the prompt, those of the completion as labels, and the wanted text.
 
         Raises:
             DataError: a completion has no token.
@@ -209,17 +209,17 @@ class SequenceToSequence(Completions):
         for row in rows:
             source, target, _ = self.encode_row(row)
             if not self.ids(row.target):
-                raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
+                raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or give it some text.")
             for side, part in zip(cut, (source, target), strict=True):
                 side.extend([row] if len(part) > self.length else [])
             source = source if len(source) <= self.length else [*source[: self.length - 1], source[-1]]
             features.append({"input_ids": source, "labels": target[: self.length], "target": row.target})
         for what, side in zip(("prompts", "completions"), cut, strict=True):
-            self.note_cut(side, len(rows), what, f"at their end, to max_length={self.length} tokens")
+            self.note_cut(side, len(rows), what, f"at the end, to max_length={self.length} tokens")
         return features
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad both sides at the right; the decoder reads the labels one place later."""
+        """Pad both sides on the right; the decoder reads the labels one place later."""
         batch = pad([f["input_ids"] for f in features], self.pad)
         labels = pad([f["labels"] for f in features], IGNORED)["input_ids"]
         net: Any = self.model
@@ -234,12 +234,12 @@ class SequenceToSequence(Completions):
 
 
 def _check_causal(net: nn.Module, model: str) -> None:
-    """Refuse a model whose first token sees the second: it would learn to copy what it is to predict."""
+    """Refuse a model whose first token sees the second: it would learn to copy what it should predict."""
     mask = torch.ones(1, 2, dtype=torch.long)
     with quality.evaluating(net):
         first, other = (net(input_ids=torch.tensor([[0, i]]), attention_mask=mask).logits[0, 0].float() for i in (1, 2))
     if float((first - other).abs().max()) > 1e-4 * max(1.0, float(first.abs().max())):
         raise ConfigError(
-            f"model: {model}: its tokens see those after them, which they are to predict.",
-            "Use a decoder such as Llama or GPT-2; some encoders are one with config.is_decoder=true.",
+            f"model: {model}: its tokens see the later ones, which they should predict.",
+            "Use a decoder such as Llama or GPT-2; some encoders become one with config.is_decoder=true.",
         )

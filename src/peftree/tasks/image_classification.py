@@ -17,7 +17,7 @@ from peftree.tasks.loading import is_local, label_order, load, read_config, take
 
 
 class ImageClassification(Task):
-    """An image classifier; images are resized at their short side and cropped to a square."""
+    """An image classifier; images are resized by their short side and cropped to a square."""
 
     name = "image-classification"
     modality = "vision"

@@ -45,15 +45,15 @@ class ImageGeneration(Task):
 
     @classmethod
     def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
-        """Load a diffusion transformer with the classes of `data`: those it knows keep their vectors.
+        """Load a diffusion transformer with the classes of `data`; classes that it knows keep their vectors.
 
         Raises:
-            ConfigError: the model is another one, or its images have one size and another is asked for.
+            ConfigError: it is not a diffusion transformer, or its images do not have the requested size.
         """
         config = read_config(model, options.config, ())
         if not isinstance(config, DiffusionConfig):
             raise ConfigError(
-                f"model: {model} is a {type(config).__name__}.", "Use a diffusion transformer, as model=dit-fashion."
+                f"model: {model} is a {type(config).__name__}.", "Use a diffusion transformer: model=dit-fashion."
             )
         look = read_look(model, is_local(model), config, options.image_size)
         if look.size != config.image_size:
@@ -97,11 +97,11 @@ class ImageGeneration(Task):
         return pixels, torch.tensor([f["labels"] for f in features])
 
     def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
-        """Denoising loss of each item, and how near a few generated images come to the scored ones.
+        """Denoising loss of each item, and how close a few generated images are to the scored ones.
 
         An item's loss is the mean of the training loss over eight evenly spaced times, each with its own noise, fixed
         by the item's place. `frechet_pixels` and `class_match` are those of `compare_images` for 64 images drawn
-        with a fixed seed in 16 steps without guidance, of the classes the items have.
+        with a fixed seed in 16 steps without guidance, for the classes of the items.
 
         Raises:
             TrainError: there is nothing to score.
@@ -109,7 +109,7 @@ class ImageGeneration(Task):
         """
         count = len(items)  # type: ignore[arg-type]
         if not count:
-            raise TrainError("There is nothing to score.", "Give a test or validation file with rows.")
+            raise TrainError("There is nothing to score.", "Give a test or validation file that has rows.")
         losses: list[float] = []
         with quality.evaluating(self.model):
             for start in self.bar(range(0, count, max(1, batch_size // LEVELS))):
@@ -124,7 +124,7 @@ class ImageGeneration(Task):
         )  # fmt: skip
 
     def largest_scored(self, items: Items, batch_size: int) -> Batch:
-        """Return as many noisy images as the noise levels of some items are, or the images that are drawn at once."""
+        """Return noisy images, as many as the noise levels of some items or as are drawn at once."""
         count = len(items)  # type: ignore[arg-type]
         rows = max(SAMPLES, LEVELS * min(max(1, batch_size // LEVELS), count))
         return self._noisy([items[i % count] for i in range(rows)], torch.Generator().manual_seed(0), 0.0)
@@ -140,17 +140,17 @@ class ImageGeneration(Task):
         known = classes.repeat_interleave(LEVELS).to(device)
         velocity = self.model(noisy.to(device), times.to(device), known).velocity.float().cpu()
         if not bool(torch.isfinite(velocity).all()):
-            raise DivergedError("A velocity is not finite.", "The adapter has diverged: lower lr, or use float32.")
+            raise DivergedError("A velocity is not finite.", "The adapter diverged: lower lr, or use float32.")
         found: list[float] = (velocity - target).square().view(len(places), -1).mean(1).tolist()
         return found
 
 
 def compare_images(drawn: Tensor, wanted: Tensor, real: Tensor, classes: Tensor) -> dict[str, float]:
-    """Compare generated with real images by their pixels alone.
+    """Compare generated images with real ones by pixels alone.
 
     `frechet_pixels` is the Frechet distance between Gaussians fitted to both sets in the space of the leading 16
-    principal components of the real pixels. It is not FID: no network's features are in it, and with few images it is
-    biased upwards, so it compares methods on the same rows only. `class_match` is the share of generated images whose
+    principal components of the real pixels. It is not FID: it uses no network's features. With few images it is
+    biased upwards: compare methods only on the same rows. `class_match` is the share of generated images whose
     nearest real image, by pixel distance, has the wanted class.
 
     Args:

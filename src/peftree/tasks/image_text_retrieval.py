@@ -1,4 +1,4 @@
-"""Image-text retrieval: two towers put images and texts that belong together near to each other."""
+"""Image-text retrieval: two towers place matching images and texts close to each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftree.tasks.pairs import Pairs, image_features, pair_look
 class Retrieval(Task):
     """A dual encoder with the contrastive loss of its batch; texts are cut at `max_length` tokens.
 
-    In a batch every other row is a wrong answer, so larger batches are harder and teach more; one row teaches nothing.
+    In a batch, every other row is a wrong answer, so larger batches are harder and teach more; one row teaches nothing.
     """
 
     name = "image-text-retrieval"
@@ -44,14 +44,14 @@ class Retrieval(Task):
         """Load a dual encoder: VisionTextDualEncoder, CLIP or SigLIP.
 
         Raises:
-            ConfigError: the model is none, or its vision tower does not take images of that size.
+            ConfigError: it is not a dual encoder, or its vision tower does not take images of that size.
         """
         config, tokens = read_config(model, options.config, ()), tokenizer(model)
         net: Any
         net, fresh = load(AutoModel, model, config, options)
         if not takes(net, "return_loss"):
             raise ConfigError(
-                f"model: {model} is a {type(net).__name__}, no dual encoder.",
+                f"model: {model} is a {type(net).__name__}, not a dual encoder.",
                 "Use a VisionTextDualEncoder (dual-minilm-dinov2), CLIP or SigLIP model.",
             )
         look = pair_look(model, config, options.image_size)
@@ -62,11 +62,11 @@ class Retrieval(Task):
         """Tokenize the texts; small sets of images are decoded once."""
         texts = [row.target for row in rows]
         ids, cut = cut_texts(self.tokenizer, texts, self.length)
-        self.note_cut([rows[i] for i in cut], len(rows), "texts", f"at their end, to max_length={self.length} tokens")
+        self.note_cut([rows[i] for i in cut], len(rows), "texts", f"at the end, to max_length={self.length} tokens")
         return Pairs(rows, [{"input_ids": i, "text": t} for i, t in zip(ids, texts, strict=True)], self.look)
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad the texts at the right and stack the images `[batch, 3, size, size]`."""
+        """Pad the texts on the right and stack the images `[batch, 3, size, size]`."""
         batch = pad([f["input_ids"] for f in features], self.pad)
         batch["pixel_values"] = torch.stack([f["pixel_values"] for f in features])
         batch["return_loss"] = True  # type: ignore[assignment]  # a flag of these models

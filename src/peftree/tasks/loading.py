@@ -1,4 +1,4 @@
-"""Loads a model, its config and its tokenizer for a task, from a folder or a hub name; errors are sentences."""
+"""Loads a model, its config and its tokenizer for a task, from a folder or a hub name; errors are readable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_local(model: str) -> bool:
 
 
 def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -> Any:
-    """Return the model's config with `changes` and the labels in the order the model knows, if it does."""
+    """Return the model's config with `changes`, and with the labels in the model's own order if it knows them."""
     path = str(Path(model).expanduser()) if is_local(model) else model
     try:
         config = cleared(AutoConfig.from_pretrained(path, local_files_only=is_local(model), **SAFE))
@@ -48,15 +48,15 @@ def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a model's config with `changes` made in it.
+    """Return a model's config with `changes` applied.
 
     Raises:
-        ConfigError: it has no such field, or refuses the value.
+        ConfigError: the config has no such field, or refuses the value.
     """
     known = config.to_dict()
     for key, value in changes.items():
         if key not in known:
-            raise ConfigError(f"config.{key}: {type(config).__name__} has none.", did_you_mean(key, known, "It has"))
+            raise ConfigError(f"config: {type(config).__name__} has no '{key}'.", did_you_mean(key, known, "It has"))
         own = known[key]
         try:
             if isinstance(own, dict | list) and not isinstance(value, type(own)):
@@ -75,7 +75,7 @@ def label_order(config: Any) -> list[str]:
 
 @contextlib.contextmanager
 def weightless() -> Iterator[None]:
-    """Inside, `load` builds models on the meta device: for what a task makes of rows, which needs no weights."""
+    """Inside, `load` builds models on the meta device, enough for what a task makes of rows."""
     token = _WEIGHTLESS.set(True)
     try:
         yield
@@ -84,7 +84,7 @@ def weightless() -> Iterator[None]:
 
 
 def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Module, list[str]]:
-    """Load the weights; return the model and the names of its new tensors, drawn with the run's seed."""
+    """Load the weights; return the model and the names of its new tensors, which the run's seed draws."""
     path = str(Path(model).expanduser()) if is_local(model) else model
     try:
         if _WEIGHTLESS.get():
@@ -121,7 +121,7 @@ def tokenizer(model: str) -> Any:
 
 
 def cut_texts(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[list[list[int]], list[int]]:
-    """Return the token ids of texts, `length` at most, special ones among them, and which texts were longer."""
+    """Return at most `length` token ids per text, including special ones, and which texts were longer."""
     if not texts:
         return [], []
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
@@ -135,7 +135,7 @@ def _first(error: BaseException) -> str:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Return an id to pad with; what it is does not matter, because padding is masked by place."""
+    """Return an id to pad with; its value does not matter, because padding is masked by position."""
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if value is not None:
             return int(value)
@@ -143,17 +143,17 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
-    """Return how many tokens a row may have.
+    """Return the most tokens that a row may have.
 
     Raises:
         ConfigError: `wanted` is more than the model takes.
-        DataError: the tokenizer knows tokens that the model has no embedding for.
+        DataError: the tokenizer has tokens for which the model has no embedding.
     """
     config: Any = model.config
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise DataError(
-            f"The tokenizer has {len(tokenizer):,} tokens, the model embeds {rows:,}.",
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model embeds {rows:,}.",
             "Resize the model's embeddings and train them first, or use the model's own tokenizer.",
         )
     limits = [int(v) for v in (getattr(config, "max_position_embeddings", None),) if v]

@@ -1,4 +1,4 @@
-"""What tasks share that read one text: a sequence classifier or regressor."""
+"""What tasks that read one text share: a sequence classifier or regressor."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class OneText(Task):
 
     @abstractmethod
     def label(self, row: Example) -> int | float:
-        """Return what the model should put out for a row."""
+        """Return the output that the model should give for a row."""
 
     def items(self, rows: Sequence[Example]) -> Rows:
         """Tokenize."""
         if not rows:
             return Rows([])
         encoded, cut = cut_texts(self.tokenizer, [r.source for r in rows], self.length)
-        self.note_cut([rows[i] for i in cut], len(rows), "texts", f"at their end, to max_length={self.length} tokens")
+        self.note_cut([rows[i] for i in cut], len(rows), "texts", f"at the end, to max_length={self.length} tokens")
         return Rows([{"input_ids": ids, "labels": self.label(row)} for ids, row in zip(encoded, rows, strict=True)])
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad at the right to the longest text of the batch."""
+        """Pad on the right to the longest text of the batch."""
         labels = torch.tensor([f["labels"] for f in features])
         return pad([f["input_ids"] for f in features], self.pad) | {"labels": labels}
 
 
 def loaded(model: str, config: Any, options: Options) -> tuple[Any, Any, int, list[str]]:
-    """Return model, tokenizer, tokens of a row, and the names of new tensors."""
+    """Return model, tokenizer, most tokens per row, and the names of new tensors."""
     tokens = tokenizer(model)
     config.pad_token_id = pad_id(tokens)
     net, fresh = load(AutoModelForSequenceClassification, model, config, options)

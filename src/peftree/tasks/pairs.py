@@ -1,4 +1,4 @@
-"""Rows of an image with a text, and what the tasks on them share."""
+"""Rows of an image with a text, and what tasks on them share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Pairs(Dataset[dict[str, Any]]):
     """Features of texts, each with the pixels of its image.
 
     Args:
-        rows: whose sources are paths of images.
-        features: of the texts, in the same order.
-        look: how the model wants images.
+        rows: rows whose sources are paths of images.
+        features: features of the texts, in the same order.
+        look: how the model expects images.
     """
 
     def __init__(self, rows: Sequence[Example], features: Sequence[dict[str, Any]], look: Look) -> None:
@@ -30,7 +30,7 @@ class Pairs(Dataset[dict[str, Any]]):
         self.order = list(range(len(rows)))
 
     def shuffled(self, seed: int = 0) -> Pairs:
-        """Return the same texts, each with the image of another row; which one is drawn with `seed`."""
+        """Return the same texts, each with the image of another row; `seed` draws which one."""
         other = Pairs((), self.features, self.images.look)
         other.images = self.images
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -47,12 +47,12 @@ class Pairs(Dataset[dict[str, Any]]):
 
 
 def pair_look(model: str, config: Any, wanted: int | None) -> Look:
-    """Return how the vision tower of a model of two towers wants images; see `read_look`."""
+    """Return how the vision tower of a two-tower model expects images; see `read_look`."""
     return read_look(model, is_local(model), config.vision_config, wanted)
 
 
 def image_features(model: Any, look: Look) -> Tensor:
-    """Return what the model makes of one grey image: its features, `[1, ...]` or a list of one.
+    """Return the model's features of one grey image, `[1, ...]` or a list of one.
 
     Raises:
         ConfigError: its vision tower does not take images of that size.

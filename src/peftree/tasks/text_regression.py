@@ -19,7 +19,7 @@ class TextRegression(OneText):
     """A model with one output, trained with the squared error.
 
     Targets are standardised by the mean and deviation of the training rows; `output * std + mean` is
-    the prediction in the data's own units, and scores are in these.
+    the prediction in the data's own units, which scores use too.
     """
 
     name = "text-regression"
@@ -44,7 +44,7 @@ class TextRegression(OneText):
         """
         wanted = np.array([float(row.target) for row in data.train])
         if np.ptp(wanted) == 0:
-            raise DataError(f"All training rows have the score {wanted[0]:g}.", "Regression needs two values at least.")
+            raise DataError(f"All training rows have the score {wanted[0]:g}.", "Regression needs at least two values.")
         config = read_config(model, options.config, ())
         config.num_labels, config.problem_type = 1, "regression"
         net, tokens, fit, fresh = loaded(model, config, options)

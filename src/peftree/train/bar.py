@@ -8,7 +8,7 @@ from transformers import ProgressCallback
 
 
 class Bar(ProgressCallback):
-    """The Trainer's progress bar with the newest figures at its end instead of a line for each."""
+    """The Trainer's progress bar, with the newest figures at its end instead of a line for each."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         """Show the loss or the score."""

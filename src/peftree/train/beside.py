@@ -1,4 +1,4 @@
-"""Beside the steps: batches for methods that look at data, and the optimizer that a method or the run asks for."""
+"""Besides the steps: batches for methods that look at data, and the optimizer that a method or the run asks for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ANY = {"adamw_torch", "adamw_torch_fused"}  # what arguments have that name non
 
 
 def losses(trainer: Trainer, model: nn.Module, draws: Draws, step: int) -> Iterator[Callable[[], Tensor]]:
-    """Yield calls that give the loss of batches of training rows, each row once, in an order of this step's own.
+    """Yield callables that return the loss of batches of training rows, each row once, in an order set by the step.
 
-    Batches are made when they are taken and run in eval mode. Random numbers stay as they were, and the order is the
+    Batches are made when they are taken and run in eval mode. Random states are not changed, and the order is the
     same in every process and after a resume.
     """
     rows: Any = trainer.train_dataset
@@ -54,7 +54,7 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def optimizer(adapter: Adapter, lr: float | None, args: TrainingArguments, given: Any) -> Optimizer | None:
-    """Return the method's own optimizer over its groups; the one given, if any, where the method has none.
+    """Return the method's own optimizer over its groups; if the method has none, return the given one, if any.
 
     Args:
         lr: the learning rate; None: the method's.
@@ -62,7 +62,7 @@ def optimizer(adapter: Adapter, lr: float | None, args: TrainingArguments, given
         given: an optimizer that the trainer was given.
 
     Raises:
-        TrainError: the run asks for another one.
+        TrainError: the run asks for another optimizer.
     """
     own = adapter.optimizer(lr, weight_decay=args.weight_decay)
     if own is None or type(given) is type(own):

@@ -1,4 +1,4 @@
-"""Checkpoints: an adapter and the state of its training in one sealed folder, written whole or not at all."""
+"""Checkpoints: an adapter and the state of its training in one sealed folder, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def write_checkpoint(
 ) -> Path:
     """Write `checkpoint-N`: the adapter as `peftree.load` reads it, and what resuming needs.
 
-    Everything is written beside the target, hashed into `checkpoint.json`, made durable, and renamed.
+    Everything is written next to the target, hashed into `checkpoint.json`, made durable, and renamed.
 
     Args:
         trainer_state: transformers' `TrainerState` as JSON.
 
     Raises:
-        StoreError: a tensor is not finite, or the disk is full; an older checkpoint stays as it was.
+        StoreError: a tensor is not finite, or the disk is full; an older checkpoint is unchanged.
     """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,24 +72,24 @@ def write_checkpoint(
         sync_folder(target.parent)
     except (OSError, BusyError) as error:
         cause = error if isinstance(error, OSError) else OSError(errno.ENOSPC, "no space left on device")
-        raise unwritten(target, cause, "Earlier checkpoints are whole; resume continues from them.") from None
+        raise unwritten(target, cause, "Earlier checkpoints are complete; resume continues from them.") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return target
 
 
 def newest_checkpoint(output: str | Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint in `output`; damaged ones are named and passed over.
+    """Return the newest complete checkpoint in `output`; damaged ones are named and skipped.
 
     Raises:
-        TrainError: there are checkpoints, and all are damaged.
+        TrainError: there are checkpoints, but all are damaged.
     """
     found = [(int(m[1]), p) for p in Path(output).glob("checkpoint-*") if (m := _FOLDER.match(p.name))]
     for _, path in sorted(found, reverse=True):
         problem = damage(path)
         if not problem:
             return path
-        say(f"{path} is passed over: {problem}")
+        say(f"{path} is skipped: {problem}")
     if found:
         raise TrainError(
             f"All {len(found)} checkpoints in {output} are damaged.",
@@ -99,7 +99,7 @@ def newest_checkpoint(output: str | Path, say: Callable[[str], None]) -> Path | 
 
 
 def damage(checkpoint: str | Path) -> str:
-    """Return what is wrong with a checkpoint, or an empty string if every file is as it was written."""
+    """Return what is wrong with a checkpoint, or an empty string if every file is as written."""
     folder = Path(checkpoint)
     try:
         seal = read_json(folder / SEAL).get("sha256")
@@ -107,7 +107,7 @@ def damage(checkpoint: str | Path) -> str:
             return f"{SEAL} does not list all files"
         for name, wanted in seal.items():
             if Path(name).name != name or sha256(read_bytes(folder / name, MAX_BYTES)) != wanted:
-                return f"{name} is not as it was written"
+                return f"{name} was changed after it was written"
     except (PeftreeError, OSError) as error:
         return str(error)
     return ""
@@ -128,7 +128,7 @@ def fill_adapter(adapter: Adapter, checkpoint: str | Path) -> None:
     wrong += sorted(k for k in other if k not in grown)
     if wrong:
         raise TrainError(
-            f"{path} belongs to another adapter: {wrong[0]} differs, and {len(wrong) - 1} more tensors.",
+            f"{path} belongs to another adapter: {wrong[0]} and {len(wrong) - 1} more tensors differ.",
             "Resume with the method and fields of the first run, or choose another output folder.",
         )
     for key in other:  # sizes that training decides
@@ -140,7 +140,7 @@ def fill_adapter(adapter: Adapter, checkpoint: str | Path) -> None:
 
 
 def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Restore the optimizer, the course of the learning rate, and running means that a method ranks by.
+    """Restore the optimizer, the learning rate schedule, and running means that a method ranks by.
 
     Raises:
         TrainError: the optimizer's tensors are not those of this checkpoint.
@@ -150,7 +150,7 @@ def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.opt
     fresh = optimizer.state_dict()["param_groups"]
     groups = [g | {"betas": tuple(g["betas"])} if "betas" in g else g for g in plain["groups"]]
     if [g["params"] for g in groups] != [g["params"] for g in fresh]:
-        raise TrainError(f"{checkpoint} has other optimizer groups.", "Resume with the first run's method.")
+        raise TrainError(f"{checkpoint} has different optimizer groups.", "Resume with the first run's method.")
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in plain["scalars"].items()}
     for name, tensor in tensors.items():
@@ -167,7 +167,7 @@ def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.opt
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a copy of `value` in the memory layout of `parameter`: another one rounds sums differently."""
+    """Return a copy of `value` in the memory layout of `parameter`; another layout rounds sums differently."""
     if value.shape != parameter.shape:
         return value.clone()
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,4 +1,4 @@
-"""Random numbers of a data set and its collator: they depend on the seed, the epoch and the rows of the batch alone."""
+"""Random numbers of a data set and its collator: they depend only on seed, epoch and rows of the batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.data import Dataset, IterableDataset, RandomSampler, get_worker
 
 
 class Draws:
-    """Gives each batch random numbers of its own, in whatever process it is read and however the run came there.
+    """Gives each batch its own random numbers, whichever process reads it and however the run got there.
 
-    Batches are read ahead of the steps and, after a resume, from the middle of an epoch: numbers out of the
-    streams that continue through training would be other ones then. What is covered are the streams of
-    `random`, `numpy.random` and torch on the CPU; a generator that a data set keeps for itself is its own business.
+    Batches are read ahead of the steps and, after a resume, from the middle of an epoch, so numbers from the
+    streams that continue through training would differ then. This covers the streams of
+    `random`, `numpy.random` and torch on the CPU, but not a generator that a data set keeps for itself.
 
     Args:
-        seed: of the run.
+        seed: the seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -40,13 +40,13 @@ class Draws:
         self._order.manual_seed(self.seed + number)
 
     def order(self, sampler: Any) -> Any:
-        """Return the sampler; one that takes its order from torch's own stream takes it from the epoch's."""
+        """Return the sampler; one that draws its order from torch's stream draws it from the epoch's stream."""
         if sampler is not None and not isinstance(sampler, RandomSampler) and vars(sampler).get("generator", 0) is None:
             sampler.generator = self._order
         return sampler
 
     def on(self, loader: Any) -> Any:
-        """Return accelerate's loader of the training rows, which draws for each batch alone from now on."""
+        """Return accelerate's loader of the training rows, which draws separately for each batch from now on."""
         base = loader.base_dataloader
         kind = _Stream if isinstance(base.dataset, IterableDataset) else _Rows
         vars(base)["dataset"] = kind(base.dataset, self)  # of the same kind and length, so the loader's checks hold
@@ -58,7 +58,7 @@ class Draws:
 
     @contextlib.contextmanager
     def of(self, *key: object) -> Iterator[None]:
-        """Let what is drawn inside depend on `key`; outside, random numbers stay as they were."""
+        """Make what is drawn inside depend on `key`; outside, random states are not changed."""
         digest = hashlib.sha256(repr((self.seed, self.epoch, *key)).encode()).digest()
         with _kept():
             random.seed(digest)
@@ -103,7 +103,7 @@ class _Told:
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell a data set that shuffles by epoch."""
+        """Tell the epoch to a data set that shuffles by it."""
         told: Callable[[int], None] | None = getattr(self.rows, "set_epoch", None)
         if told is not None:
             told(epoch)
@@ -125,7 +125,7 @@ class _Rows(_Told, Dataset[Any]):
 
 
 class _Stream(_Told, IterableDataset[Any]):
-    """A data set read from its start on, after a resume too: its draws are one stream for each pass and worker."""
+    """A data set read from its start, also after a resume: its draws are one stream per pass and worker."""
 
     def __iter__(self) -> Iterator[Any]:
         with self.draws.of("stream", _worker()):
@@ -143,7 +143,7 @@ class _Stream(_Told, IterableDataset[Any]):
 
 
 class _Collate:
-    """A collator whose draws are those of the batch; the batches of a stream are counted."""
+    """A collator that draws as its batch does; the batches of a stream are counted."""
 
     def __init__(self, collate: Callable[[Any], Any], draws: Draws) -> None:
         self.collate = collate

@@ -1,4 +1,4 @@
-"""Writes a finished run's adapter for other programs; a merged model gets its tokenizer and image settings too."""
+"""Writes a finished run's adapter for other programs; a merged model also gets its tokenizer and image settings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def export_run(run_folder: str | Path, out: str | Path, to: Literal["peft", "mer
 
     Args:
         run_folder: what `train` wrote.
-        out: made if need be; for `merged` it must be empty or new.
+        out: created if needed; for `merged` it must be empty or new.
         to: see `peftree.export`.
 
     Raises:
-        PeftreeError: as `open_run` and `peftree.export`; BusyError: another process trains in `out`.
+        PeftreeError: as for `open_run` and `peftree.export`; BusyError: another process trains in `out`.
     """
     check_free(out)
     opened = open_run(run_folder)
@@ -44,7 +44,7 @@ def export_run(run_folder: str | Path, out: str | Path, to: Literal["peft", "mer
 
 
 def companions(model: str) -> list[Path]:
-    """Return the files beside the weights of a folder or of a hub name fetched before; nothing is fetched."""
+    """Return the files next to the weights of a folder, or of a hub name fetched earlier; nothing is fetched."""
     place = Path(model).expanduser()
     source = str(place) if place.is_dir() else model
     quiet: dict[str, Any] = dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Health checks of a training run: by its third step, what would fail silently has failed with a sentence."""
+"""Health checks of a training run: by its third step, what would fail silently fails with a message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Health:
 
     Args:
         adapter: the adapter in training.
-        stop: id of the token that must be in the loss, for generation.
+        stop: id of the stop token, which must be in the loss for generation.
     """
 
     def __init__(self, adapter: Adapter, stop: int | None = None) -> None:
@@ -38,12 +38,12 @@ class Health:
         self.done = False
 
     def check_adapter(self, model: nn.Module) -> None:
-        """Check before the first step that the adapter is on and that it alone trains."""
+        """Check before the first step that the adapter is switched on and that only it trains."""
         name = self.adapter.name
         on = active(model)
         if name not in on:
             raise TrainError(
-                f"Adapter '{name}' is trained but not on; its gradients would all be missing.",
+                f"Adapter '{name}' is trained but not switched on, so it would get no gradients.",
                 f"Call peftree.switch(model, '{name}') before training.",
             )
         trained = self._trained()
@@ -53,7 +53,7 @@ class Health:
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in {*trained, *idle}]
         if others:
             raise TrainError(
-                f"{len(others)} trainable tensors are not of adapter '{name}', as {others[0]}.",
+                f"{len(others)} trainable tensors, such as {others[0]}, are not part of adapter '{name}'.",
                 "Freeze them with requires_grad_(False); only the adapter would be saved.",
             )
 
@@ -63,7 +63,7 @@ class Health:
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         missing = [n for key, n in trained.items() if key not in held]
         if missing or len(held) > len(trained):
-            what = f"lacks {len(missing)}, as {missing[0]}, of" if missing else "holds others than"
+            what = f"lacks {len(missing)}, such as {missing[0]}, of" if missing else "holds more than"
             raise TrainError(
                 f"The optimizer {what} the {len(trained)} trainable tensors of adapter '{self.adapter.name}'.",
                 "Build it after peftree.adapt, from adapter.param_groups().",
@@ -74,7 +74,7 @@ class Health:
         return {id(p): n for n, p in self.names.items() if p.requires_grad}
 
     def see_batch(self, batch: Mapping[str, Any]) -> None:
-        """Look at a batch's masks and labels."""
+        """Check a batch's masks and labels."""
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and not bool(mask.flatten(1).any(1).all()):
             raise TrainError("A row's attention mask is all zero.", "Check tokenizer and collator.")
@@ -91,7 +91,7 @@ class Health:
             self.stops[1] += len(rows)
 
     def _check_labels(self) -> None:
-        """Check what the passes of a step, one of which may have no label, had in the loss together."""
+        """Check what the passes of a step had in the loss together; a single pass may have no label."""
         before, self._seen = self._seen, tuple(self.labels)
         kept, labels = (new - old for new, old in zip(self._seen, before, strict=True))
         if labels and not kept:
@@ -101,7 +101,7 @@ class Health:
             )
         if self.stops[1] and not self.stops[0]:
             raise TrainError(
-                f"The stop token {self.stop} is in the loss of none of {self.stops[1]} rows; "
+                f"The stop token {self.stop} is not in the loss of any of {self.stops[1]} rows; "
                 "the model would not learn to stop.",
                 "Raise max_length; do not mask labels by pad id, which may be the stop token.",
             )
@@ -111,7 +111,7 @@ class Health:
         if not loss.requires_grad:
             raise TrainError(
                 "The loss depends on no trainable tensor: no adapter weight would get a gradient.",
-                "With gradient checkpointing use use_reentrant=False; check that the sites lie in the "
+                "With gradient checkpointing, set use_reentrant=False; check that the sites are in the "
                 "part of the model that the task runs.",
             )
 
@@ -132,9 +132,9 @@ class Health:
             self._judge()
 
     def _judge(self) -> None:
-        """Raise if a site is dead, or one tensor is at every site; single dead tensors are data's doing.
+        """Raise if a site is dead, or if one tensor is dead at every site; the data can cause single dead tensors.
 
-        Who asks for `all` parameters names no module: some have parts for other tasks (DINOv2's mask token).
+        A request for `all` parameters names no module: some models have parts for other tasks (DINOv2's mask token).
         """
         trained = list(self._trained().values())
         dead = [n for n in trained if n not in self.alive and self.turns[n] >= STEPS]
@@ -147,9 +147,9 @@ class Health:
         if fatal:
             raise TrainError(
                 f"{len(dead)} of {len(trained)} trainable tensors had no gradient in {STEPS} steps, "
-                f"as {', '.join(fatal[:3])}.",
-                "Check that their sites lie in the part of the model that the task runs (peftree inspect), or name "
-                "other sites; a narrow bottleneck of ReLUs may also start dead: make it wider or change the seed.",
+                f"such as {', '.join(fatal[:3])}.",
+                "Check that their sites are in the part of the model that the task runs (peftree inspect), or name "
+                "other sites. A narrow bottleneck of ReLUs can also start dead: widen it or change the seed.",
             )
 
     def _alive_like(self, name: str, part: int) -> bool:
@@ -158,13 +158,13 @@ class Health:
         return any(other.rpartition("/")[part] == key for other in self.alive)
 
     def effect(self, model: nn.Module, batch: Mapping[str, Any]) -> float:
-        """Return the largest change of the output by the adapter on a batch.
+        """Return the largest change that the adapter makes to the output on a batch.
 
-        The model is given what it was given in training, all of it: some read their labels, and not every tensor's
+        The model gets everything that it got in training: some models read their labels, and not every tensor's
         first dimension is the rows.
 
         Raises:
-            TrainError: there is none.
+            TrainError: the output does not change.
         """
         on = active(model)
         training = model.training
@@ -182,8 +182,8 @@ class Health:
         change = max(float((n.float() - o.float()).abs().max()) for n, o in rows) if same else float("inf")
         if change == 0:
             raise TrainError(
-                f"Adapter '{self.adapter.name}' is on and trained, but the output equals the base's.",
-                "Raise lr if it is tiny; check that its sites lie in the part the task runs.",
+                f"Adapter '{self.adapter.name}' is switched on and trained, but the output equals the base's.",
+                "Raise lr if it is tiny; check that its sites are in the part that the task runs.",
             )
         return change
 
@@ -213,7 +213,7 @@ def names(adapter: Adapter) -> dict[str, nn.Parameter]:
 
 
 def main_output(output: Any) -> Tensor:
-    """Return the tensor that matters of a model's output: logits, or its first tensor that is not a scalar loss."""
+    """Return the tensor that matters in a model's output: the logits, or its first tensor that is not a scalar loss."""
     named = output if isinstance(output, Mapping) else {}
     logits = named.get("logits")
     if isinstance(logits, Tensor):
@@ -226,8 +226,8 @@ def main_output(output: Any) -> Tensor:
 def not_finite(what: str) -> DivergedError:
     """Return the error for a NaN or an infinity in `what`."""
     return DivergedError(
-        f"{what} is not finite; training stopped and nothing of this step was saved.",
-        "Lower lr, raise warmup, or use dtype float32; earlier checkpoints are good.",
+        f"{what} is not finite; training stopped, and nothing from this step was saved.",
+        "Lower lr, raise warmup, or use dtype=float32; earlier checkpoints are usable.",
     )
 
 

@@ -35,7 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count what happens inside as `phase`."""
+        """Count what happens inside the block as `phase`."""
         self.book()
         self._running.append(phase)
         try:
@@ -45,7 +45,7 @@ class Clock:
             self._running.pop()
 
     def book(self) -> None:
-        """Count the time since the last booking as the phase that runs."""
+        """Count the time since the last call for the current phase."""
         now = (time.perf_counter(), time.process_time())
         if self._running:
             self.wall[self._running[-1]] += now[0] - self._mark[0]
@@ -66,10 +66,10 @@ class Clock:
 
 
 class StepClock(TrainerCallback, ExportableState):
-    """Notes how long each optimizer step takes, without evaluation and saving; a checkpoint keeps the time so far.
+    """Records how long each optimizer step takes, without evaluation and saving; a checkpoint keeps the time so far.
 
-    Processor time where training runs on one thread of a CPU, so that other work on the machine does not count;
-    else wall time.
+    It takes processor time if training runs on one thread of a CPU, so that other work on the machine does not count,
+    and wall time otherwise.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -90,18 +90,18 @@ class StepClock(TrainerCallback, ExportableState):
             self.clock.cpu["train"] += before.get("cpu", 0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Start the watch."""
+        """Start the clock."""
         alone = args.device.type == "cpu" and torch.get_num_threads() == 1
         self.watch = time.process_time if alone else time.perf_counter
         self.start = self.watch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.clock.steps.append(self.watch() - self.start)
 
 
 def curve(history: Sequence[dict[str, Any]]) -> tuple[CurvePoint, ...]:
-    """Return the curve of a Trainer's history: step, training loss, validation score; None where not measured."""
+    """Return the curve of a Trainer's history: step, training loss, validation score; None if not measured."""
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
         for key, ours in (("loss", "loss"), ("eval_score", "score")):
@@ -127,7 +127,7 @@ def environment() -> dict[str, str | int | float]:
 
 
 def throughput(items: Items, rows: int, step_seconds: float | None) -> dict[str, Any]:
-    """Return how much of the training rows a step of so many goes through in a second, by the mean of the first."""
+    """Return the tokens or images per second of a step of `rows` rows, from the mean length of the first rows."""
     if not step_seconds:
         return {}
     count = len(items)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def throughput(items: Items, rows: int, step_seconds: float | None) -> dict[str,
 
 
 class Saved(TrainerCallback):
-    """Measures what a graph keeps when training begins: a method that reads data first has done so then."""
+    """Measures what a graph keeps when training begins, after a method that reads data has read it."""
 
     def __init__(self, measure: Callable[[], int], clock: Clock) -> None:
         self.measure = measure
@@ -153,7 +153,7 @@ class Saved(TrainerCallback):
 
 @contextlib.contextmanager
 def calm(quiet: bool) -> Iterator[None]:
-    """Keep transformers' own reports of a load away; ours say what matters."""
+    """Silence transformers' own reports of a load; ours say what matters."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if quiet:

@@ -1,4 +1,4 @@
-"""What a run says of its scores: beside the model without the adapter, and beside one answer for all rows."""
+"""What a run says about its scores, compared with the model without the adapter and with one answer for all rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scored(scores: Scores, base: Scores | None, split: str) -> dict[str, Any]:
 
 
 def last_lines(result: Run) -> list[str]:
-    """Return what is said at the end of a run with the result `result`."""
+    """Return the lines printed at the end of a run with this `result`."""
     beside = {"without the adapter": result.base_score, "one answer for all rows": result.constant_score}
     known = ", ".join(f"{who} {score:.4g}" for who, score in beside.items() if score is not None)
     lines = [

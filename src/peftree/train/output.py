@@ -1,4 +1,4 @@
-"""A run's output folder: held by one process, gone on with only by the run that began it, cleared of dead stages."""
+"""A run's output folder: locked by one process, continued only by the run that began it, cleared of leftovers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _BESIDE = (".json", ".txt", ".model", ".jinja")  # what tells how a model's inpu
 
 @contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` against other processes and threads; made if need be, and removed again if nothing is written.
+    """Lock `folder` against other processes and threads; create it if needed, and remove it if nothing is written.
 
-    The system lets go of a lock when its process ends, however it ends. The same thread may hold a folder twice.
+    The system releases a lock when its process ends, however it ends. The same thread may lock a folder twice.
 
     Raises:
-        BusyError: another process or thread holds it.
+        BusyError: another process or thread has locked it.
     """
     path = Path(os.path.abspath(folder))
     made = [p for p in (path, *path.parents) if not p.exists()]
@@ -71,7 +71,7 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise BusyError if a run is under way in `folder` or in one that it lies in."""
+    """Raise BusyError if a run is in progress in `folder` or in a parent of it."""
     path = Path(os.path.abspath(folder))
     for place in (path, *path.parents):
         if (place / LOCK).is_file() and os.access(place / LOCK, os.W_OK):
@@ -85,12 +85,12 @@ def check_free(folder: str | Path) -> None:
 
 def _busy(path: Path) -> BusyError:
     return BusyError(
-        f"{path} is in use: another run trains there.", "Wait until it has ended, or name another output folder."
+        f"{path} is in use: another run trains there.", "Wait until it ends, or name another output folder."
     )
 
 
 def _clear(path: Path) -> None:
-    """Remove what killed processes left half-written; whoever holds the folder knows that they are dead."""
+    """Remove what killed processes left half-written; the process that holds the lock knows that they are dead."""
     for name in os.listdir(path):
         if _STAGE.match(name):
             left = path / name
@@ -111,7 +111,7 @@ def check_place(config: RunConfig) -> None:
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(
-            f"{config.where('output')}output: {output}: {there} is not a folder that can be written to.",
+            f"{config.where('output')}output: {output}: {there} is not a writable folder.",
             "Name another output folder.",
         )
 
@@ -130,13 +130,13 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
     """Return whether the output folder holds a run to continue.
 
     Raises:
-        ConfigError: it holds a run and `resume` is off, or a run with other settings or without a record of them.
+        ConfigError: it holds a run and `resume` is off, or a run with other or unknown settings.
     """
     output = Path(config.output)
     used = (output / METRICS).exists() or any(output.glob("checkpoint-*"))
     if used and not config.resume:
         raise ConfigError(
-            f"{output} holds a run already.", "Set resume: true to continue, or name another output folder."
+            f"{output} already holds a run.", "Set resume: true to continue, or name another output folder."
         )
     if used:
         old = _record(output, SETTINGS, lambda path: read_yaml(path, {}))
@@ -150,11 +150,11 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
 
 
 def check_scoring(config: RunConfig, ran: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
-    """Refuse `config`, which is `ran` with overrides, where it differs in what scoring a finished run does not read."""
+    """Refuse `config`, which is `ran` with overrides, if it differs in settings that scoring does not read."""
     changed = [k for k in RunConfig.model_fields if k not in _SCORING and getattr(config, k) != getattr(ran, k)]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)} of {folder} cannot be changed: its adapter is scored as it was trained.",
+            f"{folder} is scored as it was trained: {', '.join(changed)} cannot be changed.",
             f"Leave that out, or train another: peftree train {folder / SETTINGS} {shlex.join(overrides)} output=NEW.",
         )
 
@@ -171,12 +171,12 @@ def _record(output: Path, name: str, read: Any) -> dict[str, Any]:
 
 
 def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) -> None:
-    """Compare what a run is made of with what the first part of it was made of, or note it for later.
+    """Compare the inputs of a resumed run with those of its first part, or record them for later.
 
-    Rows are compared by what they hold and the base by its fingerprint, wherever the files lie now.
+    Rows are compared by content and the base by its fingerprint, wherever the files are now.
 
     Raises:
-        ConfigError: rows, base or the base's tokenizer differ, or the record of them is missing or damaged.
+        ConfigError: the rows, the base or its tokenizer differ, or the record of them is missing or damaged.
     """
     path = Path(config.output) / INPUTS
     rows = {split: _rows(data, split) for split in ("train", "valid", "test")}
@@ -186,7 +186,7 @@ def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) ->
         atomic_write(path, json.dumps({"rows": rows, "beside": beside, "base": base}, indent=1) + "\n")
         return
     old = _record(path.parent, INPUTS, lambda p: read_json(p, 1 << 22))
-    advice = "Resume with what the run began with, or name another output folder and train again."
+    advice = "Resume with the same inputs, or name another output folder and train again."
     try:
         base_differs = difference(Fingerprint.model_validate(old.get("base")), model)
     except ValidationError:
@@ -204,7 +204,7 @@ def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) ->
 
 
 def _rows(data: Data, split: str) -> str:
-    """Return a hash of the rows of a split: of their texts, and of the content of files they name."""
+    """Return a hash of the rows of a split: of their texts, and of the files that they name."""
     seen = hashlib.sha256()
     files = task_facts(data.task).modality != "language"
     for row in getattr(data, split):
@@ -217,14 +217,14 @@ def _rows(data: Data, split: str) -> str:
 
 
 def _beside(model: str) -> dict[str, str]:
-    """Return the hashes of the small files in a model's folder; nothing for a hub name."""
+    """Return the hashes of the small files in a model's folder; empty for a hub name."""
     folder = Path(model).expanduser()
     found = sorted(p for p in folder.iterdir() if p.suffix in _BESIDE and p.is_file()) if folder.is_dir() else []
     return {p.name: sha256(p.read_bytes()) for p in found}
 
 
 def done_steps(output: str | Path) -> int | None:
-    """Return after how many steps the results in `output` were written; None without any."""
+    """Return the number of steps after which the results in `output` were written; None without results."""
     path = Path(output) / METRICS
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""The memory of a run at its peak, measured when it has ended, beside what is planned for its settings."""
+"""The peak memory of a run, measured after it ends, with the plan for its settings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Figures = dict[str, int | None]
 def peak(
     config: RunConfig, task: Task, adapter: Adapter, items: Mapping[str, Items], optimizer: Optimizer | None
 ) -> tuple[Figures, str]:
-    """Return a run's peak, measured and planned, by the names of its record, and both in a line.
+    """Return a run's peak, measured and planned, under the names of its record, and a line with both.
 
-    On CUDA the allocator has told. On a CPU the largest batches go through the model again, without the optimizer's
-    update. Random numbers stay as they were. A quiet run has neither: they cost some passes and a plan.
+    On CUDA the allocator recorded it. On a CPU the largest batches go through the model again, without the optimizer's
+    update. Random states are not changed. A quiet run has neither, since they cost some passes and a plan.
     """
     if config.quiet:
         return {}, ""
@@ -59,7 +59,7 @@ def _measured(
     config: RunConfig, task: Task, adapter: Adapter, items: Mapping[str, Items], optimizer: Optimizer | None,
     train: Batch, scored: Batch,
 ) -> tuple[Figures, str]:  # fmt: skip
-    """Return what a CPU's allocator held, and in brackets when it held most."""
+    """Return the most that a CPU's allocator held, and when, in parentheses."""
     model: Any = task.model.train()
 
     def loss() -> Tensor:
@@ -98,7 +98,7 @@ def step_peak(task: Task, items: Items, size: int) -> int:
 
 
 def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: torch.device) -> Request:
-    """Return what the planner is asked for a run."""
+    """Return the planner's request for a run."""
     values = {name: getattr(config, name) for name in RunConfig.model_fields}
     own: Any = task.model.config
     values |= {"task": task.name, "labels": max(len(task.labels), 1), "device": device.type}

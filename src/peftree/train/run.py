@@ -50,7 +50,7 @@ from peftree.train.trainer import AdapterTrainer
 
 
 def run(config: RunConfig) -> Run:
-    """Do the whole job that `config` describes and write everything into `config.output`.
+    """Do the whole run that `config` describes and write everything to `config.output`.
 
     The folder gets `resolved.yaml`, `checkpoint-N/`, `adapter/` (for `peftree.load`) and `metrics.json`.
 
@@ -62,15 +62,15 @@ def run(config: RunConfig) -> Run:
 
 
 def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenRun]:
-    """Do as `run` does, and return the trained model with its adapter on and its data too.
+    """Do as `run` does, and also return the trained model, with its adapter switched on, and its data.
 
     Args:
         config: the run.
-        onto: continue training the adapter of this one, on the data of `config`, with the same model,
+        onto: continue training the adapter of this run, on the data of `config`, with the same model,
             method, task and labels (else ConfigError).
 
     Raises:
-        BusyError: another process trains into the output folder.
+        BusyError: another process trains in the output folder.
     """
     check_place(config)
     check_trackers(config)
@@ -130,10 +130,10 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A finished run, its model loaded and its adapter on.
+    """A finished run, with its model loaded and its adapter switched on.
 
     Attributes:
-        config: as it was run.
+        config: the configuration of the run.
         task, adapter, data: the live objects; `task.model` is the model.
     """
 
@@ -143,12 +143,12 @@ class OpenRun:
     data: Data
 
     def score(self, split: str | None = None) -> Scores:
-        """Score the model as it stands on a split (`train`, `valid`, `test`; None: test, or valid without one)."""
+        """Score the model in its current state on a split (`train`, `valid`, `test`; None: test, or else valid)."""
         rows = self.data.scored[1] if split is None else getattr(self.data, split)
         return self.score_rows(rows)
 
     def score_rows(self, rows: Sequence[Example]) -> Scores:
-        """Score the model as it stands on `rows`."""
+        """Score the model in its current state on `rows`."""
         return self.task.score(self.task.items(rows), self.config.eval_batch_size)
 
 
@@ -158,11 +158,11 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
     Args:
         folder: its output folder, or the run file whose `output` that is.
         overrides: as for `load_config`: `data.test=other.csv`, `model=/moved/here`.
-        progress: show a bar where scoring takes long.
+        progress: show a progress bar if scoring takes long.
 
     Raises:
-        PeftreeError: the folder is not a finished run, something in it is damaged or was moved, or an override is of
-            training alone and would change nothing.
+        PeftreeError: the folder is not a finished run, something in it is damaged or was moved, or an override only
+            affects training and would change nothing.
     """
     path = Path(folder)
     if path.is_file():
@@ -182,7 +182,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
 
 
 def _leave_room(config: RunConfig, task: Task, adapter: Adapter) -> None:
-    """Take the positions that virtual tokens and prefixes need off the length of a row, and say so."""
+    """Subtract the positions that virtual tokens and prefixes need from the length of a row, and say so."""
     for room in adapter.graft.rooms((adapter.name,)):
         left = room.most - room.front
         if left >= task.length:
@@ -195,14 +195,14 @@ def _leave_room(config: RunConfig, task: Task, adapter: Adapter) -> None:
             )
         task.length = left
         task.notes.append(
-            f"{room.front} of the model's {room.most} positions are the adapter's, so rows have {left} tokens at most"
+            f"{room.front} of the model's {room.most} positions are the adapter's, so rows have at most {left} tokens"
         )
 
 
 def _unfinished(path: Path) -> str:
     if any(path.glob("checkpoint-*")):
         return f"Finish it: peftree train {path / SETTINGS} resume=true."
-    return "Name the output folder of a run that has ended."
+    return "Name the output folder of a finished run."
 
 
 def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
@@ -230,7 +230,7 @@ def _goes_on(config: RunConfig, onto: OpenRun) -> tuple[Data, Task, Adapter]:
     pairs |= {"task": (data.task, onto.data.task), "labels": (set(data.labels), set(onto.data.labels))}
     for what, (new, before) in pairs.items():
         if new != before:
-            raise ConfigError(f"This run's {what} differs from that of the run it continues.", "Train again.")
+            raise ConfigError(f"This run's {what} differs from that of the run that it continues.", "Train again.")
     return data, onto.task, onto.adapter
 
 
@@ -283,7 +283,7 @@ def _every(steps: int | None) -> tuple[str, int | None]:
 
 
 def _saved(config: RunConfig, task: Task, items: Items) -> int:
-    """Return the bytes that the graph of one training batch keeps; random numbers stay as they were."""
+    """Return the bytes that the graph of one training batch keeps; random states are not changed."""
     batch = next(task.batches(items, config.batch_size))
     model, training = task.model, task.model.training
     model.train()

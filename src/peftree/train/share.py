@@ -1,4 +1,4 @@
-"""What share of an optimizer step's loss one of its forward passes is: that of the labelled items in it."""
+"""The share of an optimizer step's loss that one forward pass has: its share of the labelled items."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CAUSAL = {
 
 
 def shifts(model: nn.Module) -> bool:
-    """Return True if the model's loss predicts each label from the places before it, so that the first has no part."""
+    """Return True if the model's loss predicts each label from the positions before it, so the first does not count."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
@@ -34,9 +34,9 @@ def shifts(model: nn.Module) -> bool:
 
 
 def items(batch: Mapping[str, Any], model: nn.Module) -> int:
-    """Return over how many items the model's loss on a batch is a mean: its labelled tokens, rows or values.
+    """Return the number of items that the model's loss on a batch averages: its labelled tokens, rows or values.
 
-    A batch without `labels` has as many as it has rows.
+    For a batch without `labels` it is the number of rows.
     """
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
@@ -54,10 +54,10 @@ def items(batch: Mapping[str, Any], model: nn.Module) -> int:
 
 
 def check_splits(batch: Mapping[str, Any], passes: int) -> None:
-    """Raise TrainError if several forward passes cannot stand for one large one, whatever their shares."""
+    """Raise TrainError if several forward passes cannot replace one large one, whatever their shares."""
     if passes > 1 and batch.get("return_loss") is True:
         raise TrainError(
-            f"A contrastive loss compares the rows of one forward pass: {passes} passes a step are not a larger batch.",
+            f"A contrastive loss compares the rows of one forward pass: {passes} per step are not a larger batch.",
             "Set accumulation (gradient_accumulation_steps) to 1 and raise batch_size; gradient_checkpointing saves "
             "memory.",
         )

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: the first one is answered at the next good moment, a second one ends it."""
+"""Signals that ask a process to end: the first is handled at the next good moment, a second ends the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def stopping(stop: Callable[[int], None]) -> Iterator[None]:
-    """Inside, a first SIGTERM or SIGINT calls `stop` with its number and ends nothing (main thread only)."""
+    """Inside, a first SIGTERM or SIGINT calls `stop` with its number; the process continues (main thread only)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""AdapterTrainer: transformers' Trainer that trains one adapter, checks its health, and saves the adapter only."""
+"""AdapterTrainer: a transformers Trainer that trains one adapter, checks its health, and saves only the adapter."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ _DEFAULT_LR = TrainingArguments.learning_rate
 class AdapterTrainer(Trainer):
     """Trains one adapter with transformers' Trainer.
 
-    What is added: the method's parameter groups and default learning rate, its schedule, extra loss,
-    work on data before and work after training; checks that say by step 3 whether anything would
+    It adds the method's parameter groups and default learning rate, its schedule, extra loss,
+    and its work before and after training; checks that say by step 3 whether anything would
     fail silently; a stop within one step when a loss, gradient or weight is not finite; checkpoints
-    that hold the adapter and the state of training, written whole or not at all; on SIGTERM or Ctrl-C a
-    checkpoint and exit code 143 or 130; and the output folder held against other processes.
+    that hold the adapter and the state of training, written completely or not at all; on SIGTERM or Ctrl-C a
+    checkpoint and exit code 143 or 130; and a lock on the output folder against other processes.
 
     Args:
-        adapter: on a model, and switched on.
+        adapter: an adapter that is on a model and switched on.
         args: transformers' arguments.
         lr: learning rate; None: `args.learning_rate` if it is not transformers' default, else the
             method's default.
         stop: id of the token that ends a completion, to check that it is in the loss.
         score: scores the model on the validation items; replaces the Trainer's own evaluation.
             Its score is `eval_score` to `metric_for_best_model`.
-        quiet: print nothing but errors.
+        quiet: print only errors.
         more: the Trainer's own arguments: train_dataset, data_collator, callbacks ...
 
     Raises:
-        TrainError: from `train`, when training would fail silently.
+        TrainError: raised by `train` if training would fail silently.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class AdapterTrainer(Trainer):
         **more: Any,
     ) -> None:
         if adapter.model is None:
-            raise TrainError(f"Adapter '{adapter.name}' is on no model.", "Put it on with peftree.adapt.")
+            raise TrainError(f"Adapter '{adapter.name}' is not on a model.", "Put it on with peftree.adapt.")
         self.adapter = adapter
         self.lr = lr if lr is not None or args.learning_rate == _DEFAULT_LR else args.learning_rate
         self.quiet = quiet
@@ -116,8 +116,8 @@ class AdapterTrainer(Trainer):
         """Train; see `transformers.Trainer.train`.
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the newest whole one in the output folder
-                (none there: training starts at step 0).
+            resume_from_checkpoint: a checkpoint, or True for the newest complete one in the output folder
+                (if there is none, training starts at step 0).
 
         Raises:
             TrainError: training would fail silently, or the run to resume is finished or damaged.
@@ -144,10 +144,10 @@ class AdapterTrainer(Trainer):
             return result
 
     def _over(self, source: str) -> bool:
-        """Return whether a checkpoint is the last of its run, whose results were never written.
+        """Return whether a checkpoint is the last of a run whose results were never written.
 
         Raises:
-            TrainError: it is the last, and they were.
+            TrainError: it is the last, and the results were written.
         """
         state = TrainerState.load_from_json(f"{source}/{checkpoints.TRAINER}")
         *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
@@ -164,7 +164,7 @@ class AdapterTrainer(Trainer):
         return True
 
     def _restore(self, source: str) -> TrainOutput:
-        """Put everything in the state that training ended in."""
+        """Restore the state in which training ended."""
         state = TrainerState.load_from_json(f"{source}/{checkpoints.TRAINER}")
         self.create_optimizer_and_scheduler(state.max_steps)
         assert self.optimizer is not None
@@ -207,7 +207,7 @@ class AdapterTrainer(Trainer):
         return str(found)
 
     def _see_data(self) -> None:
-        """Let a method that needs data see the first batches; random numbers stay as they were."""
+        """Show the first batches to a method that needs data; random states are not changed."""
         method = self.adapter.method
         if not any(part.tags.needs_data for part in (method, *method.parts())):
             return
@@ -218,7 +218,7 @@ class AdapterTrainer(Trainer):
     # What follows overrides steps of transformers' Trainer, under its names.
 
     def get_train_dataloader(self) -> Any:
-        """Return batches whose random numbers depend on the seed, the epoch and their rows alone."""
+        """Return batches whose random numbers depend only on the seed, the epoch and their rows."""
         return self.draws.on(super().get_train_dataloader())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -242,7 +242,7 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Build the schedule; a single step has no warm-up, whose first rate is zero."""
+        """Build the schedule; a single step gets no warm-up, since its first rate is zero."""
         if num_training_steps == 1:
             self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)
@@ -251,10 +251,10 @@ class AdapterTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:  # fmt: skip
-        """Return the model's loss plus the method's own term, in training as this pass's share of the step's.
+        """Return the model's loss plus the method's own term; in training, scaled to this pass's share of the step.
 
-        A model's own loss is a mean over the labelled items of the batch; with the share that these have in the step,
-        the sum over its passes is the mean over the step, however it is split.
+        A model's own loss is a mean over the labelled items of the batch. Scaled by their share in the step,
+        the passes sum to the mean over the step, however it is split.
         """
         watching = model.training and not self.health.done
         if watching:
@@ -280,7 +280,7 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Return how many items a step's loss is a mean over, in all processes whose gradients are averaged."""
+        """Return the number of items that a step's loss averages, in all processes whose gradients are averaged."""
         if self.compute_loss_func is not None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         check_splits(batch_samples[0], len(batch_samples))
@@ -301,11 +301,11 @@ class AdapterTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
 
     def before_step(self) -> None:
-        """Let the method see and change the gradients, clipped ones where they are clipped."""
+        """Let the method see and change the gradients, after any clipping."""
         self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self._plain_optimizer())
 
     def after_step(self) -> None:
-        """Run the method's schedule and look at the weights; gradients are still there."""
+        """Run the method's schedule and check the weights; gradients are still there."""
         step = self.state.global_step + 1
         beside = losses(self, self._base, self.draws, step)
         self.adapter.step(step, self.state.max_steps, self._plain_optimizer(), beside)
@@ -320,7 +320,7 @@ class AdapterTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate with `score` if the trainer has one and no other data is given, else as transformers does."""
+        """Evaluate with `score` if the trainer has one and no other data is given; otherwise as transformers does."""
         if self.score is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = self.score()
@@ -349,7 +349,7 @@ class AdapterTrainer(Trainer):
         )  # fmt: skip
 
     def _note_callbacks(self) -> None:
-        """Put what callbacks must remember (the patience of early stopping) into the state."""
+        """Save what callbacks must remember (the patience of early stopping) in the state."""
         state: Any = self.state
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
@@ -373,7 +373,7 @@ class AdapterTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """Calls the trainer where the loop has no method to override."""
+    """Calls the trainer at points where the loop has no method to override."""
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer

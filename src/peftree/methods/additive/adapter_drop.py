@@ -1,8 +1,8 @@
-"""AdapterDrop: h' = h + [layer >= n] (U ReLU(D h + b1) + b2), a bottleneck that the first n layers go without.
+"""AdapterDrop: h' = h + [layer >= n] (U ReLU(D h + b1) + b2), a bottleneck that the first n layers omit.
 
 Ruckle et al. 2020, arXiv 2010.11918, section 3.1; the adapters are Pfeiffer's. Robust training: n is drawn uniformly
 from 0 to L - 1 when a run starts and after every step, the same for all rows, from a generator that `draw_seed` and the
-step seed, so that a run taken up again draws the same. Outside training the first `drop` layers go without. Training
+step seed, so that a resumed run draws the same. Outside training, the first `drop` layers omit it. Training
 with a fixed n (the specialised kind) is `pfeiffer` with `layers="n:"`. In training the dropped branches are computed
 and multiplied by zero.
 
@@ -27,8 +27,8 @@ class AdapterDrop(Method):
         "additive", "arXiv 2010.11918", False, False, lr=1e-4, inference_cost="low", small={"reduction": 2, "drop": 1}
     )
     sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
-    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
-    drop: int = Field(5, ge=0, le=10000, description="layers that go without outside training (the paper: 0 to 11)")
+    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
+    drop: int = Field(5, ge=0, le=10000, description="layers that omit it outside training (the paper: 0 to 11)")
     draw_seed: int = Field(0, ge=0, lt=2**31, description="seed of the draws in training")
 
     def count(self, sites: Sequence[Site]) -> int:

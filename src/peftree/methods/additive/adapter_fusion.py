@@ -1,7 +1,7 @@
-"""AdapterFusion: y' = y + V sum_i softmax_i((Q y) . (K a_i)) a_i, attention of each token over what adapters add.
+"""AdapterFusion: y' = y + V sum_i softmax_i((Q y) . (K a_i)) a_i, attention of each token over what the adapters add.
 
 Pfeiffer et al. 2021, arXiv 2005.00247, equation 4. a_i is what adapter i adds to the output y. The adapters are trained
-before and frozen (`sources`); without sources two bottlenecks are trained along. Q and K [d, d] start N(0, 0.02), V at
+before and frozen (`sources`); without sources, two bottlenecks train with it. Q and K [d, d] start N(0, 0.02), V at
 the identity, as in AdapterHub's code; no biases; the paper's temperature stays at 1.
 
 >>> AdapterFusion(size=8).members
@@ -26,7 +26,7 @@ class AdapterFusion(Composed):
         "additive", "arXiv 2005.00247", False, False, lr=5e-5, inference_cost="low", small={"size": 12}
     )
     sites: str = Field("ffn", description="sub-layers or projections where the adapters are")
-    size: int = Field(48, ge=1, le=65536, description="width of the bottlenecks that are made without sources")
+    size: int = Field(48, ge=1, le=65536, description="width of the bottlenecks if there are no sources")
 
     def count(self, sites: Sequence[Site]) -> int:
         def one(s: Site) -> int:
@@ -39,7 +39,7 @@ class AdapterFusion(Composed):
         members = self.inner(place, lambda: Bottleneck(place, self.size, std=0.02))
         rewrites = [m for m in members if isinstance(m, Rewrite)]
         if len(rewrites) < len(members) or len({m.reads for m in rewrites}) > 1:
-            raise place.refuse("gets adapters whose outputs do not add up", "Fuse bottlenecks of one kind.")
+            raise place.refuse("gets adapters whose outputs cannot be added", "Fuse bottlenecks of one kind.")
         return Fused(place, rewrites)
 
 

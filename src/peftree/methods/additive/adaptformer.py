@@ -1,7 +1,7 @@
-"""AdaptFormer: y = FFN(x) + s (U ReLU(D h + b1) + b2), a scaled bottleneck beside the FFN of a vision transformer.
+"""AdaptFormer: y = FFN(x) + s (U ReLU(D h + b1) + b2), a scaled bottleneck parallel to the FFN of a vision transformer.
 
 Chen et al. 2022, arXiv 2205.13535, equations 2-3. D [size, d] starts Kaiming uniform, U [d, size] and biases zero.
-The paper's equation reads the normed x; the released code reads the residual stream h before the norm, and so do we
+The paper's equation reads the normed x; the released code reads the residual stream h before the norm, as do we
 (`reads="input"` is the equation). The code trains with SGD; the learning rate here is for AdamW.
 
 >>> AdaptFormer().size

@@ -20,7 +20,7 @@ from torch.nn.functional import layer_norm, linear, silu
 from peftree.deltas import Prepend, VirtualTokens, largest, start_tokens
 from peftree.methods.contract import Composed, Field, Place, Site, Tags
 
-POOLS = "its mixture is made from the whole prompt, later tokens of a causal model among them without labels"
+POOLS = "its mixture is made from the whole prompt: without labels, also from later tokens of a causal model"
 
 
 class ATTEMPT(Composed):
@@ -31,7 +31,7 @@ class ATTEMPT(Composed):
         small={"length": 3, "hidden": 4}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
-    length: int = Field(100, ge=1, le=10000, description="number of virtual tokens; that of the sources")
+    length: int = Field(100, ge=1, le=10000, description="number of virtual tokens, the same as the sources'")
     hidden: int = Field(100, ge=1, le=65536, description="width of the attention's network")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -42,7 +42,7 @@ class ATTEMPT(Composed):
         members = self.inner(place, lambda: VirtualTokens(start_tokens(place, self.length, vocabulary=True)))
         prompts = [m for m in members if isinstance(m, VirtualTokens) and m.maker is None and m.length == self.length]
         if len(prompts) < len(members):
-            raise place.refuse(f"needs prompts of {self.length} tokens", "Pass prompt_tuning adapters, and a length.")
+            raise place.refuse(f"needs prompts of {self.length} tokens", "Pass prompt_tuning adapters, and length.")
         return Attending(place, prompts, self.length, self.hidden)
 
 

@@ -22,11 +22,11 @@ CONV: tuple[Any, ...] = (functional.conv1d, functional.conv2d, functional.conv3d
 
 
 class ConvAdapter(Method):
-    """Convolutional bottlenecks beside the convolutions of a network of them."""
+    """Convolutional bottlenecks parallel to the convolutions of a network."""
 
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2208.07463", False, False, lr=1e-3, inference_cost="low")
-    sites: str = Field("conv@all", description="convolutions that get one beside them")
-    reduction: int = Field(8, ge=1, le=65536, description="input channels over channels of the bottleneck")
+    sites: str = Field("conv@all", description="convolutions that get a parallel one")
+    reduction: int = Field(8, ge=1, le=65536, description="input channels divided by those of the bottleneck")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -34,19 +34,19 @@ class ConvAdapter(Method):
         return sum(channels * area + w + out * (w + 2) for channels, w, out, area in sizes)
 
     def widths(self, site: Site) -> tuple[int, int]:
-        """Return the channels that come in and those of the bottleneck."""
+        """Return the number of input channels and of those of the bottleneck."""
         channels = site.in_features // site.area * site.groups
         return channels, nearest_divisor(channels, max(1, channels // self.reduction))
 
     def build(self, place: Place) -> "Beside":
         only(place, ("conv",))
         if vars(place.module)["padding_mode"] != "zeros":
-            raise place.refuse("pads with other values than zeros", "Name other sites.")
+            raise place.refuse("pads with values other than zero", "Name other sites.")
         return Beside(place, *self.widths(place.site), self.activation)
 
 
 class Beside(Rewrite):
-    """D [w, C / w * k * k], b [w], U [out, w], c [out] and a [out]; nothing beside a kernel of 1."""
+    """D [w, C / w * k * k], b [w], U [out, w], c [out] and a [out]; nothing for a kernel of 1."""
 
     maps = True
 

@@ -1,4 +1,4 @@
-"""ConvPass: y = Sub(x) + s U GELU(K * GELU(D x + b1)) + b2, a convolution over patches beside attention and FFN.
+"""ConvPass: y = Sub(x) + s U GELU(K * GELU(D x + b1)) + b2, a convolution over patches parallel to attention and FFN.
 
 Jie and Deng 2022, arXiv 2207.07039, section 3. x [.., d] is the sub-layer's input after its norm. D [size, d] starts
 Xavier uniform; K [size, size, 3, 3], a convolution with bias over the grid of patches, starts as the identity (1 at the
@@ -24,7 +24,7 @@ class ConvPass(Method):
     """Convolutional by-passes of a vision transformer."""
 
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2207.07039", True, False, lr=1e-3, inference_cost="low")
-    sites: str = Field("vision:attn vision:ffn", description="sub-layers that get a convolution beside them")
+    sites: str = Field("vision:attn vision:ffn", description="sub-layers that get a parallel convolution")
     size: int = Field(8, ge=1, le=65536, description="channels of the convolution")
     scale: float = Field(1.0, gt=0, le=1e4, description="factor s of the branch")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the up-projection in training")

@@ -2,7 +2,7 @@
 
 Shi, Lipani 2024, arXiv 2309.05173, section 2.2, and the authors' code. P [m, d] starts from rows of the embedding
 table, A [s_max, r] Kaiming uniform, B [r, d] at 0. The place of a token is its number among the real ones of its row,
-so that padding does not matter; a token after the s_max-th is left as it is. Two rates: `lr` is that of A and B, and
+so that padding does not matter; a token after the s_max-th is unchanged. Two rates: `lr` is that of A and B, and
 P learns at `ratio` times it.
 
 >>> DePT(length=60, r=30).s_max
@@ -30,8 +30,8 @@ class DePT(Method):
     length: int = Field(60, ge=1, le=10000, description="number of virtual tokens m")
     r: int = Field(30, ge=1, le=65536, description="rank of the change")
     alpha: float = Field(8.0, gt=0, le=1e6, description="scale before division by sqrt(r)")
-    s_max: int = Field(256, ge=1, le=1_000_000, description="tokens of a text that are changed")
-    ratio: float = Field(600.0, gt=0, le=1e6, description="rate of P over the rate of A and B")
+    s_max: int = Field(256, ge=1, le=1_000_000, description="number of tokens of a text that are changed")
+    ratio: float = Field(600.0, gt=0, le=1e6, description="learning rate of P divided by that of A and B")
 
     def count(self, sites: Sequence[Site]) -> int:
         tables = [s for s in sites if s.role != "stack"]

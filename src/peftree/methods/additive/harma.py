@@ -20,7 +20,7 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class HarMA(Method):
-    """Bottlenecks with attention, a part of them shared between the towers of a model."""
+    """Bottlenecks with attention, partly shared between the towers of a model."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2404.18253", True, False, lr=4e-4, inference_cost="low", small={"size": 8, "heads": 2}
@@ -38,7 +38,7 @@ class HarMA(Method):
         s, w = place.site, self.size
         if w % 2 or w // 2 % self.heads or s.layer is None:
             raise place.refuse(
-                "gets no such attention", "Use an even size, heads that divide its half, sites in layers."
+                "cannot get this attention", "Use an even size, heads that divide its half, sites in layers."
             )
         return Harmony(place, w, self.heads, place.once(f"{s.layer} {s.role}", lambda: part(place, w, w // 2)))
 
@@ -51,7 +51,7 @@ def part(place: Place, width: int, w: int) -> nn.ParameterList:
 
 
 class Harmony(Rewrite):
-    """The site's own part, and the one that it shares."""
+    """The site's own part, and the shared one."""
 
     looks, blocks = True, 3
 

@@ -30,8 +30,8 @@ class HyperFormer(Method):
     tasks: int = Field(1, ge=1, le=100000, description="number of tasks")
     embedding: int = Field(64, ge=1, le=65536, description="width of the embeddings e")
     hidden: int = Field(128, ge=1, le=65536, description="width of the network")
-    projected: int = Field(64, ge=1, le=65536, description="width of what it makes p")
-    reduction: int = Field(32, ge=1, le=65536, description="width of the model over width of a bottleneck")
+    projected: int = Field(64, ge=1, le=65536, description="width p of its output")
+    reduction: int = Field(32, ge=1, le=65536, description="width of the model divided by that of a bottleneck")
 
     def count(self, sites: Sequence[Site]) -> int:
         d, kinds = sites[0].out_features, len({(s.tower, s.layer) for s in sites}) + len({s.role for s in sites})
@@ -41,12 +41,12 @@ class HyperFormer(Method):
 
     def build(self, place: Place) -> "Made":
         if len({s.out_features for s in place.peers}) > 1:
-            raise place.refuse("is of another width than other sites", "Name sites of one width (sites=...).")
+            raise place.refuse("differs in width from other sites", "Name sites of one width (sites=...).")
         return Made(place, self)
 
 
 class Made(Rewrite):
-    """Of the adapter: embeddings, W1, b1, W2, b2, and the map to all tensors of a bottleneck."""
+    """The adapter's embeddings, W1, b1, W2, b2, and the map to all tensors of a bottleneck."""
 
     looks = True
 

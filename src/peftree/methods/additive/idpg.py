@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from peftree.deltas import Prepend, pooled
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
-POOLS = "its prompt is a mean over the input, later tokens of a causal model among them where there are no labels"
+POOLS = "its prompt is a mean over the input: without labels, also over later tokens of a causal model"
 
 
 class IDPG(Method):

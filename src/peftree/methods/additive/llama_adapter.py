@@ -19,7 +19,7 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class LlamaAdapter(Method):
-    """A prompt in every layer, attended to by a softmax of its own behind a zero-initialised gate."""
+    """A prompt in every layer, attended to by a separate softmax behind a zero-initialised gate."""
 
     tags: ClassVar[Tags] = Tags(
         "additive",
@@ -32,7 +32,7 @@ class LlamaAdapter(Method):
         small={"length": 3},
     )
     sites: str = Field("attn", description="attention modules that get a prompt")
-    length: int = Field(10, ge=1, le=10000, description="number of prompt vectors a layer")
+    length: int = Field(10, ge=1, le=10000, description="number of prompt vectors per layer")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(self.length * s.in_features + 1 for s in sites)

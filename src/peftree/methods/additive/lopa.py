@@ -18,11 +18,11 @@ from torch.nn.functional import linear
 from peftree.deltas import Prepend, pooled
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
-POOLS = "its prompt is gated by a mean over the input, later tokens of a causal model among them without labels"
+POOLS = "its prompt is gated by a mean over the input: without labels, also over later tokens of a causal model"
 
 
 class LoPA(Method):
-    """A soft prompt with an instance's own gate of low rank."""
+    """A soft prompt with a low-rank gate for each instance."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2405.15282", False, False, lr=1e-3, lengthens_sequence=True, inference_cost="tokens",

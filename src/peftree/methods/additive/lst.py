@@ -1,4 +1,4 @@
-"""LST: s_i = Block_i(m_i s_{i-1} + (1 - m_i) P_i h_i), y = h_L + U n(s_L), a ladder network beside a frozen stack.
+"""LST: s_i = Block_i(m_i s_{i-1} + (1 - m_i) P_i h_i), y = h_L + U n(s_L), a ladder network next to a frozen stack.
 
 Sung et al. 2022, arXiv 2206.06522, section 3.2. h_i [.., d] are the frozen hidden states, s_0 = P_0 h_0, blocks of
 width w = d / reduction, m_i = sigmoid(a_i / T) from a_i = 0. Maps start Kaiming uniform (no pruned copy of the base)
@@ -25,9 +25,9 @@ class LST(Method):
 
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2206.06522", True, False, lr=3e-3, inference_cost="network")
     sites: str = Field("stack", description="stacks that get a side network")
-    reduction: int = Field(8, ge=1, le=4096, description="width of the stack over width of the side network")
+    reduction: int = Field(8, ge=1, le=4096, description="width of the stack divided by that of the side network")
     temperature: float = Field(0.1, gt=0, le=100, description="T of the gates")
-    expansion: int = Field(4, ge=1, le=64, description="inner width of a block's FFN over its width")
+    expansion: int = Field(4, ge=1, le=64, description="inner width of a block's FFN divided by its width")
 
     def count(self, sites: Sequence[Site]) -> int:
         def one(s: Site) -> int:

@@ -24,8 +24,8 @@ class MADX(Method):
 
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2005.00052", False, False, lr=1e-4, inference_cost="low")
     sites: str = Field("ffn.down embed? head?", description="projections that get a bottleneck; embeddings and head")
-    reduction: float = Field(2.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
-    inverse: float = Field(2.0, gt=0, le=4096, description="width of half an embedding over inner width of F and G")
+    reduction: float = Field(2.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
+    inverse: float = Field(2.0, gt=0, le=4096, description="width of half an embedding divided by that inside F and G")
 
     def count(self, sites: Sequence[Site]) -> int:
         tables = {s.out_features for s in sites if s.kind == "embedding"}

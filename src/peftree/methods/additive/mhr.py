@@ -1,4 +1,4 @@
-"""MHR: y' = W x + A_t B_t x / r, LoRAs mixed for each task from a few skills, slice by slice with weights of its own.
+"""MHR: y' = W x + A_t B_t x / r, LoRAs mixed for each task from a few skills, with separate weights for each slice.
 
 Caccia et al. 2023, arXiv 2211.03831, section 3, and Hugging Face PEFT's Poly. Of slice s of the input A_t is the sum
 over skills k of a_sk A_sk with A_sk [in / splits, r], and so B_t of the output; a is sigmoid(Z_t) over its sum over

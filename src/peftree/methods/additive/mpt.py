@@ -4,7 +4,7 @@ Wang et al. 2023, arXiv 2303.02861, equation 2. P [l, d] starts from rows of the
 and v [r, d] at 1 / r, so that the prompt starts as P (the paper starts from what several source tasks taught, Hugging
 Face PEFT from N(0, 0.02)). This is the target stage: training on the source tasks and its distillation are not here;
 load what it gave as the start. The factors learn at `factor_lr` times the rate of P (the paper: 0.4 and 0.3, with
-Adafactor). After training the product alone is kept.
+Adafactor). After training only the product is kept.
 
 >>> MPT(length=4).length
 4
@@ -30,7 +30,7 @@ class MPT(Method):
     length: int = Field(100, ge=1, le=10000, description="number l of virtual tokens")
     r: int = Field(1, ge=1, le=65536, description="rank of the task's factors")
     start: Literal["vocabulary", "uniform"] = Field("vocabulary", description="rows of the embedding, or U(-0.5, 0.5)")
-    factor_lr: float = Field(4 / 3, gt=0, le=1e4, description="learning rate of the factors over that of P")
+    factor_lr: float = Field(4 / 3, gt=0, le=1e4, description="learning rate of the factors divided by that of P")
 
     def count(self, sites: Sequence[Site]) -> int:
         widths = [s.entry or s.in_features for s in sites]

@@ -30,8 +30,8 @@ class MVAdapter(Method):
     sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
     size: int = Field(64, ge=1, le=65536, description="width of the bottleneck w")
     heads: int = Field(2, ge=1, le=4096, description="heads of its attention; a divisor of `size`")
-    frames: int = Field(12, ge=1, le=4096, description="neighbouring images of a batch that are one video")
-    words: int = Field(32, ge=1, le=65536, description="tokens of the longest text, padding and all")
+    frames: int = Field(12, ge=1, le=4096, description="consecutive images of a batch that form a video")
+    words: int = Field(32, ge=1, le=65536, description="tokens of the longest text, with padding")
     scale: float = Field(0.1, gt=0, le=1e4, description="factor s of the branch")
     tied: int = Field(2, ge=0, le=4096, description="top layers that share a factor between towers")
     factor: int = Field(32, ge=1, le=65536, description="width of the shared factor v")
@@ -50,7 +50,7 @@ class MVAdapter(Method):
 
 
 class Mixed(Rewrite):
-    """D [w, d], b, U [d, w], c; v, M [w, factor], m; the block T with all that it needs."""
+    """D [w, d], b, U [d, w], c; v, M [w, factor], m; the block T with everything it needs."""
 
     looks, blocks = True, 1
 

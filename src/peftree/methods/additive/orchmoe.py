@@ -1,4 +1,4 @@
-"""OrchMoE: y' = W x + s sum_k a_k B_k A_k x, skills weighted for each input by the tasks that it looks like.
+"""OrchMoE: y' = W x + s sum_k a_k B_k A_k x, skills weighted for each input by the tasks that it resembles.
 
 Wang et al. 2024, arXiv 2401.10559, section 3. A task router makes t = softmax(W_t m) over abstract tasks from the mean
 m of the prompt's tokens here; a skill router holds Z [tasks, skills]; a = sum_i t_i norm(sigmoid(Z_i)), each row over
@@ -20,11 +20,11 @@ from torch.nn.functional import linear
 from peftree.deltas import LINEAR, Rewrite, by_rows, matrix, relaxed, summary
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
-POOLS = "its weights are made from the whole prompt, later tokens of a causal model among them without labels"
+POOLS = "its weights are made from the whole prompt: without labels, also from later tokens of a causal model"
 
 
 class OrchMoE(Method):
-    """Skills allotted by two routers, from the input to tasks and from tasks to skills."""
+    """Skills assigned by two routers, from the input to tasks and from tasks to skills."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2401.10559", True, False, lr=1e-3, inference_cost="low",

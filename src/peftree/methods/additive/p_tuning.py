@@ -20,7 +20,7 @@ from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags
 
 
 class PTuning(Method):
-    """Virtual tokens behind a network that is folded away."""
+    """Virtual tokens made by a network that is dropped after training."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2103.10385", False, False, lr=1e-3, lengthens_sequence=True, inference_cost="tokens",

@@ -1,4 +1,4 @@
-"""PALs: h' = L(h) + V_E MHA(V_D h), a small attention beside every layer, its projections shared by all of them.
+"""PALs: h' = L(h) + V_E MHA(V_D h), a small attention parallel to every layer, with projections shared by all.
 
 Stickland, Murray 2019, arXiv 1902.02671, section 3. V_D [s, d] and V_E [d, s] belong to the model, Q, K, V [s, s] to
 the layer, without biases; MHA has no output matrix. All start N(0, 0.02) as BERT does. The paper trains BERT with it
@@ -20,12 +20,12 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class PALs(Method):
-    """Projected attention layers beside the layers of a frozen model."""
+    """Projected attention layers parallel to the layers of a frozen model."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 1902.02671", False, False, lr=5e-4, inference_cost="low", small={"size": 8, "heads": 2}
     )
-    sites: str = Field("layer", description="layers that get an attention beside them")
+    sites: str = Field("layer", description="layers that get a parallel attention")
     size: int = Field(204, ge=1, le=65536, description="width s of the attention")
     heads: int = Field(12, ge=1, le=4096, description="number of heads; a divisor of `size`")
 
@@ -35,7 +35,7 @@ class PALs(Method):
 
     def build(self, place: Place) -> "Projected":
         if place.site.layer is None:
-            raise place.refuse("lies in no known layer, whose masks the attention needs", "Name layers.")
+            raise place.refuse("is not in a known layer, whose masks the attention needs", "Name layers.")
         if place.site.in_features != place.site.out_features:
             raise place.refuse("changes the width", "Name whole layers.")
         if self.size % self.heads:

@@ -1,4 +1,4 @@
-"""Scaled parallel adapter: y = FFN(x) + s (U ReLU(D x + b1) + b2), a bottleneck beside the FFN.
+"""Scaled parallel adapter: y = FFN(x) + s (U ReLU(D x + b1) + b2), a bottleneck parallel to the FFN.
 
 He et al. 2022, arXiv 2110.04366, table 1 and section 4.5. x [.., d] is the FFN's own input (after its norm in pre-norm
 models); D [size, d] starts Kaiming uniform, U [d, size] and the biases zero. s = 4 and size = 512 are the paper's for

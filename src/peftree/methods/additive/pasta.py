@@ -1,4 +1,4 @@
-"""PASTA: h_i' = h_i + v_p before every layer, where token i is the special token p; other tokens are left alone.
+"""PASTA: h_i' = h_i + v_p before every layer, where token i is the special token p; other tokens do not change.
 
 Yang et al. 2022, arXiv 2210.04382, section 3. One vector v_p [d] for each special token and layer, at 0. The paper has
 BERT's [CLS] and [SEP]. Which ids are special depends on the tokenizer, so `ids` names them; left empty, the special
@@ -40,7 +40,7 @@ class PASTA(Method):
 
     def build(self, place: Place) -> "Special":
         if place.site.kind in ("branch", "expert"):
-            raise place.refuse("is a part whose input is not changed alone", "Name layers or linear maps.")
+            raise place.refuse("is a part whose input cannot be changed separately", "Name layers or linear maps.")
         return Special(place, [int(i) for i in self.ids.split()])
 
 

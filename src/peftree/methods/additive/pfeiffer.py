@@ -21,7 +21,7 @@ class Pfeiffer(Method):
         "additive", "arXiv 2005.00247", False, False, lr=1e-3, inference_cost="low", small={"reduction": 2}
     )
     sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
-    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
+    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")
     start: Literal["normal", "zero"] = Field("normal", description="N(0, 0.02), or an up-projection of zeros")
 

@@ -32,7 +32,7 @@ class PrefixPropagation(Method):
 
     def build(self, place: Place) -> "Propagated":
         if place.site.entry not in (0, place.site.in_features):
-            raise place.refuse("embeds in another width than its layers have", "Use prompt_tuning here.")
+            raise place.refuse("embeds tokens in a different width than its layers", "Use prompt_tuning here.")
         return Propagated(place, self.length)
 
 

@@ -20,7 +20,7 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class SimpleScalable(Method):
-    """Bottleneck after each layer, norm inside."""
+    """Bottleneck after each layer, with a norm inside."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 1909.08478", True, False, lr=1e-3, inference_cost="low", small={"size": 5}

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, one_hot
 from peftree.deltas import Prepend, pooled
 from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
-POOLS = "its prompt is chosen by a mean over the input, later tokens of a causal model among them without labels"
+POOLS = "its prompt is chosen by a mean over the input: without labels, also over later tokens of a causal model"
 
 
 class SMoP(Method):
@@ -30,8 +30,8 @@ class SMoP(Method):
         small={"length": 3, "prompts": 2, "noise": 0.0}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
-    prompts: int = Field(4, ge=1, le=4096, description="prompts k")
-    length: int = Field(5, ge=1, le=10000, description="virtual tokens of each")
+    prompts: int = Field(4, ge=1, le=4096, description="number k of prompts")
+    length: int = Field(5, ge=1, le=10000, description="virtual tokens per prompt")
     noise: float = Field(1.0, ge=0, le=10, description="relative noise of the router's scores in training")
     balance: float = Field(0.01, ge=0, le=1e3, description="weight of the balance term")
 

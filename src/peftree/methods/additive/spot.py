@@ -26,7 +26,7 @@ class SPoT(Composed):
         small={"length": 3},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
-    length: int = Field(100, ge=1, le=10000, description="number of virtual tokens where there is no source")
+    length: int = Field(100, ge=1, le=10000, description="number of virtual tokens if there is no source")
 
     def count(self, sites: Sequence[Site]) -> int:
         length = self.members[0].length if self.members else self.length
@@ -36,12 +36,12 @@ class SPoT(Composed):
         found = self.inner(place, lambda: VirtualTokens(start_tokens(place, self.length, vocabulary=True)), count=1)
         prompts = [p for p in found if isinstance(p, VirtualTokens) and p.maker is None]
         if len(prompts) != 1 or len(found) > 1:
-            raise place.refuse("gets no single prompt to start from", "Pass one adapter of prompt_tuning as sources.")
+            raise place.refuse("needs a single prompt to start from", "Pass one prompt_tuning adapter as sources.")
         return Transferred(prompts[0])
 
 
 class Transferred(Prepend):
-    """The prompt, which is trained."""
+    """The trained prompt."""
 
     def __init__(self, source: VirtualTokens) -> None:
         super().__init__()

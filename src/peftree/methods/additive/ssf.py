@@ -1,8 +1,8 @@
 """SSF: y' = g * y + b, a learned scale and shift after every linear map, norm and patch embedding.
 
 Lian et al. 2022, arXiv 2210.08823, equation 3. g, b [out] start N(1, 0.02) and N(0, 0.02), or `start="identity"` 1
-and 0. Both fold into the map before them; where that has no place for a bias (an RMSNorm, stacked experts) there is a
-scale and no shift.
+and 0. Both fold into the map before them; if that has no place for a bias (an RMSNorm, stacked experts), there is a
+scale but no shift.
 
 >>> SSF().sites
 'linear norm conv?'

@@ -33,7 +33,7 @@ class TinyAttention(Method):
 
     def build(self, place: Place) -> "Context":
         if place.site.layer is None:
-            raise place.refuse("lies in no known layer, whose masks the attention needs", "Use roles such as attn.o.")
+            raise place.refuse("is not in a known layer, whose masks the attention needs", "Use roles such as attn.o.")
         return Context(place, self.heads, self.head_dim)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftree.deltas import Prepend, largest, pooled, start_tokens
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
-POOLS = "its tokens are chosen by the whole prompt, later tokens of a causal model among them without labels"
+POOLS = "its tokens are chosen by the whole prompt: without labels, also by later tokens of a causal model"
 
 
 class TPT(Method):
@@ -28,16 +28,16 @@ class TPT(Method):
         inference_cost="tokens", small={"length": 3, "bank": 24}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
-    length: int = Field(20, ge=1, le=10000, description="tokens that are chosen l")
-    bank: int = Field(200, ge=1, le=1_000_000, description="tokens of the bank M, at least `length`")
-    choice: Literal["max", "mean"] = Field("max", description="what the input is summed up by")
+    length: int = Field(20, ge=1, le=10000, description="number l of chosen tokens")
+    bank: int = Field(200, ge=1, le=1_000_000, description="number M of tokens in the bank, at least `length`")
+    choice: Literal["max", "mean"] = Field("max", description="how the input is summarised")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(self.bank * (s.entry or s.in_features) for s in sites)
 
     def build(self, place: Place) -> "Bank":
         if self.bank < self.length:
-            raise place.refuse(f"gets {self.length} tokens of a bank of {self.bank}", "Use a larger bank.")
+            raise place.refuse(f"needs {self.length} tokens from a bank of {self.bank}", "Use a larger bank.")
         return Bank(place, self)
 
 

@@ -22,11 +22,11 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
 class UniAdapter(Method):
-    """Bottlenecks beside the feed-forward networks of two towers, with one down-projection for both."""
+    """Bottlenecks parallel to the feed-forward networks of two towers, with one down-projection for both."""
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2302.06605", False, False, lr=1e-5, inference_cost="low", small={"size": 8},
-        known={"identity": "of the image alone the up-projection starts away from 0; a model of text starts as it was"},
+        known={"identity": "only the image's up-projection does not start at 0; a text model starts unchanged"},
     )  # fmt: skip
     sites: str = Field("ffn", description="feed-forward networks that get a bottleneck")
     size: int = Field(512, ge=1, le=65536, description="width of the bottleneck")
@@ -55,7 +55,7 @@ class Branch(Rewrite):
         )
         if len(self.shared[0]) != d:
             raise place.refuse(
-                f"is {d} wide, and the tower it shares a map with {len(self.shared[0])}", "Name the sites of one tower."
+                f"is {d} wide, but the tower sharing its map is {len(self.shared[0])}", "Name the sites of one tower."
             )
         image = place.site.tower == "vision"
         self.U = place.kaiming(out, m.size) if image else place.zeros(out, m.size)

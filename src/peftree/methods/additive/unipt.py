@@ -1,4 +1,4 @@
-"""UniPT: y = h_L + U ReLU(sum_i c_i m_i), m_i = n(ReLU(a t_i^T)) t_i + t_i[first], a network beside a frozen stack.
+"""UniPT: y = h_L + U ReLU(sum_i c_i m_i), m_i = n(ReLU(a t_i^T)) t_i + t_i[first], a network next to a frozen stack.
 
 Diao et al. 2023, arXiv 2308.14316, section 3 (authors' CLIP4Clip module). h_i [.., d] are the frozen hidden states, the
 first layer's input among them, t_i = D_i ReLU(h_i) + b_i of width w = d / reduction and a = D ReLU(h_L) + b the anchor;
@@ -27,7 +27,7 @@ class UniPT(Method):
 
     tags: ClassVar[Tags] = Tags("additive", "arXiv 2308.14316", False, False, lr=5e-4, inference_cost="network")
     sites: str = Field("text:stack? vision:stack? audio:stack? decoder:stack?", description="stacks that get a network")
-    reduction: int = Field(2, ge=1, le=4096, description="width of the stack over width of the network")
+    reduction: int = Field(2, ge=1, le=4096, description="width of the stack divided by that of the network")
 
     def count(self, sites: Sequence[Site]) -> int:
         shapes = [(s.in_features, max(1, s.in_features // self.reduction), len(s.layers) + 2) for s in sites]

@@ -32,8 +32,8 @@ class VPT(Method):
         small={"length": 2},
     )
     sites: str = Field("vision:stack", description="which stacks get prompts")
-    length: int = Field(10, ge=1, le=10000, description="prompts a layer (the paper tunes 1 to 200)")
-    deep: bool = Field(True, description="fresh prompts at every layer; else at the first only")
+    length: int = Field(10, ge=1, le=10000, description="prompts per layer (the paper tunes 1 to 200)")
+    deep: bool = Field(True, description="new prompts at every layer; else only at the first")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the prompts in training")
 
     def count(self, sites: Sequence[Site]) -> int:

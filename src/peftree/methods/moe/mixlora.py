@@ -30,7 +30,7 @@ class MixLoRA(Method):
     )
     sites: str = Field("attn.q attn.k attn.v attn.o ffn", description="networks that get experts, maps that get LoRA")
     experts: int = Field(8, ge=2, le=4096, description="number of experts")
-    top: int = Field(2, ge=1, le=4096, description="experts of a token")
+    top: int = Field(2, ge=1, le=4096, description="experts per token")
     r: int = Field(16, ge=1, le=65536, description="rank of each term")
     alpha: float = Field(32.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the input of each term")

@@ -1,7 +1,7 @@
 """MOA: y' = W x + sum_k p_k B_k A_k x, LoRAs of several domains, weighted for each text by a router of domains.
 
 Feng et al. 2024, arXiv 2403.03432, section 3. The LoRAs are trained before, each on its domain (`sources`), and frozen;
-without sources two are trained along. p = softmax(W_r m), m the mean of the prompt's tokens here. Where a row's domain
+without sources, two train with it. p = softmax(W_r m), m the mean of the prompt's tokens here. Where a row's domain
 is said (`peftree.context`, numbered as the sources are) the loss gets `balance` times the router's cross-entropy. W_r
 [domains, in] starts N(0, 0.02). Only the paper's text was read, which says of the mixture that it is by sequence.
 
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, linear
 from peftree.deltas import LINEAR, LowRank, Rewrite, by_rows, matrix, scene, summary
 from peftree.methods.contract import Composed, Deltas, Field, Moment, Place, Site, Tags
 
-POOLS = "its weights are made from the whole prompt, later tokens of a causal model among them without labels"
+POOLS = "its weights are made from the whole prompt: without labels, also from later tokens of a causal model"
 
 
 class MOA(Composed):
@@ -30,7 +30,7 @@ class MOA(Composed):
         small={"r": 2}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("linear", description="projections where the LoRAs are")
-    r: int = Field(8, ge=1, le=65536, description="rank of the LoRAs that are made without sources")
+    r: int = Field(8, ge=1, le=65536, description="rank of the LoRAs if there are no sources")
     balance: float = Field(1.0, ge=0, le=1e3, description="weight of the router's cross-entropy")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -42,7 +42,7 @@ class MOA(Composed):
         members = self.inner(place, lambda: LowRank(place, place.kaiming(self.r, width), place.zeros(self.r, out), 1.0))
         loras = [m for m in members if isinstance(m, LowRank) and not m.lookup]
         if len(loras) < len(members):
-            raise place.refuse("gets adapters that are not LoRAs of a linear map", "Pass adapters of lora as sources.")
+            raise place.refuse("gets adapters that are not LoRAs of a linear map", "Pass lora adapters as sources.")
         return Mixture(place, loras)
 
     def aux_loss(self, deltas: Deltas, moment: Moment) -> Tensor | None:
@@ -51,7 +51,7 @@ class MOA(Composed):
 
 
 class Mixture(Rewrite):
-    """The members and W [domains, in]; the cross-entropy of the last forward in training, where domains were said."""
+    """The members and W [domains, in]; the cross-entropy of the last forward in training, if domains were given."""
 
     looks, blocks = True, 1
 

@@ -22,18 +22,18 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 
 
 class PERFT(Method):
-    """Routed low-rank experts beside a feed-forward network."""
+    """Routed low-rank experts parallel to a feed-forward network."""
 
     tags: ClassVar[Tags] = Tags("moe", "arXiv 2411.08212", False, False, 1e-5, inference_cost="low")
     sites: str = Field("ffn", description="feed-forward networks, mixtures of experts or not")
-    route: Literal["own", "base", "all"] = Field("own", description="whose router chooses; `all`: no choice")
-    experts: int = Field(4, ge=1, le=4096, description="number of experts; with `base` that of the model")
-    top: int = Field(2, ge=1, le=4096, description="experts of a token, of `own`")
-    whole: bool = Field(False, description="the weights of a token's experts are divided by their sum, of `own`")
+    route: Literal["own", "base", "all"] = Field("own", description="which router chooses; `all`: none")
+    experts: int = Field(4, ge=1, le=4096, description="number of experts; with `base`, that of the model")
+    top: int = Field(2, ge=1, le=4096, description="experts per token, for `own`")
+    whole: bool = Field(False, description="divide the weights of a token's experts by their sum, for `own`")
     r: int = Field(16, ge=1, le=65536, description="rank of each expert")
     alpha: float = Field(32.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the input of the experts")
-    balance: float = Field(0.01, ge=0, le=1e3, description="weight of the load-balance term, of `own`")
+    balance: float = Field(0.01, ge=0, le=1e3, description="weight of the load-balance term, for `own`")
 
     def _number(self, site: Site) -> int:
         return max(p.experts for p in site.parts) if self.route == "base" else self.experts
@@ -51,7 +51,7 @@ class PERFT(Method):
 
 
 class Routed(Rewrite):
-    """The experts, and what routes them."""
+    """The experts and their router."""
 
     def __init__(self, place: Place, m: PERFT, experts: int) -> None:
         super().__init__()

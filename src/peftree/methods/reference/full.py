@@ -1,6 +1,6 @@
 """Full fine-tuning: W' = W_trained, every parameter of the base model replaced by a trainable copy.
 
-The reference that every parameter-efficient method is measured against. The base stays as it is, so that full
+The reference that every parameter-efficient method is measured against. The base stays unchanged, so that full
 fine-tuning can be switched off, saved and compared like any adapter.
 
 >>> Full().sites
@@ -24,8 +24,8 @@ class Full(Method):
         True,
         lr=5e-5,
         known={
-            "side_by_side": "the last of two whole copies replaces the one before",
-            "routes": "what a stack computes once for all rows, as T5 its position bias, has no row of its own",
+            "side_by_side": "the second of two whole copies replaces the first",
+            "routes": "what a stack computes once for all rows, like T5's position bias, cannot differ by row",
         },
     )
     sites: str = Field("all", description="which parameters are trained; `all` is every one")

@@ -26,13 +26,13 @@ class AdaLoRA(Method):
     tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2303.10512", True, True, lr=1e-3)
     sites: str = Field("attn.q attn.v", description="which weights get triplets")
     r: int = Field(12, ge=1, le=65536, description="rank at start")
-    target_r: int = Field(8, ge=1, le=65536, description="mean rank at the end; at r or above nothing is pruned")
+    target_r: int = Field(8, ge=1, le=65536, description="mean rank at the end; at r or above, nothing is pruned")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the term")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps before the budget falls")
     final: float = Field(0.3, ge=0, lt=1, description="share of the steps with the final budget")
     interval: int = Field(10, ge=1, le=1_000_000, description="steps between two rankings")
-    beta: float = Field(0.85, gt=0, lt=1, description="memory of the running means")
+    beta: float = Field(0.85, gt=0, lt=1, description="decay of the running means")
     orthogonal: float = Field(0.5, ge=0, le=1e3, description="weight of the orthogonality term")
 
     def count(self, sites: Sequence[Site]) -> int:

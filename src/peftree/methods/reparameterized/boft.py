@@ -28,7 +28,7 @@ class BOFT(Method):
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights are rotated and scaled")
     block: int = Field(4, ge=2, le=8192, description="width b of a block; it divides the inputs")
-    factors: int = Field(1, ge=1, le=16, description="butterfly factors; with more than one b is even")
+    factors: int = Field(1, ge=1, le=16, description="butterfly factors; with more than one, b must be even")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * (self.factors * s.in_features * self.block + s.out_features) for s in sites)

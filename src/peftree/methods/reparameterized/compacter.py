@@ -22,12 +22,12 @@ class Compacter(Method):
         "reparameterized", "arXiv 2106.04647", False, False, lr=3e-3, inference_cost="low", small={"reduction": 4}
     )
     sites: str = Field("attn.o ffn.down norm", description="projections that get a bottleneck; norms that train")
-    reduction: float = Field(32.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
+    reduction: float = Field(32.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     p: int = Field(4, ge=1, le=256, description="number of terms, and width of the shared matrices")
     r: int = Field(1, ge=1, le=4096, description="rank of each site's own factor")
 
     def width(self, d: int) -> int:
-        """Return the width of the bottleneck beside `d` units."""
+        """Return the width of the bottleneck for `d` units."""
         return max(1, round(d / self.reduction / self.p)) * self.p
 
     def count(self, sites: Sequence[Site]) -> int:

@@ -1,4 +1,4 @@
-"""DeLoRA: W' = W + (l / r) ||W|| * (b_1 a_1^T / |b_1||a_1| + ... ), direction and strength of a low-rank term apart.
+"""DeLoRA: W' = W + (l / r) ||W|| * (b_1 a_1^T / |b_1||a_1| + ... ), a low-rank term's direction and strength apart.
 
 Bini, Girrbach, Akata 2025, arXiv 2503.18225, section 3. ||W|| [in] are the norms of the columns of W, kept with the
 adapter; a_i are rows of A [r, in], b_i columns of B [out, r]; l [1], which bounds the change, is trained and starts at
@@ -33,7 +33,7 @@ class DeLoRA(Method):
     sites: str = Field("attn.q attn.v", description="which weights get a term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     strength: float = Field(15.0, gt=0, le=1e6, description="start of the strength l")
-    start: Literal["zero", "copy"] = Field("zero", description="B = 0, or B random less a frozen copy")
+    start: Literal["zero", "copy"] = Field("zero", description="B = 0, or random B minus a frozen copy")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * (self.r * (s.in_features + s.out_features) + 1) for s in sites)

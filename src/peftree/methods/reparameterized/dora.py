@@ -1,8 +1,8 @@
-"""DoRA: W' = g (W + s B A) / ||W + s B A||, magnitude g and direction of every output unit apart.
+"""DoRA: W' = g (W + s B A) / ||W + s B A||, with separate magnitude g and direction of every output unit.
 
 Liu et al. 2024, arXiv 2402.09353, equation 5; the norm, over the inputs of a unit, is constant in the gradient (section
 4.3). A [r, in] starts Kaiming uniform, B [out, r] at zero, g [out] at ||W||; s = alpha / r. The fast form never builds
-W + s B A: ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 B (A A^T) B^T, row by row. Dropout acts on x of B A x alone.
+W + s B A: ||W + s B A||^2 = ||W||^2 + 2 s <B, W A^T> + s^2 B (A A^T) B^T, row by row. Dropout acts only on x of B A x.
 
 >>> DoRA(r=4).r
 4

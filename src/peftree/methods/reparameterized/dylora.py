@@ -1,7 +1,7 @@
 """DyLoRA: y = W x + (alpha / b) B[:, :b] A[:b] x, b drawn for each step, so that every smaller rank works too.
 
 Valipour et al. 2022, arXiv 2210.07558, section 4. A [r, in] starts Kaiming uniform, B [out, r] at zero; alpha / r times
-sqrt(r / b) on both factors is alpha / b. b is uniform in 1 .. r, drawn once a step for all sites. With `single` only
+sqrt(r / b) on both factors is alpha / b. b is uniform in 1 .. r, drawn once per step for all sites. With `single` only
 component b gets a gradient. In use all r count; `keep` cuts the trained factors to their first components.
 
 >>> DyLoRA(r=8).keep
@@ -25,8 +25,8 @@ class DyLoRA(Method):
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="largest rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
-    single: bool = Field(False, description="train component b alone in each step, not the first b")
-    keep: int = Field(0, ge=0, le=65536, description="components that are kept after training; 0: all")
+    single: bool = Field(False, description="train only component b in each step, not the first b")
+    keep: int = Field(0, ge=0, le=65536, description="components to keep after training; 0: all")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)

@@ -29,7 +29,7 @@ class EVA(Method):
     r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     tau: float = Field(0.99, ge=0, le=1, description="cosine at which a vector counts as found")
-    batches: int = Field(128, ge=1, le=1_000_000, description="batches to look at, at most")
+    batches: int = Field(128, ge=1, le=1_000_000, description="most batches to look at")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)

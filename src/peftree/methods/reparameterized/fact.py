@@ -30,7 +30,7 @@ class FacT(Method):
     tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2212.03145", True, True, lr=1e-3, small={"r": 4})
     sites: str = Field("linear", description="weights whose changes are one tensor")
     r: int = Field(16, ge=1, le=65536, description="rank")
-    form: Literal["train", "tucker"] = Field("train", description="a core of each block, or mixtures of r shared ones")
+    form: Literal["train", "tucker"] = Field("train", description="a core per block, or mixtures of r shared cores")
     scale: float = Field(1.0, gt=0, le=1e6, description="factor s of the change (the paper: 0.01 to 100)")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the last factor")
 

@@ -24,7 +24,7 @@ class GaLore(Method):
 
     tags: ClassVar[Tags] = Tags(
         "reparameterized", "arXiv 2403.03507", True, True, lr=3e-5, small={"scale": 1.0, "period": 2},
-        known=dict.fromkeys(("side_by_side", "routes"), "whole parameters train; a copy replaces what was before"),
+        known=dict.fromkeys(("side_by_side", "routes"), "whole parameters train; a copy replaces the earlier one"),
     )  # fmt: skip
     sites: str = Field("all", description="which parameters train; `all` is every one")
     r: int = Field(4, ge=1, le=65536, description="rank of the projected gradients")

@@ -1,7 +1,7 @@
 """HiWi: W' = W + phi(W D^T) U^T, or b' = b + phi(D b) U^T of biases: an adapter that reads parameters, not the text.
 
 Liao, Meng, Monz 2023, arXiv 2305.16742, section 3.2. D [r, n] starts Kaiming uniform, U [n, r] at zero, phi is ReLU,
-n the input's width for weights, whose rows pass through, and the output's for biases. The paper keeps W' or b' alone
+n the input's width for weights, whose rows pass through, and the output's for biases. The paper keeps only W' or b'
 after training; here the factors are kept, which are smaller than W', and merging folds them into the weights.
 
 >>> HiWi(on="bias", r=4).r
@@ -24,7 +24,7 @@ class HiWi(Method):
     tags: ClassVar[Tags] = Tags(
         "reparameterized", "arXiv 2305.16742", True, True, lr=1e-3, needs_dense_weight=True, small={"r": 6}
     )
-    sites: str = Field("ffn.up ffn.down", description="whose weights or biases are changed")
+    sites: str = Field("ffn.up ffn.down", description="modules whose weights or biases are changed")
     on: Literal["weight", "bias"] = Field("weight", description="what the adapter reads and changes")
     r: int = Field(16, ge=1, le=65536, description="width of the adapter; the paper: 4 for biases")
 
@@ -44,7 +44,7 @@ class Reader(Reweight):
         super().__init__()
         (lead, out, width), b = matrix(place), place.frozen.bias
         if method.on == "bias" and (b is None or lead):
-            raise place.refuse("has no bias of its own", "Name sites with one, or set on='weight'.")
+            raise place.refuse("has no bias", "Name sites with one, or set on='weight'.")
         n = width if method.on == "weight" else out
         self.D, self.U = place.kaiming(*lead, method.r, n), place.zeros(*lead, n, method.r)
         read = b.detach().to(place.dtype, copy=True) if b is not None and method.on == "bias" else None

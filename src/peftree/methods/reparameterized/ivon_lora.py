@@ -2,7 +2,7 @@
 
 Cong et al. 2024, arXiv 2411.04421; IVON: Shen et al. 2024, arXiv 2402.17641, algorithm 1, and the authors' code. The
 means m are LoRA's A [r, in] and B [out, r], which train; the optimizer holds the momentum and the diagonal h, learned
-from noise times gradient. One draw a step, from a generator that `draw_seed` and the step seed; delta is the run's
+from noise times gradient. One draw per step, from a generator that `draw_seed` and the step seed; delta is the run's
 weight decay. Evaluated, saved and merged at the mean. A task head is stepped likewise, without noise.
 
 >>> IvonLoRA().ess
@@ -30,7 +30,7 @@ class IvonLoRA(Method):
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the input of the low-rank term")
     ess: float = Field(1e7, gt=0, le=1e15, description="effective sample size: the larger, the less noise")
     hess: float = Field(3e-4, gt=0, le=1e4, description="h at the start")
-    clip: float = Field(1e-3, gt=0, le=1e4, description="the largest step of an entry, before the rate")
+    clip: float = Field(1e-3, gt=0, le=1e4, description="largest step of an entry, before the learning rate")
     beta2: float = Field(0.99999, ge=0, lt=1, description="decay of h")
     draw_seed: int = Field(0, ge=0, lt=2**31, description="seed of the noise")
 

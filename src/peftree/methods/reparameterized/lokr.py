@@ -31,8 +31,8 @@ class LoKr(Method):
     sites: str = Field("attn.q attn.v", description="which weights get a term")
     r: int = Field(8, ge=1, le=65536, description="rank of a factor that is not whole")
     alpha: float = Field(8.0, gt=0, le=1e6, description="scale before division by the rank")
-    factor: int = Field(0, ge=0, le=65536, description="first part of both widths; 0: the most even cut")
-    both: bool = Field(False, description="the first factor may be of low rank too")
+    factor: int = Field(0, ge=0, le=65536, description="first part of both widths; 0: the most even split")
+    both: bool = Field(False, description="the first factor may also be of low rank")
 
     def cuts(self, out: int, width: int) -> list[tuple[int, int, bool]]:
         """Return rows and columns of w1 and w2, and whether each is whole."""

@@ -4,7 +4,7 @@ Hu et al. 2021, arXiv 2106.09685, equation 3. A [r, in] starts Kaiming uniform, 
 scales by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732). Other starts leave the function unchanged by subtracting a frozen
 copy: `pissa` the principal triplets of W (arXiv 2404.02948, equations 2-4), `olora` first columns and rows of W = QR
 (arXiv 2406.01775). `lr_ratio` trains B at that multiple of A's rate (LoRA+, arXiv 2402.12354, section 4). `freeze_a`
-trains B alone (LoRA-FA, arXiv 2308.03303, section 3); of an embedding, where A is the factor at zero, A alone.
+trains only B (LoRA-FA, arXiv 2308.03303, section 3); for an embedding, where A is the factor at zero, only A.
 >>> LoRA(r=4, alpha=8).scale
 2.0
 """
@@ -26,9 +26,9 @@ class LoRA(Method):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank term")
     rank_stabilized: bool = Field(False, description="divide alpha by sqrt(r) instead of r")
     start: Literal["zero", "pissa", "olora"] = Field("zero", description="B = 0, principal triplets, or QR of W")
-    lr_ratio: float = Field(1.0, ge=1, le=1e4, description="learning rate of B over that of A")
+    lr_ratio: float = Field(1.0, ge=1, le=1e4, description="learning rate of B divided by that of A")
 
-    freeze_a: bool = Field(False, description="keep the factor that is drawn at random, A, as it was drawn")
+    freeze_a: bool = Field(False, description="keep the random factor A frozen")
 
     @property
     def scale(self) -> float:

@@ -27,7 +27,7 @@ class LoRADropout(Method):
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     p: float = Field(0.5, ge=0, lt=1, description="probability of dropping an input or an output")
-    samples: int = Field(4, ge=1, le=1024, description="draws that the training loss is averaged over")
+    samples: int = Field(4, ge=1, le=1024, description="number of draws that the training loss averages")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)

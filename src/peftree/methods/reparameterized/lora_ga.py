@@ -2,7 +2,7 @@
 
 Wang, Yu, Li 2024, arXiv 2407.05000, algorithm 1. With G = dL/dW = U S V^T, summed over `batches`, A [r, in] starts as
 out^(1/4) / sqrt(gamma) times rows 1 .. r of V^T and B [out, r] as that times columns r + 1 .. 2r of U; s = alpha /
-sqrt(r). The base stays as it is: a frozen copy is subtracted. Until `init` has seen data A is LoRA's and B zero.
+sqrt(r). The base stays unchanged: a frozen copy is subtracted. Until `init` has seen data A is LoRA's and B zero.
 
 >>> LoRAGA().gamma
 16.0
@@ -29,8 +29,8 @@ class LoRAGA(Method):
     sites: str = Field("linear", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the root of the rank")
-    gamma: float = Field(16.0, gt=0, le=1e6, description="the larger, the smaller the start")
-    batches: int = Field(8, ge=1, le=1_000_000, description="batches to take the gradient of")
+    gamma: float = Field(16.0, gt=0, le=1e6, description="the larger it is, the smaller the start")
+    batches: int = Field(8, ge=1, le=1_000_000, description="number of batches for the gradient")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)
@@ -38,7 +38,7 @@ class LoRAGA(Method):
     def build(self, place: Place) -> "Guided":
         _, out, width = matrix(place, (*LINEAR, "conv", "expert"))
         if 2 * self.r > min(out, width):
-            raise place.refuse(f"has {min(out, width)} singular vectors, and 2 r={2 * self.r}", "Choose a smaller r.")
+            raise place.refuse(f"has {min(out, width)} singular vectors, but 2 r={2 * self.r}", "Choose a smaller r.")
         return Guided(place, *lora_factors(place, self.r), self.alpha / self.r**0.5)
 
     def init(self, deltas: Deltas, batches: Iterable[Callable[[], Tensor]]) -> None:

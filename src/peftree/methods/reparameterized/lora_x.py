@@ -23,7 +23,7 @@ class LoRAX(Method):
     )
     sites: str = Field("attn.q attn.k attn.v attn.o", description="which weights are changed")
     r: int = Field(320, ge=1, le=65536, description="number of singular vectors; at most the weight's smaller width")
-    full: bool = Field(False, description="train a whole matrix between them, not its diagonal alone")
+    full: bool = Field(False, description="train a full matrix between them, not only its diagonal")
 
     def count(self, sites: Sequence[Site]) -> int:
         ranks = [(s.experts, min(self.r, s.in_features, s.out_features)) for s in sites]

@@ -32,7 +32,7 @@ class LoReFT(Method):
     sites: str = Field("layer", description="layers whose output is edited")
     r: int = Field(8, ge=1, le=65536, description="rank of the edit")
     first: int = Field(7, ge=0, le=100000, description="tokens at the start of the prompt that are edited")
-    last: int = Field(7, ge=0, le=100000, description="tokens at its end that are edited")
+    last: int = Field(7, ge=0, le=100000, description="tokens at the end of the prompt that are edited")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping entries of the edited state")
     direct: bool = Field(False, description="DiReFT: R^T (W h + b)")
 
@@ -53,7 +53,7 @@ class Edit(Rewrite):
         d, self.name = place.site.out_features, place.site.name
         self.first, self.last, self.dropout, self.direct = method.first, method.last, method.dropout, method.direct
         if method.r > d:
-            raise place.refuse(f"has width {d}, less than r={method.r}", f"Use r={d} at most.")
+            raise place.refuse(f"has width {d}, less than r={method.r}", f"Use r={d} or less.")
         self.A = nn.Parameter(nn.init.orthogonal_(place.empty(d, method.r).detach()))
         self.W, self.b = place.kaiming(method.r, d), place.bias(method.r, d)
 

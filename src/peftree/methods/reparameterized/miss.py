@@ -27,7 +27,7 @@ class MiSS(Method):
     r: int = Field(64, ge=1, le=65536, description="height of the shard")
     variant: Literal["plain", "bat", "mini"] = Field("plain", description="one shard, blocks times W, or few columns")
     columns: int = Field(1, ge=1, le=65536, description="columns of the shard of `mini`; they divide the outputs")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the shard (not of `bat`)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the shard (not for `bat`)")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (self.columns if self.variant == "mini" else s.out_features) for s in sites)
@@ -36,7 +36,7 @@ class MiSS(Method):
         lead, out, width = matrix(place)
         parts = {"plain": (), "mini": ((out, self.columns),), "bat": ((out, self.r), (width, self.r))}
         if self.r > width or any(total % one for total, one in parts[self.variant]):
-            raise place.refuse(f"has a weight [{out}, {width}], which r and columns do not cut", "Choose divisors.")
+            raise place.refuse(f"has a weight [{out}, {width}], which r and columns do not divide", "Choose divisors.")
         shapes = {"plain": (self.r, out), "mini": (self.r, self.columns), "bat": (out // self.r, self.r, self.r)}
         D = place.zeros(*lead, *shapes[self.variant])
         return Bat(D) if self.variant == "bat" else Shard(place, D, self.dropout)

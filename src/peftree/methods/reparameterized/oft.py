@@ -28,7 +28,7 @@ class OFT(Method):
     blocks: int = Field(0, ge=0, le=1 << 20, description="number of blocks in place of their width; 0: by width")
     terms: int = Field(0, ge=0, le=64, description="terms of the series in place of the exact map; 0: exact")
     eps: float = Field(0.0, ge=0, le=1e6, description="bound of the rotations (COFT); 0: none")
-    shared: bool = Field(False, description="one block for all of a weight")
+    shared: bool = Field(False, description="one block for the whole weight")
 
     def count(self, sites: Sequence[Site]) -> int:
         def one(width: int) -> int:

@@ -1,9 +1,9 @@
 """PeriodicLoRA: y = W x + (alpha / r) (sum_i B_i A_i + B A) x, low-rank terms of past periods and the one that trains.
 
-Meng et al. 2024, arXiv 2402.16141. After every `period` steps the term is unloaded and starts afresh: A [r, in] Kaiming
+Meng et al. 2024, arXiv 2402.16141. After every `period` steps the term is unloaded and starts again: A [r, in] Kaiming
 uniform, B [out, r] at zero, and the optimizer forgets both. The paper adds an unloaded term to W; here its factors are
-kept beside it (A0 [k, in] and B0 [k, out], k grows by r), so that the base stays as it is and the sum folds into the
-weights at last. The paper's momentum, which holds back a part of each term, is not here.
+kept beside it (A0 [k, in] and B0 [k, out], k grows by r), so the base stays unchanged and the sum folds into the
+weights at the end. The paper's momentum, which holds back a part of each term, is not here.
 
 >>> PeriodicLoRA(r=4).r
 4
@@ -24,7 +24,7 @@ class PeriodicLoRA(Method):
 
     tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2402.16141", True, True, lr=5e-4, small={"period": 2})
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
-    r: int = Field(8, ge=1, le=65536, description="rank of the term that trains")
+    r: int = Field(8, ge=1, le=65536, description="rank of the trained term")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the terms")
     period: int = Field(500, ge=1, le=1_000_000_000, description="steps of a period (the paper: an epoch)")
@@ -44,7 +44,7 @@ class PeriodicLoRA(Method):
 
 
 class Periodic(LowRank):
-    """A and B of this period; A0 and B0 of those before."""
+    """A and B of this period; A0 and B0 of earlier ones."""
 
     elastic: ClassVar[tuple[str, ...]] = ("A0", "B0")
 
@@ -60,7 +60,7 @@ class Periodic(LowRank):
 
     @torch.no_grad()
     def unload(self) -> tuple[Any, Any]:
-        """Move the term to those of the past, start a new one and return its tensors."""
+        """Move the term to the past ones, start a new one and return its tensors."""
         self.A0, self.B0 = (f.clone() for f in (self.factors()))
         A, B = super().factors()
         bound = A.shape[-1] ** -0.5

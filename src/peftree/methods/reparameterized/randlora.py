@@ -28,7 +28,7 @@ class RandLoRA(Method):
                   frozen={f"{at}randlora_{n}": f"bases.{n}" for at in ("base_model.", "") for n in "AB"}),
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights get a sum")
-    r: int = Field(32, ge=1, le=65536, description="rank of one base; the larger, the fewer trained numbers")
+    r: int = Field(32, ge=1, le=65536, description="rank of one base; the larger it is, the fewer values are trained")
     alpha: float = Field(640.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the sum")
     basis_seed: int = Field(0, ge=0, lt=2**63, description="seed of the frozen matrices")

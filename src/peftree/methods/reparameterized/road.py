@@ -28,7 +28,7 @@ class RoAd(Method):
         peft=Peft("ROAD", {"variant": "variant", "group_size": "group"}, {"road_theta": "t", "road_alpha": "a"}),
     )  # fmt: skip
     sites: str = Field("linear", description="which maps have their outputs rotated")
-    variant: Literal["road_1", "road_2", "road_4"] = Field("road_1", description="numbers: a pair, a row, an entry")
+    variant: Literal["road_1", "road_2", "road_4"] = Field("road_1", description="one number per pair, row or entry")
     group: int = Field(64, ge=2, le=65536, multiple_of=2, description="width of a group; it divides the outputs")
 
     def count(self, sites: Sequence[Site]) -> int:

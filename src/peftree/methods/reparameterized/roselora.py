@@ -1,4 +1,4 @@
-"""RoseLoRA: y = W x + (alpha / r) B A x, rows of A and columns of B keep their most important entries alone.
+"""RoseLoRA: y = W x + (alpha / r) B A x, rows of A and columns of B keep only their most important entries.
 
 Wang et al. 2024, arXiv 2406.10777, section 3. A [r, in] starts Kaiming uniform, B [out, r] at zero. An entry's
 importance is the running mean of |p g|. After the `warmup` share of the steps the share of entries that is kept falls
@@ -29,7 +29,7 @@ class RoseLoRA(Method):
     keep: float = Field(0.05, gt=0, le=1, description="share of the entries that is kept at the end")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps before entries are dropped")
     final: float = Field(0.3, ge=0, lt=1, description="share of the steps with the final number of entries")
-    beta: float = Field(0.8, gt=0, lt=1, description="memory of the running mean")
+    beta: float = Field(0.8, gt=0, lt=1, description="decay of the running mean")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)

@@ -3,7 +3,7 @@
 Aghajanyan et al. 2020, arXiv 2012.13255, equations 2 and 3. Of the d trained numbers L are the factors c of the L
 layers, from one, and d - L the shared t, from zero. P is the Fastfood transform H G Pi H S, cut to the entries of W and
 scaled so that |P t| is |t| on average: H the Walsh-Hadamard matrix, S random signs, Pi a permutation, G normal, drawn
-from `basis_seed` and not stored: 9 to 18 bytes an entry of W. The paper changes all parameters; here `sites` are named.
+from `basis_seed` and not stored: 9 to 18 bytes per entry. The paper changes all parameters; here `sites` are named.
 
 >>> SAID(d=1000).d
 1000
@@ -25,7 +25,7 @@ class SAID(Method):
 
     tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2012.13255", True, True, lr=1e-2, small={"d": 200})
     sites: str = Field("linear", description="which weights are changed")
-    d: int = Field(20000, ge=2, le=1 << 30, description="number of trained numbers in all")
+    d: int = Field(20000, ge=2, le=1 << 30, description="total number of trained values")
     basis_seed: int = Field(0, ge=0, lt=2**62, description="seed of the random map")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -43,7 +43,7 @@ class Spread(Reweight):
         lead, out, width = matrix(place)
         layers = {(s.tower, s.layer) for s in place.peers}
         if method.d <= len(layers):
-            raise place.refuse(f"is one of {len(layers)} layers, and d={method.d}", "Choose a larger d.")
+            raise place.refuse(f"is one of {len(layers)} layers, but d={method.d}", "Choose a larger d.")
         self.t = place.once("t", lambda: place.zeros(method.d - len(layers)))
         self.c = place.once(f"c {place.site.tower} {place.site.layer}", lambda: place.ones(1))
         self.fastfood = Fastfood(place, (*lead, out, width), len(self.t), method.basis_seed + place.index)

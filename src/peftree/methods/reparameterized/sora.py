@@ -26,7 +26,7 @@ class SoRA(Method):
     sites: str = Field("linear", description="which weights get a gated low-rank term")
     r: int = Field(16, ge=1, le=65536, description="rank at the start")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the first rank")
-    threshold: float = Field(1e-3, ge=0, le=1e3, description="what each step takes off |g|")
+    threshold: float = Field(1e-3, ge=0, le=1e3, description="amount that each step subtracts from |g|")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(s.experts * self.r * (s.in_features + s.out_features + 1) for s in sites)

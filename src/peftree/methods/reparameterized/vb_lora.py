@@ -31,9 +31,9 @@ class VBLoRA(Method):
     r: int = Field(4, ge=1, le=65536, description="rank")
     vectors: int = Field(256, ge=1, le=65536, description="vectors in the bank")
     length: int = Field(256, ge=1, le=65536, description="length of a vector; it divides both widths of the weight")
-    k: int = Field(2, ge=1, le=65536, description="vectors that are mixed")
+    k: int = Field(2, ge=1, le=65536, description="number of mixed vectors")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the term")
-    logits_lr: float = Field(10.0, gt=0, le=1e4, description="learning rate of the logits over that of the bank")
+    logits_lr: float = Field(10.0, gt=0, le=1e4, description="learning rate of the logits divided by that of the bank")
 
     def count(self, sites: Sequence[Site]) -> int:
         parts = sum(s.experts * self.r * (s.in_features + s.out_features) // self.length for s in sites)

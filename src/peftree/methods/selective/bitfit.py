@@ -1,4 +1,4 @@
-"""BitFit: y = W x + (b + db), the biases alone are trained.
+"""BitFit: y = W x + (b + db), only the biases are trained.
 
 Ben Zaken, Ravfogel, Goldberg 2021, arXiv 2106.10199, section 3. Every bias of linear maps, convolutions and norms; db
 has the bias's shape and starts at zero. `sites="attn.q ffn.up"` is the paper's variant with the two kinds of biases

@@ -1,4 +1,4 @@
-"""Child-Tuning F: w <- w - lr (M / p) * g, at each step the gradient of a random share p of the entries alone.
+"""Child-Tuning F: w <- w - lr (M / p) * g, at each step only the gradient of a random share p of the entries.
 
 Xu et al. 2021, arXiv 2109.05687, section 2.2. Every parameter trains as a copy, as in full fine-tuning; before each
 step its gradient is multiplied by a fresh mask of Bernoulli(p) and divided by p, and the optimizer's moments see that.
@@ -24,8 +24,8 @@ class ChildTuning(Method):
     tags: ClassVar[Tags] = Tags(
         "selective", "arXiv 2109.05687", True, True, lr=2e-5,
         known={
-            "side_by_side": "every parameter trains, and the last of two whole copies replaces the one before",
-            "routes": "every parameter trains; what a stack computes once for all rows has no row of its own",
+            "side_by_side": "every parameter trains, and the second of two whole copies replaces the first",
+            "routes": "every parameter trains; what a stack computes once for all rows cannot differ by row",
         },
     )  # fmt: skip
     sites: str = Field("all", description="which parameters are trained; `all` is every one")

@@ -22,7 +22,7 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 
 
 class DiffPruning(Method):
-    """Whole weights train, and few entries of what they have learnt are kept."""
+    """Whole weights train, and a few entries of what they learned are kept."""
 
     tags: ClassVar[Tags] = Tags("selective", "arXiv 2012.07463", True, True, lr=5e-5, small={"share": 0.1})
     sites: str = Field("linear", description="weights whose entries compete")
@@ -30,8 +30,8 @@ class DiffPruning(Method):
     search: float = Field(0.5, gt=0, le=1, description="share of the steps before the entries are chosen")
     penalty: float = Field(1.25e-7, ge=0, le=1e3, description="factor of the L0 norm in the loss")
     stretch: float = Field(1.5, gt=1, le=100, description="t of the gates")
-    gate_lr: float = Field(2000.0, gt=0, le=1e6, description="learning rate of the gates over that of w")
-    structured: bool = Field(True, description="a gate for each weight beside those of its entries")
+    gate_lr: float = Field(2000.0, gt=0, le=1e6, description="learning rate of the gates divided by that of w")
+    structured: bool = Field(True, description="a gate per weight, in addition to those of its entries")
 
     def count(self, sites: Sequence[Site]) -> int:
         return sum(2 * s.size + self.structured * s.experts for s in sites)

@@ -21,14 +21,14 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 
 
 class FishDip(Method):
-    """A Fisher mask that follows the samples that are hard now."""
+    """A Fisher mask that follows the currently hard samples."""
 
     tags: ClassVar[Tags] = Tags(
         "selective", "arXiv 2311.03748", True, True, lr=1e-3, needs_data=True, needs_dense_weight=True,
         small={"share": 0.05, "period": 2},
     )  # fmt: skip
     sites: str = Field("linear", description="weights whose entries compete")
-    share: float = Field(0.01, gt=0, le=1, description="share of all entries that trains at a time")
+    share: float = Field(0.01, gt=0, le=1, description="share of all entries that train at a time")
     period: int = Field(100, ge=1, le=1_000_000, description="steps from one choice to the next")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -49,7 +49,7 @@ class FishDip(Method):
 
 
 def information(deltas: Sequence[Kept], batches: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
-    """Return the squared gradients of the batches of largest loss, summed: one tensor a weight."""
+    """Return the squared gradients of the batches of largest loss, summed: one tensor per weight."""
     with torch.no_grad():
         losses = [(float(batch()), batch) for batch in batches]
     worst = sorted(losses, key=lambda pair: -pair[0])[: min(max(len(losses) // 10, 3), 25)]

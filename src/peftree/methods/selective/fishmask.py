@@ -37,8 +37,8 @@ class FishMask(Method):
     sites: str = Field("linear", description="weights whose entries compete")
     share: float = Field(0.005, gt=0, le=1, description="share of all entries that is trained")
     batches: int = Field(128, ge=1, le=1_000_000, description="batches to measure the information on")
-    scope: Literal["all", "each"] = Field("all", description="one ranking over all weights, or one of each weight")
-    summed: bool = Field(False, description="square the sum of the batches' gradients, not each")
+    scope: Literal["all", "each"] = Field("all", description="one ranking over all weights, or one per weight")
+    summed: bool = Field(False, description="square the sum of the batches' gradients, not each one")
 
     def count(self, sites: Sequence[Site]) -> int:
         return round(self.share * sum(s.size for s in sites))

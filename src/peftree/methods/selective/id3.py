@@ -29,7 +29,7 @@ class ID3(Method):
     sites: str = Field("linear", description="weights whose entries compete")
     share: float = Field(0.005, gt=0, le=1, description="share of all entries that train in the end")
     eps: float = Field(1.0, gt=0, le=1e4, description="added to |W|")
-    exp: float = Field(1.0, ge=0, le=16, description="exponent of |W| + eps; 0: by the gradient alone")
+    exp: float = Field(1.0, ge=0, le=16, description="exponent of |W| + eps; 0: only the gradient counts")
 
     def count(self, sites: Sequence[Site]) -> int:
         return max(1, round(self.share * sum(s.size for s in sites)))

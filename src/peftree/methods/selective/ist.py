@@ -28,7 +28,7 @@ class IST(Method):
     r: int = Field(32, ge=1, le=65536, description="rank")
     alpha: float = Field(64.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the input of the low-rank term")
-    period: int = Field(10, ge=1, le=1_000_000, description="steps from one look at the importance to the next")
+    period: int = Field(10, ge=1, le=1_000_000, description="steps between two updates of the importance")
     tries: int = Field(3, ge=2, le=1000, description="sets of layers that are compared")
     mu: float = Field(10.0, gt=0, le=1e4, description="how fast the importance follows the rewards")
     draw_seed: int = Field(0, ge=0, lt=2**31, description="seed of the draws")

@@ -1,4 +1,4 @@
-"""LayerNorm tuning: y = (g + dg) (x - m) / s + (b + db), the scale and shift of the norms alone are trained.
+"""LayerNorm tuning: y = (g + dg) (x - m) / s + (b + db), only the scale and shift of the norms are trained.
 
 Zhao et al. 2023, arXiv 2312.11420, section 3. dg and db [d] start at zero; an RMSNorm has no shift. Every norm of the
 chosen towers, the final one included.

@@ -24,8 +24,8 @@ class LISA(Method):
     tags: ClassVar[Tags] = Tags(
         "selective", "arXiv 2403.17919", True, True, lr=5e-5, small={"active": 1, "period": 2},
         known={
-            "side_by_side": "whole parameters train, and the last of two whole copies replaces the one before",
-            "routes": "whole parameters train; what a stack computes once for all rows has no row of its own",
+            "side_by_side": "whole parameters train, and the second of two whole copies replaces the first",
+            "routes": "whole parameters train; what a stack computes once for all rows cannot differ by row",
         },
     )  # fmt: skip
     sites: str = Field("all", description="which parameters may train; `all` is every one")

@@ -22,10 +22,10 @@ class RoCoFT(Method):
     """Trained offsets of k rows or columns."""
 
     tags: ClassVar[Tags] = Tags("selective", "arXiv 2410.10075", True, True, lr=1e-3, small={"k": 2})
-    sites: str = Field("linear", description="weights of which lines are trained")
+    sites: str = Field("linear", description="weights whose rows or columns are trained")
     k: int = Field(3, ge=1, le=65536, description="number of rows or columns of each weight")
     axis: Literal["rows", "columns"] = Field("rows", description="rows are output units, columns input units")
-    choice: Literal["first", "random", "max", "min"] = Field("first", description="which lines, max and min by |W|")
+    choice: Literal["first", "random", "max", "min"] = Field("first", description="which of them; max and min by |W|")
 
     def count(self, sites: Sequence[Site]) -> int:
         per = "in_features" if self.axis == "rows" else "out_features"

@@ -26,9 +26,9 @@ class SHiRA(Method):
         peft=Peft("SHIRA", {"r": "r", "mask_type": "mask", "random_seed": "basis_seed"}, {"shira_weight": "v"},
                   values={"mask_type": {"random": "random"}}, frozen={"shira_indices": "indices"}),
     )  # fmt: skip
-    sites: str = Field("attn.q attn.v", description="weights of which some entries train")
+    sites: str = Field("attn.q attn.v", description="weights in which some entries train")
     r: int = Field(32, ge=1, le=65536, description="rank of the LoRA that has as many entries")
-    mask: Literal["random", "magnitude"] = Field("random", description="entries at random, or the largest of |W|")
+    mask: Literal["random", "magnitude"] = Field("random", description="random entries, or the largest of |W|")
     basis_seed: int = Field(0, ge=0, lt=2**63, description="seed of the entries")
 
     def count(self, sites: Sequence[Site]) -> int:
@@ -49,7 +49,7 @@ class Entries(Reweight):
         width = self.width
         n, size = method.r * (out + width), out * width
         if n > size:
-            raise place.refuse(f"has {size} entries, and r={method.r} asks for {n}", "Choose a smaller r.")
+            raise place.refuse(f"has {size} entries, but r={method.r} asks for {n}", "Choose a smaller r.")
         if method.mask == "random" or place.abstract:
             at = place.once(f"at {n} {size}", lambda: seeded_indices(n, size, method.basis_seed).sort().values)
         else:

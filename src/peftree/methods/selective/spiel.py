@@ -28,8 +28,8 @@ class SpIEL(Method):
         "selective", "arXiv 2401.16405", True, True, lr=1e-3, needs_dense_weight=True,
         small={"share": 0.05, "period": 3, "window": 1},
     )  # fmt: skip
-    sites: str = Field("linear", description="weights of which some entries train")
-    share: float = Field(0.01, gt=0, le=1, description="share of all entries that trains")
+    sites: str = Field("linear", description="weights in which some entries train")
+    share: float = Field(0.01, gt=0, le=1, description="share of all entries that train")
     period: int = Field(100, ge=1, le=1_000_000, description="steps from one choice to the next")
     window: int = Field(5, ge=1, le=1_000_000, description="steps over which gradients are summed; at most a period")
     rate: float = Field(0.2, ge=0, le=1, description="share of the entries that moves, falling to zero over the run")

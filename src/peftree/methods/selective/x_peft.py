@@ -3,7 +3,7 @@
 Kwak and Kim 2024, arXiv 2401.16137. D_i [b, d] and U_i [d, b] are random from N(0, 0.02), every layer's own, drawn from
 `basis_seed` and not stored. `hard`: m is 1 at the k largest of N logits, else 0, gradients go to their softmax; one bit
 an adapter is kept after training. `soft`: m is the softmax. n is a layer norm of width b with trained gain and shift,
-2 (N + b) numbers a layer in all. No code is public, and the paper was read in part alone: that n stands before the
+2 (N + b) numbers per layer in all. No code is public, and only part of the paper was read: that n is before the
 nonlinearity, this ReLU, the start of the logits, N(0, 0.02), and the rate are ours.
 
 >>> XPEFT(adapters=400).k
@@ -24,9 +24,9 @@ class XPEFT(Method):
                                 small={"adapters": 12, "k": 5, "reduction": 4})  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets an adapter")
     adapters: int = Field(100, ge=1, le=65536, description="number N of frozen adapters")
-    k: int = Field(50, ge=1, le=65536, description="adapters that a hard mask takes")
+    k: int = Field(50, ge=1, le=65536, description="number of adapters that a hard mask selects")
     mask: Literal["hard", "soft"] = Field("hard", description="k of N, or a softmax")
-    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer over width b of an adapter")
+    reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by width b of an adapter")
     basis_seed: int = Field(0, ge=0, lt=2**62, description="seed of the adapters")
 
     def count(self, sites: Sequence[Site]) -> int:

@@ -1,8 +1,8 @@
-"""AdaMix: h' = h + U_j GELU(D_i h + b_i) + c_j, i and j drawn at random each training pass, their means in evaluation.
+"""AdaMix: h' = h + U_j GELU(D_i h + b_i) + c_j, i and j drawn at random in each training pass, means in evaluation.
 
 Wang et al. 2022, arXiv 2205.12410, sections 3.1-3.3. D [n, size, d] and U [n, d, size] start N(0, 0.02), biases 0.
 The extra loss is half the sum of the Kullback-Leibler divergences between the predictions of two passes, targets
-detached as in the released code, averaged over all positions. After training the means alone are kept.
+detached as in the released code, averaged over all positions. After training only the means are kept.
 
 >>> AdaMix().experts
 4

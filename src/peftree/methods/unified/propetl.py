@@ -2,7 +2,7 @@
 
 Zeng et al. 2023, arXiv 2305.17682, sections 3.1-3.2. The prototype D [size, d], U [d, size] starts N(0, 0.02), biases
 0. A layer's masks are 1 at its largest |scores|, [d, size] and [size, d], Kaiming uniform; gradients pass straight
-through to |score|. Scores learn at `score_lr` times the rate. After training a mask is kept as one bit an entry.
+through to |score|. Scores learn at `score_lr` times the rate. After training a mask is kept as one bit per entry.
 
 >>> ProPETL().keep
 0.5
@@ -22,9 +22,9 @@ class ProPETL(Method):
         "unified", "arXiv 2305.17682", False, False, lr=1e-4, inference_cost="low", small={"reduction": 4}
     )
     sites: str = Field("ffn.down", description="projections whose output gets the masked prototype")
-    reduction: float = Field(12.0, gt=0, le=4096, description="width of the layer over width of the bottleneck")
+    reduction: float = Field(12.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     keep: float = Field(0.5, gt=0, le=1, description="share of the prototype's entries that a layer keeps")
-    score_lr: float = Field(30.0, gt=0, le=1e4, description="learning rate of the scores over that of the prototype")
+    score_lr: float = Field(30.0, gt=0, le=1e4, description="learning rate of the scores divided by the prototype's")
 
     def count(self, sites: Sequence[Site]) -> int:
         d, b = sites[0].out_features, max(1, round(sites[0].out_features / self.reduction))

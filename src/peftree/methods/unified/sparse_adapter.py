@@ -31,7 +31,7 @@ class SparseAdapter(Method):
     size: int = Field(64, ge=1, le=65536, description="width of the bottleneck")
     sparsity: float = Field(0.4, ge=0, lt=1, description="share of entries that is pruned (the paper: 0.4 to 0.8)")
     choice: Literal["snip", "magnitude", "random"] = Field("snip", description="what the entries are ranked by")
-    scope: Literal["all", "each"] = Field("all", description="one ranking over all matrices, or one of each matrix")
+    scope: Literal["all", "each"] = Field("all", description="one ranking over all matrices, or one per matrix")
     batches: int = Field(32, ge=1, le=1_000_000, description="batches that SNIP sums over")
 
     def count(self, sites: Sequence[Site]) -> int:

@@ -1,4 +1,4 @@
-"""An adapter_config.json of Hugging Face PEFT, planned: with PEFT's own modules, or as our method that equals it."""
+"""Plans for a Hugging Face PEFT adapter_config.json: with PEFT's own modules, or as our equal method."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Theirs:
         whole: the full model's figures.
         parts: phase -> part -> bytes at the phase's peak.
         operations: floating-point operations.
-        held: bytes that CUDA's caching allocator reserves for one step; 0 where its rules were not replayed.
+        held: bytes that CUDA's caching allocator reserves for one step; 0 if its rules were not replayed.
     """
 
     whole: Whole
@@ -44,10 +44,10 @@ class Theirs:
 
 
 def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and fields of our method that is PEFT's config `raw` on a model; needs no `peft`.
+    """Return the name and fields of our method that equals PEFT's config `raw` on a model; does not need `peft`.
 
     Raises:
-        StoreError: we have no equal of it; the message says what differs.
+        StoreError: peftree has no equal of it; the message says what differs.
     """
     asked, where = str(raw["peft_type"])[:80], Path(FILE)
     mine = [d for d in dialects() if d.peft_type == asked]
@@ -67,11 +67,11 @@ def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, An
 
 
 def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, quick: bool = False) -> Theirs:
-    """Put PEFT's modules on the model, all of its layers, and trace one step; `quick` as in `estimate.plan`.
+    """Put PEFT's modules on the model, with all its layers, and trace one step; `quick` as in `estimate.plan`.
 
     Raises:
         ConfigError: PEFT is not installed, or does not know the method or a field.
-        MethodError: its code wants weights that are there.
+        MethodError: PEFT's code needs real weights.
     """
 
     def base() -> nn.Module:
@@ -88,7 +88,7 @@ def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, quick: 
         return line, (whole, beside, operations)
 
     if request.mode == "generate":
-        raise ConfigError("Generation with PEFT's modules is not planned.", "Say code=peftree, or mode=eval.")
+        raise ConfigError("Generation with PEFT's modules cannot be planned.", "Set code=peftree, or mode=eval.")
     if quick:
         line, (whole, beside, operations) = sizes.line(sizes.key(request), request.batch_size, request.length, run)
     else:
@@ -124,7 +124,7 @@ def _beside(placed: modules.Foreign, request: Request) -> Beside:
 
 
 def _held(line: Timeline, beside: Beside, request: Request) -> int:
-    """Replay a first step, and one more after the cache was emptied, as the allocator does before it gives up."""
+    """Replay a first step, and another after emptying the cache, as the allocator does before it gives up."""
     plain = request.quantize == "none" and request.devices == 1 and request.accumulation == 1
     known = request.optimizer in ("adamw", "adamw_loop", "adamw_foreach")
     if request.device != "cuda" or request.mode != "train" or not plain or not known:

@@ -1,9 +1,9 @@
 """Hugging Face PEFT's adapters on a model without weights: what their own modules hold in a training step.
 
-PEFT's code is written for weights that are there. A model on the meta device is enough for most of its methods; the
-others get more, in this order: adapters made on the meta device too, base weights as fake tensors, base weights whose
-values are made of few random ones. What code reads of a fake tensor while the model is built or runs is answered: a
-number with zero, a mask with all of its places.
+PEFT's code is written for real weights. A model on the meta device is enough for most of its methods; the
+others get more, in this order: adapters also on the meta device, base weights as fake tensors, base weights whose
+values repeat a few random ones. Reading a fake tensor's values while the model is built or run gets an answer: a
+zero for a number, all places for a mask.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Foreign:
 
     Attributes:
         model: PEFT's model; the base's weights are on the meta device.
-        how: which of the ways put the adapter on it.
+        how: the way in which the adapter was put on it.
         weights: bytes of the base's parameters.
         adapter: bytes of each other tensor that is on the accelerator: the adapter's, and the base's buffers.
-        trained: bytes of each parameter that is trained.
-        trainable: number of values that are trained.
-        total: number of values of the base.
+        trained: bytes of each trained parameter.
+        trainable: number of trained values.
+        total: number of the base's values.
     """
 
     model: nn.Module
@@ -70,15 +70,15 @@ def put(base: Callable[[], nn.Module], config: Mapping[str, Any], cast: bool = T
         base: makes the model; called once for each way that is tried.
         config: the content of adapter_config.json.
         cast: keep the adapter in float32 over a base of half precision, as PEFT does by default.
-        freeze: parameters with this in their name are not trained, as `lora_A` by the LoRA-FA optimizer.
+        freeze: parameters with this in their name are not trained, such as `lora_A` with the LoRA-FA optimizer.
 
     Raises:
         ConfigError: PEFT is not installed, or does not know the method or a field.
-        MethodError: the method needs weights that are there.
+        MethodError: the method needs real weights.
     """
     made = _config(read_adapter(config))
     if made.is_prompt_learning and not made.task_type:
-        raise ConfigError(f"PEFT's {made.peft_type} needs a task_type.", 'Add "task_type": "CAUSAL_LM", or another.')
+        raise ConfigError(f"PEFT's {made.peft_type} needs a task_type.", 'Add a task_type, such as "CAUSAL_LM".')
     said = ""
     for how, way in _WAYS if made.peft_type in _DRAWN else _WAYS[:-1]:
         model = base()
@@ -108,7 +108,7 @@ def real(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         return _plain(model, _config(read_adapter(config)), True)
 
 
-_ELSE = "Plan the method of peftree that comes closest."
+_ELSE = "Instead, plan the closest method of peftree."
 
 
 def _peft() -> Any:
@@ -122,7 +122,7 @@ def _peft() -> Any:
 
 
 def _config(values: dict[str, Any]) -> Any:
-    """Return PEFT's own config object; what only a finished run or a newer version writes is left out."""
+    """Return PEFT's own config object; without what only a finished run or a newer version writes."""
     types = _peft().mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     kind = values["peft_type"]
     if kind not in types:
@@ -189,7 +189,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 @contextmanager
 def _given_back(model: nn.Module) -> Iterator[None]:
-    """Whatever stood in for the base's parameters inside, the parameters themselves are there again after it."""
+    """Put the base's own parameters back after the block, whatever replaced them inside."""
     before = list(_owned(model))
     yield
     for module, name, own in before:
@@ -204,7 +204,7 @@ def whole(base: Callable[[], nn.Module]) -> Foreign:
 
 
 def _measured(model: nn.Module, own: list[nn.Parameter], how: str) -> Foreign:
-    """Count; a buffer that PEFT left on the CPU while the base is on meta never reaches the accelerator."""
+    """Count bytes; a buffer that PEFT left on the CPU while the base is on meta never reaches the accelerator."""
     base = {id(p) for p in own}
     added: list[Tensor] = [p for p in model.parameters() if id(p) not in base]
     added += [b for b in model.buffers() if b.device.type == "meta" or not _tells(how)]
@@ -216,7 +216,7 @@ def _measured(model: nn.Module, own: list[nn.Parameter], how: str) -> Foreign:
 
 
 def _tells(how: str) -> bool:
-    """Return whether the way told what is on the accelerator, which meta stands for, from what stays on the CPU."""
+    """Return whether this way separates what is on the accelerator (meta) from what stays on the CPU."""
     return how in (_WAYS[0][0], _WAYS[2][0])
 
 
@@ -225,14 +225,14 @@ def _bytes(tensors: list[Any]) -> dict[int, int]:
 
 
 def trace(placed: Foreign, batch: Mapping[str, Any], request: Request | None = None) -> tuple[Timeline, int]:
-    """Return what a step allocates, and its operations; loss and outputs live to its end, as in a usual loop.
+    """Return what a step allocates, and its operations; loss and outputs live until its end, as in a usual loop.
 
-    `placed.model` then holds fake tensors and is of no other use.
+    `placed.model` then holds fake tensors and cannot be used for anything else.
 
     Args:
         placed: the model.
         batch: its input.
-        request: the setting, of which mode, accumulation and device count; None: a training step on CUDA.
+        request: the setting; only mode, accumulation and device matter; None: a training step on CUDA.
 
     Raises:
         MethodError: the method's code needs values.
@@ -291,10 +291,10 @@ def _fake(value: Any) -> bool:
 
 
 class _Ledger(Ledger):
-    """Knows sparse tensors too, which have no storage but two tensors that have."""
+    """Also knows sparse tensors, which have no storage but hold two tensors that do."""
 
     def see(self, tensor: Tensor) -> None:
-        """Note a tensor's storages."""
+        """Record a tensor's storages."""
         if tensor.layout is torch.sparse_coo:
             super().see(tensor._indices())
             super().see(tensor._values())
@@ -303,10 +303,10 @@ class _Ledger(Ledger):
 
 
 class _Answers(TorchDispatchMode):
-    """Answers what only values tell: those of small tensors that are there are kept, fakes are answered for."""
+    """Answers reads of values: small real tensors keep theirs, and fake tensors get an answer."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, on values where all of them are known."""
+        """Run the operation, on values if all of them are known."""
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fakes = [t for t in tensors if _fake(t)]

@@ -45,7 +45,7 @@ _KEPT: WeakKeyDictionary[Adapter, dict[str, Any]] = WeakKeyDictionary()
 
 
 def dialects() -> list[Dialect[Any]]:
-    """Return the mapping of every method that both have: those written here, and those that method files declare."""
+    """Return the mapping of every method that both libraries have: those written here and those in method files."""
     return [*_OWN, *declared()]
 
 
@@ -53,7 +53,7 @@ def files(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of an adapter in PEFT's format, with our manifest, by name.
 
     Raises:
-        InexpressibleError: it has no exact form there.
+        InexpressibleError: it has no exact form in PEFT.
     """
     _, main, _ = whole.split(adapter.method)
     dialect = next((d for d in dialects() if d.writes(main)), None)
@@ -128,7 +128,7 @@ def _task(model: nn.Module, head: bool) -> str | None:
 
 
 def _renamed(tensors: Mapping[str, T], old: str, new: str) -> dict[str, T]:
-    """Return named tensors with another start of the names that begin with `old`."""
+    """Return named tensors, with another prefix for the names that begin with `old`."""
     return {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()}
 
 
@@ -142,7 +142,7 @@ def read(
     """Read and check a PEFT folder and return name, filled draft and kept keys; the model is not changed.
 
     Args:
-        ours: there is a manifest of ours beside it, which says more than the config.
+        ours: whether peftree's manifest is beside it, which says more than the config.
 
     Raises:
         StoreError, MethodError, ConfigError, SiteError, AdapterError: the first check that fails.
@@ -153,7 +153,7 @@ def read(
     if manifest is not None and (manifest.layout != "peft" or manifest.config != _canonical(raw)):
         raise StoreError(
             f"{where} is not the file that was saved with {MANIFEST}.",
-            f"If it was changed on purpose, remove {MANIFEST} to read this as a plain PEFT folder.",
+            f"If you changed it on purpose, remove {MANIFEST} to read this as a plain PEFT folder.",
         )
     data, entries = native.read_weights(model, path, manifest)
     dialect = _dialect(raw, where)
@@ -168,7 +168,7 @@ def read(
     except InexpressibleError as error:
         raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
     if not dialect.writes(main):
-        raise StoreError(f"{where} is of {dialect.peft_type}, not of {method.name}.", "Fetch the adapter again.")
+        raise StoreError(f"{where} is for {dialect.peft_type}, not for {method.name}.", "Fetch the adapter again.")
     name = name if name is not None else manifest.name if manifest else "default"
     check_free(model, name)
     if manifest is not None:
@@ -203,10 +203,10 @@ def _method(dialect: Dialect[Any], config: Common, model: nn.Module, where: Path
 
 
 def method_from(model: nn.Module, given: Any) -> tuple[Method, bool]:
-    """Return the method that a config of PEFT's means on `model`, and whether the task head is trained.
+    """Return the method that a PEFT config means on `model`, and whether the task head is trained.
 
     Raises:
-        StoreError: it is not a config, or asks for something that has no exact form here.
+        StoreError: it is not a config, or asks for something that peftree cannot do exactly.
     """
     raw, where, from_file = fresh.plain(given)
     dialect = _dialect(raw, where)
@@ -221,10 +221,10 @@ def method_from(model: nn.Module, given: Any) -> tuple[Method, bool]:
 def _foreign(
     dialect: Dialect[Any], config: Common, model: nn.Module, where: Path, data: bytearray, entries: dict[str, Entry]
 ) -> tuple[Method, bool, dict[str, Entry]]:
-    """Return the method of a plain PEFT folder, whether it has the task head, and the tensors that say something.
+    """Return the method of a plain PEFT folder, whether it has the task head, and the tensors that matter.
 
     Raises:
-        StoreError, InexpressibleError: it asks for something that has no exact form here.
+        StoreError, InexpressibleError: it asks for something that peftree cannot do exactly.
     """
     entries = moved.renamed(model, entries)
     contents = whole.sort(model, entries)
@@ -255,7 +255,7 @@ def _drafted(
     entries: dict[str, Entry],
     config: Common | None,
 ) -> Draft:
-    """Compare the file with the links' tensors, by shapes alone; then build the adapter and fill it in."""
+    """Compare the file with the links' tensors, by shapes alone; then build the adapter and fill it."""
     draft = build.expected(model, method, head, seed, {})  # their files hold the form that post_hoc leaves
     work = Work(dialect, model, method, draft.keyed, config)
     # A foreign file has the trained values alone of a start that is taken out of the base.
@@ -286,16 +286,16 @@ def _restore(draft: Draft, rest: Mapping[str, list[bool]], names: Sequence[str],
 
 
 def _check_extras(known: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
-    """Raise StoreError unless frozen random tensors of a file are those that its seed gives here."""
+    """Raise StoreError unless the frozen random tensors of a file are those that its seed generates here."""
     for name, tensor in given.items():
         if not torch.equal(tensor.to(known[name].dtype), known[name].cpu()):
             raise StoreError(
-                f"{path}: {name} is not what the seed in the config gives.",
-                "It was drawn by another program or system; load this adapter with peft.",
+                f"{path}: {name} is not what the config's seed generates.",
+                "Another program or system drew it; load this adapter with peft.",
             )
 
 
 def remember(adapter: Adapter, keys: dict[str, Any]) -> None:
-    """Keep the unknown keys of the file an adapter was read from, for when it is written again."""
+    """Keep the unknown keys of the file that an adapter was read from, to write them again."""
     if keys:
         _KEPT[adapter] = keys

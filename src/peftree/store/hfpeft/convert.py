@@ -24,23 +24,23 @@ SECONDS = 3600
 
 
 def convert(source: str | Path, out: str | Path) -> Path:
-    """Write the adapter of `source` to the folder `out` as safetensors, wholly or not at all, and return its path.
+    """Write the adapter of `source` to the folder `out` as safetensors, completely or not at all, and return its path.
 
     Args:
-        source: a folder of PEFT's with `adapter_model.bin`, or such a file; `adapter_config.json` lies beside it.
-        out: made if need be; another folder than that of `source`.
+        source: a PEFT folder with `adapter_model.bin`, or that file; `adapter_config.json` is beside it.
+        out: created if needed; not the folder of `source`.
 
     Raises:
-        StoreError: a file is missing, damaged, holds something else than plain tensors, or needs too much memory.
+        StoreError: a file is missing, damaged, holds anything but plain tensors, or needs too much memory.
     """
     path = Path(source)
     file = path / PICKLE if path.is_dir() else path
     if not file.is_file() or file.is_symlink():
-        raise StoreError(f"{file} is not a file.", f"Name a folder that holds {PICKLE}, or such a file.")
+        raise StoreError(f"{file} is not a file.", f"Name a folder that holds {PICKLE}, or that file.")
     if Path(out).resolve() == file.parent.resolve():
-        raise StoreError(f"{out} is the folder of the source.", "Name another folder; the source stays as it is.")
+        raise StoreError(f"{out} is the source's folder.", "Name another folder; the source stays unchanged.")
     if (file.parent / PEFT).exists():
-        raise StoreError(f"{file.parent} holds {PEFT} already.", f"Move {file.name} out of it and load the folder.")
+        raise StoreError(f"{file.parent} already holds {PEFT}.", f"Move {file.name} out of it and load the folder.")
     read_json(file.parent / CONFIG)
     if file.stat().st_size > LIMIT:
         raise StoreError(f"{file} has {file.stat().st_size:,} bytes.", f"At most {LIMIT:,} are read.")
@@ -63,11 +63,11 @@ def _run(file: Path, made: Path) -> None:
     if done.returncode or not made.is_file():
         said = (done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1]
         said = "".join(c for c in said if c.isprintable())[:200]
-        raise StoreError(f"{file} holds no plain tensors: {said}", "Convert it with the program that wrote it.")
+        raise StoreError(f"{file} does not hold plain tensors: {said}", "Convert it with the program that wrote it.")
 
 
 def _bounded(size: int) -> None:
-    """Limit this process to the memory it has now, four times `size`, and some room; Linux alone."""
+    """Limit this process to the memory it has now, four times `size`, and some room; only on Linux."""
     if sys.platform.startswith("linux"):
         import resource
 

@@ -35,7 +35,7 @@ class Declared(AtModules[Any]):
         """Return the method's name and fields."""
         for key, value in self.peft.fixed.items():
             if (found := getattr(config, key)) != value and not (found is None and not value):
-                raise refuse(where, f"{key}={str(found)[:80]!r} changes what an adapter computes; {value!r} is read")
+                raise refuse(where, f"{key}={str(found)[:80]!r} changes what an adapter computes; use {value!r}")
         fields = {name: self._ours(key, getattr(config, key), where) for key, name in self.peft.fields.items()}
         return self.ours[0], {"sites": self.sites(config, model, where)} | fields
 
@@ -49,7 +49,7 @@ class Declared(AtModules[Any]):
     def _ours(self, key: str, value: Any, where: Path) -> Any:
         """Return our value for one of PEFT's."""
         if value is None:
-            raise refuse(where, f"{key}=None changes what an adapter computes, and says not how")
+            raise refuse(where, f"{key}=None changes what an adapter computes but does not say how")
         known = self.peft.values.get(key, {})
         found = next((o for o, t in known.items() if t == value and type(t) is type(value)), value)
         if found is value and any(isinstance(o, str) for o in known) and value not in known.values():
@@ -72,11 +72,11 @@ class Declared(AtModules[Any]):
         return [Link(theirs, (key,), lambda t: t[0], lambda t: [t]) for theirs, key in keys.items()]
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        """Return what is written of that: what is the whole model's. PEFT makes the rest itself."""
+        """Return the part of that which is written: the whole model's. PEFT makes the rest itself."""
         return {name: value for name, value in self.known(view).items() if not name.startswith(PREFIX)}
 
     def known(self, view: View) -> dict[str, Tensor]:
-        """Return what their file holds and ours does not."""
+        """Return what PEFT's file holds and ours does not."""
         found: dict[str, Tensor] = {}
         for theirs, ours in self.peft.frozen.items():
             whole = theirs.startswith(WHOLE)
@@ -87,7 +87,7 @@ class Declared(AtModules[Any]):
 
 
 def declared() -> list[Declared]:
-    """Return the mappings of all methods whose file declares one; a recipe's is that of its base."""
+    """Return the mappings of all methods whose file declares one; a recipe uses its base's."""
     return [_made(m) for m in registry.methods().values() if m.tags.peft and m.__bases__[0] is Method]
 
 

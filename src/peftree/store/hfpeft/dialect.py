@@ -1,4 +1,4 @@
-"""What a mapping between one PEFT method and one of ours has to say."""
+"""What a mapping between one PEFT method and one of ours must define."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class View:
     """An adapter as a mapping sees it.
 
     Attributes:
-        model: the model it is on, or is to go on.
+        model: the model it is on, or will go on.
         method: our method.
-        entries: its places without the task head.
-        config: of the file it is read from, if that is foreign.
-        shifts: its places with trained biases, a part of their own here (`lora_bias`).
+        entries: its places, without the task head.
+        config: the config that it is read from, if that is foreign.
+        shifts: its places with trained biases, which are a separate part here (`lora_bias`).
     """
 
     model: nn.Module
@@ -67,13 +67,13 @@ class Dialect(ABC, Generic[S]):
     """One PEFT method: its schema, our method, and the links between the tensors of both.
 
     Attributes:
-        peft_type: as `adapter_config.json` names it.
-        schema: of that file.
-        ours: names of our methods that it writes (recipes made from them too).
+        peft_type: its name in `adapter_config.json`.
+        schema: the schema of that file.
+        ours: names of our methods that it writes, including recipes made from them.
         rest: names of small tensors that PEFT has no place for and that do not change the output; the manifest keeps
             them.
-        sited: our fields that may differ between sites there; None: all.
-        root: what stands before the names of the base's modules in its file.
+        sited: our fields that may differ between sites in PEFT; None: all.
+        root: the prefix of the names of the base's modules in its file.
         derived: names of tensors that follow from the base and the fields where a foreign file leaves them out.
     """
 
@@ -115,15 +115,15 @@ class Dialect(ABC, Generic[S]):
         return []
 
     def extras(self, view: View) -> dict[str, Tensor]:
-        """Return tensors of the file that are not trained values but follow from the fields (frozen random bases)."""
+        """Return tensors of the file that are not trained but follow from the fields (frozen random bases)."""
         return {}
 
     def known(self, view: View) -> dict[str, Tensor]:
-        """Return tensors that a file may hold and that must then be these: what is written, and what PEFT adds."""
+        """Return tensors that must have these values if a file holds them: what is written, and what PEFT adds."""
         return self.extras(view)
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
-        """Return whether it is this mapping, among those of one `peft_type`, that reads a config."""
+        """Return whether this mapping, among those of one `peft_type`, reads a config."""
         return True
 
 
@@ -131,7 +131,7 @@ class AtModules(Dialect[S]):
     """A PEFT method that sits at modules named by `target_modules`."""
 
     def targets(self, view: View) -> dict[str, Any]:
-        """Return the key that says where it sits."""
+        """Return the key that says where it goes."""
         return {"target_modules": shortest(view.model, view.paths)}
 
     def sites(self, config: Targeted, model: nn.Module, where: Path) -> str:
@@ -140,7 +140,7 @@ class AtModules(Dialect[S]):
 
 
 def transposes(view: View) -> dict[str, Any]:
-    """Return the key that says whether the base's weights lie as `[in, out]`."""
+    """Return the key that says whether the base's weights are `[in, out]`."""
     return {"fan_in_fan_out": bool(view.entries) and all(site.kind == "conv1d" for _, site, _ in view.entries)}
 
 

@@ -1,4 +1,4 @@
-"""From a config of PEFT's to a method for a new adapter: no weights file, so the config alone says where it sits."""
+"""From a config of PEFT's to a method for a new adapter: no weights file, so the config alone says where it goes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT trains the head of the
 
 
 def plain(config: Any) -> tuple[dict[str, Any], Path, bool]:
-    """Return a config as JSON would hold it, what to call it in errors, and whether it came out of a file.
+    """Return a config as JSON would hold it, what to call it in errors, and whether it came from a file.
 
     Args:
-        config: a config object of PEFT's or any with `to_dict`, a mapping, or the path of a config or its folder.
+        config: a PEFT config or any object with `to_dict`, a mapping, or the path of a config or its folder.
 
     Raises:
         StoreError: it is none of these.
@@ -42,7 +42,7 @@ def plain(config: Any) -> tuple[dict[str, Any], Path, bool]:
     call = getattr(config, "to_dict", None)
     raw = dict(config) if isinstance(config, Mapping) else call() if callable(call) else None
     if not isinstance(raw, dict):
-        raise StoreError(f"{where} is not a config.", "Pass a config of PEFT's, a dict, or the path of a config.")
+        raise StoreError(f"{where} is not a config.", "Pass a PEFT config, a dict, or the path of a config.")
     try:
         made: dict[str, Any] = json.loads(json.dumps(raw, default=_listed))
     except (TypeError, ValueError) as error:
@@ -57,7 +57,7 @@ def _listed(value: Any) -> Any:
 
 
 def place(config: Common, model: nn.Module) -> None:
-    """Run the patterns of a config that the caller made, and note the modules they mean."""
+    """Run the patterns of a config that the caller made, and note the modules that they match."""
     targets = config.target_modules if isinstance(config, Targeted) else None
     if not isinstance(config, Targeted) or targets is None or str(targets).lower() == "all-linear":
         return
@@ -78,14 +78,14 @@ def _named(name: str, terms: str | list[str]) -> bool:
 def complete(
     dialect: Dialect[Any], config: Any, method: Method, model: nn.Module, paths: list[str], where: Path
 ) -> tuple[Method, bool]:
-    """Return the method with the trained modules and biases beside it, and whether the task head is among them."""
+    """Return the method with any trained modules and biases, and whether the task head is among them."""
     if config.peft_type == "P_TUNING":
         raise refuse(
-            where, "no network behind the tokens is trained here", "Use PROMPT_TUNING, or load a finished one."
+            where, "a network behind the tokens is not trained here", "Use PROMPT_TUNING, or load a finished one."
         )
     start = getattr(config, "init_lora_weights", None)
     if start not in STARTS:
-        raise refuse(where, f"its tensors do not start here by init_lora_weights={start!r}", "Leave it at True.")
+        raise refuse(where, f"init_lora_weights={start!r} is not supported here", "Leave it at True.")
     head = {s.path for s in site_tree.task_head(model)}
     saved = saved_paths(model, config.modules_to_save or [])
     inside = [n for n, _ in model.named_parameters() if any(n.startswith(f"{p}.") for p in saved)]

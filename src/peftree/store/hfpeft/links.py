@@ -26,12 +26,12 @@ class InexpressibleError(StoreError):
 
 @dataclass(frozen=True)
 class Link:
-    """One tensor of a PEFT file and the tensors of ours it stands for.
+    """One tensor of a PEFT file and our tensors that it stands for.
 
     Attributes:
         name: its name in the file.
         keys: our tensors, as `Adapter.state` names them.
-        encode: ours to the file's; decode: the file's to ours, in the order of `keys`.
+        encode: maps ours to the file's; decode: maps the file's to ours, in the order of `keys`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Part:
     """How one tensor of a PEFT layer is made from tensors of one of our deltas.
 
     Attributes:
-        theirs: the end of its name, as `lora_A.weight`.
+        theirs: the end of its name, such as `lora_A.weight`.
         ours: names of our tensors in the delta; encode and decode map between them and it.
         out: the dimension of PEFT's tensor that runs over output units; None if it has none. A fused projection,
             which is several sites here, is one layer there: tensors with that dimension are cut, others are shared.
@@ -77,11 +77,11 @@ def reshaped(theirs: str, ours: str, shape: tuple[int, ...], own: tuple[int, ...
 
 
 def links_of(entries: Entries, parts: Callable[[Entries], Sequence[Part]]) -> list[Link]:
-    """Return the links of entries that PEFT has as one layer per module.
+    """Return the links of entries that are one layer per module in PEFT.
 
     Args:
         entries: keys, sites and deltas.
-        parts: for the entries at one module, the parts of its layer there.
+        parts: returns, for the entries at one module, the parts of its PEFT layer.
     """
     have = states(entries)
     found: list[Link] = []
@@ -104,7 +104,7 @@ def _tiles(members: Entries) -> list[int]:
     starts, stops = [a for a, _ in spans], [b for _, b in spans]
     if len(spans) != len(rows) or starts != [0, *stops[:-1]]:
         site = members[0][1]
-        raise InexpressibleError(f"it has parts of the fused projection {site.path} that do not make up the whole")
+        raise InexpressibleError(f"its parts of the fused projection {site.path} do not make up the whole")
     return [b - a for a, b in spans]
 
 

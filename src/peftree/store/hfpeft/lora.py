@@ -25,7 +25,7 @@ from peftree.store.hfpeft.schema import Targeted
 
 
 class LoraFields(Targeted):
-    """LoRA's keys. Those typed None or False change what an adapter computes and have no form here."""
+    """LoRA's keys. Those typed None or False change what an adapter computes and are not supported here."""
 
     r: int = Field(8, ge=1, le=65536)
     lora_alpha: float = Field(8.0, gt=0, le=1e6, allow_inf_nan=False)
@@ -64,7 +64,7 @@ class Low(AtModules[LoraFields]):
     sited: ClassVar[tuple[str, ...] | None] = None
 
     def fields(self, config: LoraFields, model: nn.Module, where: Path) -> dict[str, Any]:
-        """Return places, rank, scale and dropout of a config, by site where they differ.
+        """Return the places, rank, scale and dropout of a config, by site where they differ.
 
         Raises:
             StoreError: a place or a scale is not clear.
@@ -89,7 +89,7 @@ class Low(AtModules[LoraFields]):
         """Return PEFT's keys of places, ranks, scales and dropout.
 
         Raises:
-            InexpressibleError: the dropout differs between sites, or a place has no name of its own there.
+            InexpressibleError: the dropout differs between sites, or a place has no name of its own in PEFT.
         """
         experts = [(site, delta) for _, site, delta in view.entries if site.kind == "expert"]
         parameters = [f"{site.path}.{site.parameter}" for site, _ in experts]
@@ -131,7 +131,7 @@ def _parameters(model: nn.Module, targets: Sequence[str], where: Path) -> dict[s
         if mine:
             found[path] = mine
     if targets and not found:
-        raise refuse(where, f"target_parameters matches no parameter of this model, as {targets[0][:80]!r}")
+        raise refuse(where, f"no parameter of this model matches target_parameters: {targets[0][:80]!r}")
     return found
 
 
@@ -157,14 +157,14 @@ class Lora(Low):
     derived: ClassVar[tuple[str, ...]] = ("A0", "B0")
 
     def config(self, view: View) -> dict[str, Any]:
-        """PiSSA is written as LoRA of twice the rank, which holds the subtracted start too."""
+        """PiSSA is written as LoRA of twice the rank, which also holds the subtracted start."""
         view.only("linear", "conv1d", "embedding", "conv", "expert")
         for _, site, _ in view.entries:
             module = view.model.get_submodule(site.path)
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
                 raise InexpressibleError(f"{site.path} is a grouped convolution")
             if site.kind == "expert" and (site.split or module.get_parameter(site.parameter).ndim == 2):
-                raise InexpressibleError(f"{site.path} is a linear map of a class of its own")
+                raise InexpressibleError(f"{site.path} is a linear map of a custom class")
             if site.kind == "embedding" and "forward" in _own(module) and "embed_scale" not in _held(module):
                 raise InexpressibleError(f"{site.path} is not a plain embedding")
         fields: Any = view.method
@@ -202,7 +202,7 @@ class Lora(Low):
 def _shift(scales: Mapping[str, float], members: Entries) -> Part:
     site = members[0][1]
     if site.path not in scales:
-        raise InexpressibleError(f"the bias of {site.path} is trained, and no low-rank term is there")
+        raise InexpressibleError(f"the bias of {site.path} is trained, but no low-rank term is there")
     s = scales[site.path]
     return Part("lora_B.bias", ("db",), 0, lambda t: t[0] / s, lambda t: [t * s])
 
@@ -224,7 +224,7 @@ def _expert_parts(turned: bool, depth: int, members: Entries) -> Sequence[Part]:
     n, r, _ = members[0][2].get_parameter("A").shape
     before = "base_layer." * depth
     if turned and len(members) > 1:
-        raise InexpressibleError(f"{members[0][1].path} has parts of a fused projection that lies the other way there")
+        raise InexpressibleError(f"{members[0][1].path} has parts of a fused projection that is transposed in PEFT")
     first, second = ("B", "A") if turned else ("A", "B")
     return [
         Part(f"{before}lora_A.weight", (first,), None, _flat, partial(_unflat, n, r)),
@@ -249,7 +249,7 @@ def _unmixed(n: int, r: int, tensor: Tensor) -> Sequence[Tensor]:
 
 
 def check_start(config: LoraFields, where: Path) -> str:
-    """Return our name of a start that is taken out of the base, else `zero`; StoreError where it cannot be known."""
+    """Return our name of a start that is subtracted from the base, else `zero`; raise StoreError if it is unclear."""
     start = config.init_lora_weights
     name = start.lower() if isinstance(start, str) else ""
     if name in _TAKES and not config.use_dora:
@@ -310,7 +310,7 @@ def _parts(view: View, members: Entries) -> Sequence[Part]:
     r = delta.get_parameter("A").shape[0]
     if "A0" in delta._buffers and view.config is None:
         if site.kind not in ("linear", "conv1d"):
-            raise InexpressibleError(f"PiSSA at {site.name} is not a LoRA of twice the rank there")
+            raise InexpressibleError(f"PiSSA at {site.name} is not a LoRA of twice the rank in PEFT")
         return _doubled(r)
     if site.kind == "embedding":
         return [Part("lora_embedding_A", ("A",)), transposed("lora_embedding_B", "B")]
@@ -340,7 +340,7 @@ def _held(module: nn.Module) -> dict[str, Any]:
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    """Return what the module's own class defines beyond `nn.Embedding`."""
+    """Return what the module's class defines beyond `nn.Embedding`."""
     mro = type(module).__mro__
     above = mro[: mro.index(nn.Embedding)] if nn.Embedding in mro else ()
     return {k: v for cls in above if not cls.__name__.startswith("Adapted") for k, v in vars(cls).items()}

@@ -1,4 +1,4 @@
-"""Names of modules that transformers has moved since a file was written: its own list of renamings is applied."""
+"""Names of modules that transformers has moved since a file was written: its list of renamings is applied."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _OURS = re.compile(r"(?:base_layer\.)*(?:lora_|vera_|oft_|fourierft_|ia3_|ln_tun
 
 
 def renamed(model: nn.Module, named: Mapping[str, T]) -> dict[str, T]:
-    """Return what is `named` in a file under the names that this model's modules have now.
+    """Return what is `named` in a file, under the names that this model's modules have now.
 
-    Only names that mean nothing here are changed, and only to names that do.
+    Only names that this model does not have are changed, and only to names that it has.
     """
     places = {*modules_of(model), *aliases_of(model)}
     strange = [name for name in named if name.startswith(PREFIX) and not _known(places, name.removeprefix(PREFIX))]

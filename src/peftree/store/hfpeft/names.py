@@ -1,4 +1,4 @@
-"""Module names in a PEFT config: lists and suffixes to modules and back. Nothing of a file is run as a pattern."""
+"""Module names in a PEFT config: lists and suffixes to modules and back. Nothing from a file is run as a pattern."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456
 
 
 def matches(name: str, target: str) -> bool:
-    """Return whether PEFT's rule for an entry of a list of targets takes the module `name`."""
+    """Return whether PEFT's rule for an entry in a list of targets matches the module `name`."""
     return name == target or name.endswith("." + target)
 
 
 def shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Return a list of targets that PEFT's rule turns into exactly these modules: last names if possible.
+    """Return a list of targets that PEFT's rule resolves to exactly these modules: last names if possible.
 
     Raises:
         InexpressibleError: even the full paths would match other modules too.
@@ -42,7 +42,7 @@ def shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def targeted(model: nn.Module, config: Targeted, where: Path) -> list[str]:
     """Return the modules that a PEFT config targets, in model order.
 
-    Where it names them by a pattern, or not at all, they are those that have tensors in the file: no pattern is run.
+    If it names them by a pattern, or not at all, they are those that have tensors in the file: no pattern is run.
 
     Raises:
         StoreError: the targets match nothing.
@@ -54,14 +54,14 @@ def targeted(model: nn.Module, config: Targeted, where: Path) -> list[str]:
         chosen = [n for n in names if n in config.tensors()]
         if not config.tensors():
             raise StoreError(
-                f"{where}: the modules are named by a pattern, {str(config.target_modules)[:80]!r}, and there is no "
-                "weights file to read them off.",
-                'Write the names of modules, as ["q_proj", "v_proj"].',
+                f"{where}: the modules are named by a pattern, {str(config.target_modules)[:80]!r}, but there is no "
+                "weights file to read them from.",
+                'Write the names of modules: ["q_proj", "v_proj"].',
             )
         if not chosen:
             raise StoreError(
                 f"{where}: no tensor of the weights file belongs to a module of this model.",
-                "Check that it is the base it was made for.",
+                "Check that this is the base it was made for.",
             )
         return chosen
     chosen = _wanted(model, names, config, where)
@@ -75,13 +75,13 @@ def targeted(model: nn.Module, config: Targeted, where: Path) -> list[str]:
         chosen = [n for n in chosen if n in exact or _layer(n, config, where) in layers]
     if not chosen:
         raise StoreError(
-            f"{where}: target_modules matches no module of this model.", "Check that it is the base it was made for."
+            f"{where}: target_modules matches no module of this model.", "Check that this is the base it was made for."
         )
     return chosen
 
 
 def _unset(model: nn.Module, where: Path) -> StoreError:
-    """Return the error for a config that leaves its modules to PEFT's table of model types; what would do here."""
+    """Return the error for a config that leaves its modules to PEFT's table of model types, with what would work."""
     attention = [
         s.path.rpartition(".")[2] for s in site_tree.tree(model) if s.role in ("attn.q", "attn.v") and _owns(s)
     ]
@@ -115,7 +115,7 @@ def _wanted(model: nn.Module, names: list[str], config: Targeted, where: Path) -
     if idle and chosen and not config.tensors():  # else the tensors tell; lists for several families are common
         raise StoreError(
             f"{where}: target_modules names {idle[0]!r}, which this model does not have.",
-            "Check that it is the base it was made for.",
+            "Check that this is the base it was made for.",
         )
     return chosen
 
@@ -127,7 +127,7 @@ def literal(value: str | Iterable[str] | None, field: str, where: Path) -> list[
         if not name or not set(name) <= LETTERS or isinstance(value, str):
             raise StoreError(
                 f"{where}: {field} has {name[:80]!r}, which is not the name of a module.",
-                'Write the names of modules, as ["q_proj", "v_proj"].',
+                'Write the names of modules: ["q_proj", "v_proj"].',
             )
     return given
 
@@ -170,12 +170,12 @@ def _layer_patterns(config: Targeted, where: Path) -> list[str]:
 
 
 def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> list[tuple[list[str], T]]:
-    """Return names that stand for modules with each value: last names where all modules of that name share it.
+    """Return names for the modules with each value: the last name if all modules of that name share the value.
 
     Args:
         model: the base.
-        values: by path.
-        every: all the paths of the adapter.
+        values: values by path.
+        every: all paths of the adapter.
     """
     found: list[tuple[list[str], T]] = []
     for value in dict.fromkeys(values.values()):
@@ -206,8 +206,8 @@ def query(model: nn.Module, paths: Sequence[str], where: Path) -> str:
         if {s.path for s in found} == wanted and all(_owns(s) for s in found) and _whole(model, found):
             return " ".join(terms)
     raise StoreError(
-        f"{where}: some of the {len(paths)} modules it targets are not sites of this model, as {paths[0]!r}.",
-        "Run `peftree inspect` on the base to see what can be adapted.",
+        f"{where}: some of the {len(paths)} modules it targets are not sites of this model: {paths[0]!r}.",
+        "Run `peftree inspect` on the base to list its sites.",
     )
 
 
@@ -216,14 +216,14 @@ def _owns(site: Site) -> bool:
 
 
 def _whole(model: nn.Module, found: Collection[Site]) -> bool:
-    """Return whether every fused module is there with all its slices."""
+    """Return whether every fused module has all its slices there."""
     count = {s.path: sum(o.path == s.path for o in found) for s in found if s.rows is not None}
     every = [s for s in site_tree.tree(model) if _owns(s)]
     return all(n == sum(s.path == path for s in every) for path, n in count.items())
 
 
 def saved_modules(model: nn.Module, heads: Sequence[str]) -> list[str]:
-    """Return PEFT's `modules_to_save` for task heads: the outermost modules made of nothing else.
+    """Return PEFT's `modules_to_save` for task heads: the outermost modules that hold nothing else.
 
     Raises:
         InexpressibleError: the names would also match other modules.
@@ -241,7 +241,7 @@ def saved_modules(model: nn.Module, heads: Sequence[str]) -> list[str]:
 
 
 def saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the modules that PEFT's rule for `modules_to_save` takes: names that end so."""
+    """Return the modules that PEFT's rule for `modules_to_save` matches: names with that ending."""
     return [path for path in modules_of(model) if path and any(n and path.endswith(n) for n in names)]
 
 
@@ -249,7 +249,7 @@ def saves_heads(model: nn.Module, names: Sequence[str] | None, where: Path) -> b
     """Return whether `modules_to_save` means this model's task heads; False if it is empty.
 
     Raises:
-        StoreError: it means something else, or nothing.
+        StoreError: it names other modules, or none.
     """
     if not names:
         return False
@@ -261,7 +261,7 @@ def saves_heads(model: nn.Module, names: Sequence[str] | None, where: Path) -> b
     heads = {id(p) for s in site_tree.task_head(model) for p in every[s.path].parameters()}
     if not meant or meant != heads:
         raise StoreError(
-            f"{where}: modules_to_save is {', '.join(names)[:200]}; peftree reads whole task heads there.",
+            f"{where}: modules_to_save is {', '.join(names)[:200]}; it must name whole task heads.",
             "Load it with peft, or train the adapter without modules_to_save.",
         )
     return True

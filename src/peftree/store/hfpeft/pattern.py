@@ -1,6 +1,6 @@
-r"""Keys of PEFT's `rank_pattern` and `alpha_pattern`: a small language, matched in linear time, never run as a regex.
+r"""Keys of PEFT's `rank_pattern` and `alpha_pattern`: a small language, matched in linear time, not run as a regex.
 
-Known are letters and escaped signs, `.`, `\d`, `[0-9]`, a `*`, `+` or `?` after one of these, `^` at the start, `$` at
+It has letters and escaped signs, `.`, `\d`, `[0-9]`, a `*`, `+` or `?` after one of these, `^` at the start, `$` at
 the end, and groups of alternatives without a sign after them. Everything else is refused.
 """
 
@@ -21,7 +21,7 @@ _WAYS, _LENGTH = 64, 400
 
 @dataclass(frozen=True)
 class Step:
-    """One sign of a pattern: the characters it takes (None: all), and how often."""
+    """One sign of a pattern: the characters it matches (None: all), and how often."""
 
     takes: frozenset[str] | None
     skip: bool = False
@@ -35,7 +35,7 @@ def ways(key: str) -> list[tuple[bool, Way]]:
     """Return the alternatives of a key, and for each whether it starts at the beginning of the name.
 
     Raises:
-        InexpressibleError: it is a pattern of another kind.
+        InexpressibleError: the pattern is of another kind.
     """
     if len(key) > _LENGTH:
         raise _strange(key)
@@ -59,7 +59,7 @@ def ways(key: str) -> list[tuple[bool, Way]]:
 
 
 def _split(key: str) -> list[str]:
-    """Return what stands between the bars outside groups."""
+    """Return the parts between the bars outside groups."""
     parts, depth = [""], 0
     for sign in key:
         depth += (sign == "(") - (sign == ")")
@@ -100,7 +100,7 @@ def _step(sign: str, count: str) -> Step:
 
 
 def _strange(key: str) -> InexpressibleError:
-    return InexpressibleError(f"the pattern {key[:80]!r} is of a kind that is not run here")
+    return InexpressibleError(f"the pattern {key[:80]!r} is of a kind that is not supported here")
 
 
 def _refuse(key: str) -> list[tuple[bool, Way]]:
@@ -108,14 +108,14 @@ def _refuse(key: str) -> list[tuple[bool, Way]]:
 
 
 def matches(way: tuple[bool, Way], name: str) -> bool:
-    r"""Return whether PEFT's rule `(.*\.)?(key)$` takes `name` by this alternative."""
+    r"""Return whether PEFT's rule `(.*\.)?(key)$` matches `name` by this alternative."""
     anchored, steps = way
     starts = [0] if anchored else [0, *(i + 1 for i, sign in enumerate(name) if sign == ".")]
     return any(_whole(steps, name[start:]) for start in starts)
 
 
 def _whole(steps: Way, text: str) -> bool:
-    """Return whether the steps take all of `text`: the set of states is moved sign by sign."""
+    """Return whether the steps match all of `text`, by moving the set of states sign by sign."""
 
     def closed(states: set[int]) -> set[int]:
         for state in range(len(steps)):
@@ -137,10 +137,10 @@ def _whole(steps: Way, text: str) -> bool:
 
 
 def valued(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """Return the value of the first key that takes `name`, as PEFT does.
+    """Return the value of the first key that matches `name`, as PEFT does.
 
     Raises:
-        InexpressibleError: a key is a pattern of another kind.
+        InexpressibleError: a pattern is of another kind.
     """
     for key, value in (patterns or {}).items():
         if any(matches(way, name) for way in ways(key)):

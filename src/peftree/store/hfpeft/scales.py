@@ -31,13 +31,13 @@ class Norms(AtModules[NormFields]):
     ours: ClassVar[tuple[str, ...]] = ("layernorm",)
 
     def config(self, view: View) -> dict[str, Any]:
-        """Return the targets; refuse values that would not come back as the same parameters, to the bit."""
+        """Return the targets; refuse values that would not come back as the same parameters, bit for bit."""
         view.only("norm")
         for _, site, delta in view.entries:
             W, b = read(view.model.get_submodule(site.path), site)
             for frozen, change in ((W, delta._parameters.get("value")), (b, delta._parameters.get("offset"))):
                 if frozen is not None and change is not None and not _returns(frozen.float(), change.detach()):
-                    raise InexpressibleError(f"the sum of base and change at {site.name} cannot be taken apart again")
+                    raise InexpressibleError(f"the sum of base and change at {site.name} cannot be separated again")
         return self.targets(view)
 
     def method(self, config: NormFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
@@ -108,7 +108,7 @@ class Ia3(AtModules[Ia3Fields]):
         found = site_tree.resolve(model, sites)
         columns = {s.role for s in found if any(s.path.endswith(t) for t in inner)}
         if {s.path for s in found if s.role in columns} != {p for p in paths if any(p.endswith(t) for t in inner)}:
-            raise refuse(where, "feedforward_modules has some modules of a role and not others")
+            raise refuse(where, "feedforward_modules has only some modules of a role")
         return "ia3", {"sites": sites, "columns": " ".join(sorted(columns)) or "none"}
 
     def links(self, view: View) -> list[Link]:
@@ -126,7 +126,7 @@ def _scale(view: View, members: Entries) -> Sequence[Part]:
 
 
 def _channels(module: nn.Module, path: str, inner: bool) -> Part:
-    """Return the part of a convolution: PEFT has one scale a channel, we have one an input of the kernel."""
+    """Return the part of a convolution: PEFT has one scale per channel, we have one per input of the kernel."""
     weight: Any = module._parameters["weight"]
     if getattr(module, "groups", 1) > 1:
         raise InexpressibleError(f"{path} is a grouped convolution")

@@ -1,4 +1,4 @@
-"""The typed, bounded schema of PEFT's `adapter_config.json`: what is read and written; unknown keys are kept aside."""
+"""The typed, bounded schema of PEFT's `adapter_config.json`: what is read and written; unknown keys are kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Common(BaseModel):
 
 
 class Targeted(Common):
-    """Keys of the methods that sit at modules."""
+    """Keys of the methods that adapt modules."""
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -64,14 +64,14 @@ class Targeted(Common):
     @classmethod
     def _biases(cls, value: str) -> str:
         if value not in ("none", "all") and not value.endswith("_only"):
-            raise ValueError("it is none, all, or the method's name with _only, as lora_only")
+            raise ValueError("it must be none, all, or the method's name with _only, such as lora_only")
         return value
 
 
 def parse(schema: type[S], raw: dict[str, Any], path: Path) -> S:
     """Return a config of type `schema`.
 
-    A key that is none of PEFT's is named in a warning, and refused where it looks like a misspelt one.
+    A key that PEFT does not have is named in a warning, or refused if it looks like a misspelt one.
 
     Raises:
         StoreError: a key has a wrong type, or a value that peftree does not read; the message names both.
@@ -86,20 +86,20 @@ def parse(schema: type[S], raw: dict[str, Any], path: Path) -> S:
         if first["type"] in ("literal_error", "none_required"):
             raise _changes(path, where, raw.get(where)) from None
         raise StoreError(
-            f"{path}: {where}={value} is not what peftree reads: {first['msg'].removeprefix('Value error, ')[:200]}.",
+            f"{path}: {where}={value} is not supported: {first['msg'].removeprefix('Value error, ')[:200]}.",
             "Load this adapter with peft, or correct the file.",
         ) from None
 
 
 def _changes(path: Path, key: str, value: object) -> StoreError:
     return StoreError(
-        f"{path}: {key}={repr(value)[:120]} changes what an adapter computes in a way that has no form here.",
+        f"{path}: {key}={repr(value)[:120]} changes what an adapter computes in a way that is not supported.",
         "Load this adapter with peft.",
     )
 
 
 def _strange(schema: type[S], raw: dict[str, Any], path: Path) -> None:
-    """Refuse or name the keys that are not PEFT's and say something."""
+    """Refuse, or name in a warning, the set keys that PEFT does not have."""
     known = [*schema.model_fields, *HARMLESS]
     strange = [k for k, v in raw.items() if k not in known and v not in (None, False, "", [], {})]
     for key in strange:
@@ -115,7 +115,7 @@ def _strange(schema: type[S], raw: dict[str, Any], path: Path) -> None:
         version = raw.get("peft_version")
         by = f", written by peft {version[:40]}," if isinstance(version, str) else ""
         warnings.warn(
-            f"{path}{by} has keys that are not known here and have no effect: "
+            f"{path}{by} has unknown keys that have no effect: "
             f"{', '.join(f'{k}={raw[k]!r}'[:120] for k in strange[:8])}.",
             stacklevel=2,
         )

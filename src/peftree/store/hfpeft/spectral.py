@@ -81,7 +81,7 @@ class OftFields(Targeted):
 
 
 class Oft(AtModules[OftFields]):
-    """OFT, by the exact Cayley map or by a series, which PEFT takes by default and which turns the other way."""
+    """OFT, by the exact Cayley map or by a series, which is PEFT's default and turns the other way."""
 
     peft_type: ClassVar[str] = "OFT"
     schema = OftFields
@@ -92,7 +92,7 @@ class Oft(AtModules[OftFields]):
         view.only("linear")
         fields: Any = view.method
         if fields.terms == 3:
-            raise InexpressibleError("PEFT takes a series of four terms where three are asked for")
+            raise InexpressibleError("PEFT uses a series of four terms when asked for three")
         return self.targets(view) | transposes(view) | {
             "r": fields.blocks,
             "oft_block_size": 0 if fields.blocks else fields.block,
@@ -107,7 +107,7 @@ class Oft(AtModules[OftFields]):
     def method(self, config: OftFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `oft`; one of the number of blocks and their width is 0."""
         if (config.r == 0) == (config.oft_block_size == 0):
-            raise refuse(where, "one of r and oft_block_size must be 0 and the other not", "Correct the file.")
+            raise refuse(where, "exactly one of r and oft_block_size must be 0", "Correct the file.")
         terms = {3: 4}.get(config.num_cayley_neumann_terms, config.num_cayley_neumann_terms)  # as PEFT's loop runs
         return "oft", {
             "sites": self.sites(config, model, where),

@@ -20,7 +20,7 @@ NAME = "prompt_embeddings"
 
 
 class TokenFields(Common):
-    """Keys of all. With `num_transformer_submodules` 2 tokens of a decoder lie behind the encoder's; PEFT uses none."""
+    """Common keys. With `num_transformer_submodules` 2, a decoder's tokens follow the encoder's; PEFT ignores them."""
 
     num_virtual_tokens: int = Field(ge=1, le=10000)
     token_dim: int | None = Field(None, ge=1)
@@ -30,7 +30,7 @@ class TokenFields(Common):
 
 
 def task_of(model: nn.Module) -> str:
-    """Return the task type under which PEFT runs a model's virtual tokens; InexpressibleError if there is none."""
+    """Return the task type with which PEFT runs a model's virtual tokens; InexpressibleError if there is none."""
     names = [c.__name__ for c in type(model).__mro__]
     towers = {s.tower for s in site_tree.tree(model) if s.role == "stack"}
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -49,11 +49,11 @@ def stack_of(model: nn.Module, task: str | None, prefix: bool) -> Site:
     """Return the stack that PEFT gives virtual tokens: the only one, or the encoder's.
 
     Raises:
-        InexpressibleError: they would not mean the same there. PEFT leaves virtual tokens in the output, where a pooler
-            or a classifier of sequences reads them; here they are taken out. A prefix is in no output.
+        InexpressibleError: they would not act the same in PEFT. It leaves virtual tokens in the output, where a pooler
+            or a sequence classifier reads them; peftree removes them. A prefix is in no output.
     """
     if task not in (own := task_of(model), None):
-        raise InexpressibleError(f"its task_type {task} does not fit this model, whose is {own}")
+        raise InexpressibleError(f"its task_type {task} does not fit this model, whose task type is {own}")
     stacks = {s.tower: s for s in site_tree.tree(model) if s.role == "stack"}
     if own == "SEQ_CLS" and not prefix:
         raise InexpressibleError("PEFT pools a virtual token where the first real one is pooled here")
@@ -66,26 +66,26 @@ def stack_of(model: nn.Module, task: str | None, prefix: bool) -> Site:
 def check_prefix(model: nn.Module) -> None:
     """Raise InexpressibleError if a prefix means something else in PEFT.
 
-    There it slides out of a sliding window, and has positions of its own in the decoder behind an encoder; here it
-    stays in sight, with no position. A classifier gets the backbone's second output, which must be the pooled token.
+    In PEFT it slides out of a sliding window, and has positions in the decoder of an encoder-decoder; in peftree it
+    stays visible, without positions. A classifier gets the backbone's second output, which must be the pooled token.
     """
     config = model.__dict__.get("config")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if getattr(config, "sliding_window", None) and "sliding_attention" in kinds:
-        raise InexpressibleError("a prefix means something else there in layers with a sliding window")
+        raise InexpressibleError("a prefix acts differently in PEFT in layers with a sliding window")
     if task_of(model) == "SEQ_2_SEQ_LM":
-        raise InexpressibleError("a prefix has positions of its own in the decoder there, and none here")
+        raise InexpressibleError("a prefix has positions in the decoder in PEFT, but none here")
     if task_of(model) == "SEQ_CLS" and not any(n.endswith("pooler") for n, _ in model.named_modules()):
-        raise InexpressibleError("PEFT gives this classifier something else than its own forward does")
+        raise InexpressibleError("PEFT gives this classifier other inputs than its own forward does")
 
 
 def task(view: View, own: str) -> dict[str, Any]:
-    """Return the keys that all write alike."""
+    """Return the keys that all of them write."""
     return {"task_type": own, "num_transformer_submodules": 2 if own == "SEQ_2_SEQ_LM" else 1, "inference_mode": True}
 
 
 def doubled(view: View) -> bool:
-    """Return whether the file has as many tokens again, of a decoder, which PEFT does not use."""
+    """Return whether the file also holds a decoder's tokens, which PEFT does not use."""
     config = view.config
     own = task_of(view.model)
     given = config.num_transformer_submodules if isinstance(config, TokenFields) else None
@@ -104,7 +104,7 @@ class Prompt(Dialect[TokenFields]):
         """Return length and width."""
         stack = stack_of(view.model, None, False)
         if [site.path for _, site, _ in view.entries] != [stack.path]:
-            raise InexpressibleError(f"PEFT has virtual tokens in {stack.tower}:stack alone")
+            raise InexpressibleError(f"PEFT has virtual tokens only in {stack.tower}:stack")
         _, site, delta = view.entries[0]
         tokens: Any = delta
         return task(view, task_of(view.model)) | {
@@ -116,12 +116,12 @@ class Prompt(Dialect[TokenFields]):
         }
 
     def method(self, config: TokenFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
-        """Return `prompt_tuning` at the stack that PEFT takes."""
+        """Return `prompt_tuning` at the stack that PEFT uses."""
         stack = readable(model, config, where, prefix=False)
         return "prompt_tuning", {"length": config.num_virtual_tokens, "sites": _at(model, stack, "stack")}
 
     def links(self, view: View) -> list[Link]:
-        """One tensor, the same; behind it, for an encoder and a decoder, rows that PEFT does not use."""
+        """The same tensor; for an encoder-decoder, rows that PEFT does not use follow it."""
         if len(view.entries) != 1:
             raise InexpressibleError("it has prompts for several stacks")
         ((key, _, _),) = view.entries
@@ -130,7 +130,7 @@ class Prompt(Dialect[TokenFields]):
 
 
 class PTuningFields(TokenFields):
-    """P-tuning's keys; the file holds what its network made, and the network is folded away."""
+    """P-tuning's keys; the file holds what its network made, without the network."""
 
     encoder_reparameterization_type: Any = "MLP"
     encoder_hidden_size: int | None = None
@@ -146,7 +146,7 @@ class PTuning(Prompt):
 
 
 class PrefixFields(TokenFields):
-    """Prefix tuning's keys; the network behind `prefix_projection` is folded away in the file."""
+    """Prefix tuning's keys; the file does not hold the network behind `prefix_projection`."""
 
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
@@ -168,13 +168,11 @@ class Prefix(Dialect[PrefixFields]):
         sites = [site for _, site, _ in view.entries]
         fields: Any = view.method
         if [(s.tower, s.layer) for s in sites] != [(stack.tower, i) for i in range(len(stack.layers))]:
-            raise InexpressibleError(
-                f"it does not have one prefix for every layer of {stack.tower}:stack, and no other"
-            )
+            raise InexpressibleError(f"it must have one prefix for each layer of {stack.tower}:stack, and no others")
         if len({(s.kv_heads, s.head_dim) for s in sites}) != 1 or any(s.value_dim for s in sites):
             raise InexpressibleError("the layers' keys and values differ in shape")
         if any("P" not in delta._parameters or delta._parameters["P"] is None for _, _, delta in view.entries):
-            raise InexpressibleError("its network is not folded away yet; call adapter.finish() after training")
+            raise InexpressibleError("its network is not yet folded in; call adapter.finish() after training")
         if not fields.shift:
             raise InexpressibleError("its text keeps its positions (shift=False)")
         return task(view, task_of(view.model)) | {
@@ -242,7 +240,7 @@ class Adaption(Dialect[AdaptionFields]):
         stack = check_llama(view.model)
         top = list(range(len(stack.layers)))[-len(sites) :]
         if [s.layer for s in sites] != top or any(s.cross or s.tower != stack.tower for s in sites):
-            raise InexpressibleError("it is not in the top layers without a gap")
+            raise InexpressibleError("it is not in adjacent top layers")
         fields: Any = view.method
         return {
             "adapter_len": fields.length,
@@ -279,11 +277,11 @@ class Adaption(Dialect[AdaptionFields]):
 
 
 def check_llama(model: nn.Module) -> Site:
-    """Return the model's stack; raise InexpressibleError unless PEFT's adaption prompt does the same in it as ours."""
+    """Return the model's stack; raise InexpressibleError unless PEFT's adaption prompt acts there as ours does."""
     config: Any = model.__dict__.get("config")
     stacks = [s for s in site_tree.tree(model) if s.role == "stack"]
     if getattr(config, "model_type", "") not in ("llama", "mistral") or len(stacks) != 1:
-        raise InexpressibleError("PEFT has the adaption prompt for Llama and Mistral models alone")
+        raise InexpressibleError("PEFT has the adaption prompt only for Llama and Mistral models")
     if stacks[0].heads * stacks[0].head_dim != stacks[0].in_features:
         raise InexpressibleError("PEFT's adaption prompt needs heads that make up the hidden size")
     return stacks[0]

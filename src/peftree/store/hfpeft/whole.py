@@ -1,7 +1,7 @@
-"""What a PEFT file holds beside its method: the base's own tensors, trained or changed, by their names.
+"""What a PEFT file holds besides its method: the base's own tensors, trained or changed, by their names.
 
-They come from `modules_to_save`, from `bias`, and from embeddings that were resized. Here they are deltas of the method
-`full` at the same places, as further parts of the adapter.
+They come from `modules_to_save`, from `bias`, and from resized embeddings. Here they are deltas of the method
+`full` at the same places, as more parts of the adapter.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SHADOWS = (".modules_to_save.", ".original_module.")  # biases that PEFT writes
 
 @dataclass
 class Contents:
-    """The tensors of a file, sorted by whose they are.
+    """The tensors of a file, grouped by owner.
 
     Attributes:
         method: path of a module, then what follows it in the names of the method's tensors there, with their shapes.
         base: names of the base's own tensors, with the names they have in the base.
-        idle: names that PEFT itself passes over.
+        idle: names that PEFT itself ignores.
     """
 
     method: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Contents:
 
 
 def sort(model: nn.Module, entries: Mapping[str, Entry]) -> Contents:
-    """Return the tensors of a file by whose they are; names that mean nothing in this model are left out."""
+    """Return the tensors of a file, grouped by owner; names that this model does not have are left out."""
     modules, other = modules_of(model), aliases_of(model)
     own = {k for path, m in modules.items() for k in _keys(path, m)}
     own |= {k for path, first in other.items() for k in _keys(path, modules[first])}
@@ -73,10 +73,10 @@ def _keys(path: str, module: nn.Module) -> list[str]:
 
 
 def split(method: Method) -> tuple[int, Method, dict[int, Method]]:
-    """Return the part of a method that is PEFT's own, with its number, and the parts beside it.
+    """Return the part of a method that PEFT has as a method, with its number, and the other parts.
 
     Raises:
-        InexpressibleError: it has several parts of its own.
+        InexpressibleError: it has several such parts.
     """
     parts = method.parts()
     if isinstance(method, Recipe) or len(parts) < 2:
@@ -97,10 +97,10 @@ def joined(method: Method, before: Iterable[Method], after: Iterable[Method]) ->
 def kept(
     model: nn.Module, contents: Contents, saved: Sequence[str] | None, data: bytearray, entries: dict[str, Entry]
 ) -> dict[str, str]:
-    """Return the base's own tensors of a file that say something: trained modules, and what differs from this base.
+    """Return the base's own tensors in a file that matter: trained modules, and what differs from this base.
 
-    A tensor that the base shares with another place changes both, unless `modules_to_save` has made it a copy: it is
-    entered under the other name too.
+    A tensor that the base shares with another place changes both, unless `modules_to_save` made it a copy; it is
+    entered under the other name as well.
     """
     strange = next((n for n in saved or [] if not n or not set(n) <= LETTERS), None)
     if strange is not None:
@@ -127,7 +127,7 @@ def kept(
             continue
         if not isinstance(now, nn.Parameter):
             if not _equal(view(data, name, entry), now):
-                raise InexpressibleError(f"{key} is a statistic of the base, which an adapter here does not change")
+                raise InexpressibleError(f"{key} is a statistic of the base, which adapters do not change here")
             continue
         found[name] = key
         twins = [] if copied else [k for k, p in here.items() if p is now and k != key and k in _placed(model)]
@@ -141,11 +141,11 @@ def kept(
 def with_tokens(
     model: nn.Module, contents: Contents, asked: object, data: bytearray, entries: dict[str, Entry]
 ) -> None:
-    """Enter embeddings of which some rows are trained (`trainable_token_indices`) as whole ones: the base's, and these.
+    """Enter embeddings with some trained rows (`trainable_token_indices`) as whole ones: the base's, with these rows.
 
     Args:
         model: the base.
-        contents: of the file; the rows' tensors move from the method's to the base's.
+        contents: the file's contents; the rows' tensors move from the method's to the base's.
         asked: the rows, or the rows by the name of their module.
         data: the file's bytes, to which the whole embeddings are added.
         entries: the file's tensors.
@@ -156,7 +156,7 @@ def with_tokens(
     last = "token_adapter.trainable_tokens_delta"
     paths = [p for p, ends in contents.method.items() if last in ends]
     if asked and not paths:
-        raise InexpressibleError("trainable_token_indices is set, and the weights file has no such rows")
+        raise InexpressibleError("trainable_token_indices is set, but the weights file has no such rows")
     for path in paths:
         by_name = asked if isinstance(asked, dict) else {path: asked}
         rows = next((r for name, r in by_name.items() if path.endswith(str(name))), None)
@@ -166,7 +166,7 @@ def with_tokens(
         if not fits or table is None or not isinstance(rows, list) or not all(0 <= i < len(table) for i in rows):
             raise InexpressibleError(f"the rows in trainable_token_indices do not fit {path}")
         if contents.method[path].keys() != {last}:
-            raise InexpressibleError(f"{path} has trained rows and a term of the method")
+            raise InexpressibleError(f"{path} has both trained rows and a term of the method")
         del contents.method[path]
         whole = table.detach().cpu().float().clone()
         whole[torch.tensor(rows, dtype=torch.long)] = own.float()
@@ -188,7 +188,7 @@ def _equal(tensor: Tensor, now: Tensor) -> bool:
 
 
 def parts_for(model: nn.Module, keys: Iterable[str]) -> list[Method]:
-    """Return parts of the method `full` for tensors of the base; those that it shares go to different parts."""
+    """Return parts of the method `full` for tensors of the base; tensors that it shares go to different parts."""
     modules = modules_of(model)
     full = registry.get("full")
     rows: list[tuple[list[str], set[int]]] = []
@@ -216,16 +216,16 @@ def links(model: nn.Module, entries: Entries, wrapped: Iterable[str]) -> list[Li
     Args:
         model: the base.
         entries: keys, sites and deltas.
-        wrapped: modules where the file's method sits too, so that the base's tensors have another name.
+        wrapped: modules that the file's method adapts too, so that the base's tensors have other names.
     """
     inner, have = set(wrapped), states(entries)
     found: list[Link] = []
     shared = next((site.path for key, site, _ in entries if f"{key}/value" not in have), None)
     if shared is not None:
-        raise InexpressibleError(f"{shared} shares its trained tensor with another place (two parts would not)")
+        raise InexpressibleError(f"{shared} shares its trained tensor with another place, but two parts would not")
     for key, site, _ in entries:
         if site.split:
-            raise InexpressibleError(f"{site.path}.{site.parameter} is one map in three dimensions")
+            raise InexpressibleError(f"{site.path}.{site.parameter} is a three-dimensional map")
         if site.kind in ("raw", "expert"):
             name = f"{PREFIX}{site.path}{BASE if site.path in inner else ''}.{site.parameter}"
             found.append(Link(name, (f"{key}/value",), lambda t: t[0], lambda t: [t]))
@@ -248,9 +248,9 @@ def _parts(model: nn.Module, members: Entries, inner: set[str]) -> Sequence[Part
 
 
 def config(model: nn.Module, heads: Sequence[str], beside: Entries, main: Sequence[str]) -> dict[str, Any]:
-    """Return PEFT's keys for the task heads and the parts beside a method: `modules_to_save`, and `bias` if biases are.
+    """Return PEFT's keys for the task heads and the parts besides a method: `modules_to_save`, and `bias` for biases.
 
-    What neither key names is in the file as the base's own tensor, which PEFT puts in the place of the base's.
+    What neither key names is in the file as the base's own tensor, and PEFT replaces the base's with it.
     """
     whole = [s.path for _, s, d in beside if s.kind != "raw" and s.path not in main]
     trained = dict.fromkeys([*heads, *whole])
