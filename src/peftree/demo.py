@@ -25,7 +25,7 @@ CACHE_GIB = 1.5  # archives, what is unpacked from them, and the converted model
 OUT_GIB = 1.5  # the adapters, two of full fine-tuning at a time
 KEPT = 48 << 20  # bytes: a larger adapter (a whole model) is not kept
 NOTES = (
-    "The learning rate of each method is the best of a few, found once on validation rows by one seed.",
+    "The learning rate of each method is, of a few, the one whose worst of three seeds is best on validation rows.",
     "Here full fine-tuning keeps the frozen base beside the trained copy, so that it can be switched off like any "
     "adapter; without, its peak memory would be lower by the size of the base.",
 )

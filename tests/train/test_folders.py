@@ -291,7 +291,8 @@ MOVES: dict[str, Any] = {
 }  # fmt: skip
 STAYS = {
     "output": "o", "task": "text-regression", "resume": True, "quiet": True, "threads": 2, "save_every": 3, "keep": 3,
-    "epochs": 9.0, "steps": 99, "base_score": False, "log_every": 3, "report_to": ["wandb"], "data": {"train": "b.csv"}, "model": "m",
+    "epochs": 9.0, "steps": 99, "base_score": False, "log_every": 3, "data": {"train": "b.csv"}, "model": "m",
+    "report_to": ["wandb"],
 }  # fmt: skip
 
 
