@@ -18,7 +18,7 @@ from peftree.bench.sources import gather
 from peftree.bench.suite import load_suite
 
 PAGE = Path(__file__).parents[1] / "docs" / "demo-rates.md"
-TIMES = {"full": (1, 2, 4), "ia3": (4, 8, 16)}
+TIMES = {"full": (1, 2, 4), "ia3": (4, 8, 16), "mam": (1, 2, 4)}
 OTHERS, SEEDS = (2, 4, 8), 3
 HEAD = """# The demo's learning rates
 
