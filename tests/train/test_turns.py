@@ -308,6 +308,24 @@ def test_a_text_alone_is_learned_when_it_is_asked_for(decoder: str, tmp_path: Pa
     assert len(made["input_ids"]) - made["start"] in (len(words), len(words) + 1)
 
 
+def test_a_long_text_is_learned_in_parts(decoder: str, tmp_path: Path) -> None:
+    texts = ["the film was good " * 9, "w1 w2"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": n}) for n, text in enumerate(texts)))
+    data = load_data(tmp_path / "a.jsonl", valid=tmp_path / "a.jsonl", task="generation")
+    task: Any
+    task, _ = Generation.load(decoder, data, Options(max_length=7))
+    made = task.features(data.train)
+    ids = [*task.begun(""), *task.ids(texts[0]), task.ending[-1]]
+    long = made[: next(n for n, f in enumerate(made, 1) if f["input_ids"][-1] == ids[-1])]
+    assert [token for f in long for token in f["labels"][1:]] == ids[1:] and len(long) == 6
+    assert all(f["labels"] == [-100, *f["input_ids"][1:]] and len(f["input_ids"]) <= 7 for f in made)
+    assert f"2 texts are learned in {len(made)} parts of at most max_length=7 tokens" in task.notes
+    given = {"model": decoder, "data": {"train": str(tmp_path / "a.jsonl"), "valid": str(tmp_path / "a.jsonl")}}
+    settings = {"task": "generation", "max_length": 7, "steps": 2, "generate": 3, "batch_size": 4, "quiet": True}
+    result = run(RunConfig(**given, **settings, output=str(tmp_path / "out")))  # type: ignore[arg-type]
+    assert len(result.items) == len(made) and open_run(tmp_path / "out").score().score == pytest.approx(result.score)
+
+
 def test_a_run_on_conversations_trains_and_opens_again(decoder: str, tmp_path: Path) -> None:
     words = tokenizer(eos_is_pad=True)
     words.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"

@@ -62,15 +62,15 @@ class Completions(Task):
         """
         features: list[dict[str, Any]] = []
         cut: tuple[list[Example], list[Example]] = ([], [])
+        head, tail = self.frame
+        room = self.length - max(1, head + tail)  # a first token is not predicted
+        if room < 2:
+            raise ConfigError(
+                f"max_length={self.length}: {head + tail} tokens surround every prompt.", "Raise max_length."
+            )
         for row in rows:
-            head, tail = self.frame_of(row)
-            room = self.length - max(1, head + tail)  # a first token is not predicted
-            if room < 2:
-                raise ConfigError(
-                    f"max_length={self.length}: {head + tail} tokens surround every prompt.", "Raise max_length."
-                )
             prompt, completion, learned = self.encode_row(row)
-            if row.source and completion == self.ending:
+            if completion == self.ending:
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
             if len(completion) > room:
                 completion = completion[:room]
@@ -90,10 +90,6 @@ class Completions(Task):
     def frame(self) -> tuple[int, int]:
         """The number of tokens at the start and at the end of a prompt that are never cut."""
         return self.fixed, 0
-
-    def frame_of(self, row: Example) -> tuple[int, int]:
-        """Return how many tokens at the beginning and at the end of a row's prompt are never cut."""
-        return self.frame
 
     def wanted(self, row: Example, completion: list[int]) -> str:
         """Return the text that is to be written."""

@@ -96,38 +96,50 @@ class Generation(Completions):
         """Return the tokens of prompt and completion; see `encode`.
 
         A conversation goes through the chat template, and every answer is learned; its oldest questions and answers
-        are left out if it is longer than `max_length`. A text alone is learned from its second token on.
+        are left out if it is longer than `max_length`.
         """
         if row.turns or (self.chat and row.source):
             turns = row.turns or (Turn("user", row.source), Turn("assistant", row.target))
             made, short = fitting(self, turns, row.where)
             self.shortened += [row] if short else []
             return made
-        if row.source:
-            return given(*self.encode(row.source, row.target))
-        start = self.begun("")
-        text = start + self.ids(row.target) + [int(self.tokenizer.eos_token_id or self.ending[-1])]
-        return given(text[: len(start) or 1], text[len(start) or 1 :])
-
-    def frame_of(self, row: Example) -> tuple[int, int]:
-        """Return how many tokens at the ends of a row's prompt are never cut: none of a text alone."""
-        return self.frame if row.source else (0, 0)
+        return given(*self.encode(row.source, row.target))
 
     def wanted(self, row: Example, completion: list[int]) -> str:
-        """Return the text that is to be written: what a template makes of an answer, the rest of a text alone."""
-        if row.source and not row.turns and not self.chat:
+        """Return the text that is to be written: of an answer, what a template makes of it."""
+        if not row.turns and not self.chat:
             return row.target
         kept = completion[: -len(self.ending)] if completion[-len(self.ending) :] == self.ending else completion
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text
 
     def features(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
-        """Return token ids, labels, and the text that is wanted; see `Completions.features`."""
+        """Return token ids, labels, and the text that is wanted; see `Completions.features`, and `parts` for texts."""
+        if any(not row.source and not row.turns for row in rows):
+            return self.parts(rows)
         self.shortened: list[Example] = []
         made = super().features(rows)
         how = f"so that rows have max_length={self.length} tokens: their oldest turns are left out"
         self.note_cut(self.shortened, len(rows), "conversations", how)
         return made
+
+    def parts(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return texts without a prompt as features, a text that is longer than `max_length` as several.
+
+        Every token but a text's first is learned once: a part starts with the last token of the part before.
+        """
+        features: list[dict[str, Any]] = []
+        for row in rows:
+            ids = [*self.begun(""), *self.ids(row.target), int(self.tokenizer.eos_token_id or self.ending[-1])]
+            for at in range(0, len(ids) - 1, self.length - 1):
+                part = ids[at : at + self.length]
+                said = self.tokenizer.decode(part[1:], skip_special_tokens=True)
+                features.append({"input_ids": part, "labels": [IGNORED, *part[1:]], "start": 1, "target": said})
+        if len(features) > len(rows):
+            self.notes.append(
+                f"{len(rows)} texts are learned in {len(features)} parts of at most max_length={self.length} tokens"
+            )
+        return features
 
     def encode(self, prompt: str, completion: str = "") -> tuple[list[int], list[int]]:
         """Return the token ids of the prompt, and of the completion with its stop token.
