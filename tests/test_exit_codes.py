@@ -53,7 +53,7 @@ def test_the_page_is_the_table_of_the_help(monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("kind", OURS, ids=lambda k: k.__name__)
 def test_an_error_ends_with_the_code_of_its_row(kind: type[PeftreeError], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(source: str) -> Any:
-        raise kind("It broke.", "Mend it.")
+        raise kind("It broke.", "Fix it.")
 
     monkeypatch.setattr(describe, "inspect_model", fail)
     row = [c for c, (_, names) in rows().items() if kind.__name__ in names]

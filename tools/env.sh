@@ -39,7 +39,7 @@ progress() { # run a command with its output in the log and one line on the scre
     done
     if ! wait "$pid"; then
         tail -n 25 "$log" >&2
-        die "$label failed; the end of $log is above. Mend the cause and run the command again."
+        die "$label failed; the end of $log is above. Fix the cause and run the command again."
     fi
     printf '%s%s: done in %d s                \n' "$([ -t 1 ] && printf '\r')" "$label" $((SECONDS - start))
 }

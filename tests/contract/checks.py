@@ -1,4 +1,4 @@
-"""The checks that every method must pass. Each is a function of a case; its message says what to mend."""
+"""The checks that every method must pass. Each is a function of a case; its message says what to fix."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ LEDGER: dict[str, Any] = json.loads((ROOT / "docs" / "peft-files.json").read_tex
 READ = {case.key: case for case in peftcases.READ}
 WRITE = {case.key: case for case in peftwrites.WRITE}
 SAMPLED = 19  # every so many cases are in the quick suite
-REMEDY = "If it got better, run `make peft-page`; if not, mend it."
+REMEDY = "If it got better, run `make peft-page`; if not, fix it."
 
 
 def check(kind: str, key: str, found: peftmatrix.Outcome) -> None:

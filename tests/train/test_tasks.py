@@ -168,7 +168,7 @@ def test_fields_of_the_models_config(encoder: str, review_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "mended"),
+    ("key", "value", "remedy"),
     [
         ("num_hidden_layer", 1, r"config: BertConfig has no 'num_hidden_layer'.*'(?P<key>num_hidden_layers)'"),
         ("num_hidden_layers", "abc", r"config\.num_hidden_layers='abc'.*like the model's own, (?P<value>\d+)"),
@@ -178,12 +178,12 @@ def test_fields_of_the_models_config(encoder: str, review_data: Path) -> None:
     ],
 )
 def test_advice_on_a_bad_field_of_the_config_works(
-    key: str, value: Any, mended: str, encoder: str, review_data: Path
+    key: str, value: Any, remedy: str, encoder: str, review_data: Path
 ) -> None:
     data = load_data(review_data)
     with pytest.raises(ConfigError) as refused:
         build_task(encoder, data, Options(config={key: value}))
-    found = re.search(mended, str(refused.value))
+    found = re.search(remedy, str(refused.value))
     assert found and "safetensors" not in str(refused.value), refused.value
     named = {name: text for name, text in found.groupdict().items() if text}
     config = {named.get("key", key): int(named.get("value", value))} if named else {}  # nothing named: left out
