@@ -71,7 +71,7 @@ ROOMS = {
     "graft": 3050,
     "store": 4300,
     "data": 1150,
-    "tasks": 1950,
+    "tasks": 2000,
     "evaluate": 1400,
     "runs": 450,
     "train": 2150,

@@ -7,6 +7,17 @@ from peftree.errors import ConfigError, MethodError, did_you_mean
 from peftree.methods.contract import Method
 from peftree.settings import RunConfig, renamed
 
+_PLANNED = "`peftree plan` can plan them, `peftree train` cannot run them yet: it "
+# Settings that other trainers have -> what to do here.
+ABSENT = {
+    **dict.fromkeys(("quantize", "load_in_4bit", "load_in_8bit"), f"Quantised bases: {_PLANNED}takes plain weights."),
+    **dict.fromkeys(("optimizer", "optim"), f"Other optimizers: {_PLANNED}uses AdamW, or the method's own."),
+    **dict.fromkeys(
+        ("precision", "bf16", "fp16"), "For a base in half precision write dtype=bfloat16; adapters stay float32."
+    ),
+    "packing": "Rows are padded, not packed; leave it out.",
+}
+
 
 def make_method(config: RunConfig) -> Method:
     """Return the method of `config` with its fields.
@@ -25,7 +36,8 @@ def make_method(config: RunConfig) -> Method:
             where = config.where(f"method.{key}") or config.where(f"method.fields.{key}")
             hint = did_you_mean(key, [*known, *type(config).model_fields], f"Fields of {name} and settings")
             new = renamed(key, type(config))
-            raise ConfigError(f"{where}{name} has no field '{key}'.", f"Write {new}." if new else hint)
+            fix = f"Write {new}." if new else ABSENT.get(key, hint)
+            raise ConfigError(f"{where}{name} has no field '{key}'.", fix)
     try:
         return registry.make(name, fields)
     except ConfigError as error:

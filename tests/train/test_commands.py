@@ -52,6 +52,16 @@ def trained(encoder: str, review_data: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Path, refused: Say) -> None:
+    given = [f"model={encoder}", f"data={review_data}"]
+    for words, advice in (
+        ("quantize=nf4", "takes plain weights"),
+        ("bf16=true", "dtype=bfloat16"),
+        ("packing=true", "padded"),
+    ):
+        assert advice in refused("train", *given, words)
+
+
 def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
     page = (trained / "report.html").read_text("utf-8")
     assert "accuracy with 95 % intervals" in page and page.count("<svg") > 3

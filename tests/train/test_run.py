@@ -215,7 +215,7 @@ BAD: list[tuple[list[str], type[PeftreeError], str]] = [
     (["sites=attn.qq"], PeftreeError, "attn.qq"),
     (["max_length=4000"], ConfigError, "the model takes 40 tokens"),
     (["data.train=nothing.csv"], DataError, "nothing.csv does not exist"),
-    (["config.layers=3"], ConfigError, "config: BertConfig has no 'layers'"),
+    (["config.layers=3"], ConfigError, "config.layers: BertConfig has no such field"),
     ([f"output={__file__}/x"], ConfigError, "test_run.py is not a writable folder"),
 ]
 

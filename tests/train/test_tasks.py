@@ -170,7 +170,7 @@ def test_fields_of_the_models_config(encoder: str, review_data: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("num_hidden_layer", 1, r"config: BertConfig has no 'num_hidden_layer'.*'(?P<key>num_hidden_layers)'"),
+        ("num_hidden_layer", 1, r"config.num_hidden_layer: BertConfig has no such field.*'(?P<key>num_hidden_layers)'"),
         ("num_hidden_layers", "abc", r"config\.num_hidden_layers='abc'.*like the model's own, (?P<value>\d+)"),
         ("id2label", 3, r"config\.id2label=3 is refused.*Leave it out"),
         ("num_attention_heads", 3, r"not a multiple.*Leave config\.num_attention_heads=3 out"),

@@ -185,6 +185,16 @@ def test_what_a_template_changes_later_is_one_clear_error() -> None:
         learned(task, TALK)
 
 
+def test_a_row_that_fits_is_not_cut() -> None:
+    """A template's own system turn is not counted where the row has a shorter one."""
+    head = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nA long one that the template brings<|im_end|>\n{% endif %}"
+    said = (Turn("system", "S"), *TALK[2:])
+    whole = len(Words(bytewise(head + CHATML)).features([Example("x", "b c", "", said)])[0]["input_ids"])
+    task = Words(bytewise(head + CHATML), whole)
+    ((_, found),) = learned(task, said)
+    assert found == ["b c<|im_end|>"] and not task.notes
+
+
 def test_a_long_conversation_loses_its_oldest_turns() -> None:
     system = talk(("system", "S"))
     task = Words(bytewise(CHATML), 70)
@@ -341,5 +351,5 @@ def test_a_run_on_conversations_trains_and_opens_again(decoder: str, tmp_path: P
     (tmp_path / "bare").mkdir()
     tokenizer(eos_is_pad=True).save_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match="no chat template, which chat=true and rows of turns need"):
+    with pytest.raises(ConfigError, match="no chat template, which chat=true and conversations need"):
         run(config.model_copy(update={"output": str(tmp_path / "bare/out")}))

@@ -36,7 +36,7 @@ def layout(record: Mapping[str, Any]) -> str:
         return "Alpaca"
     if {"prompt", "completion"} <= record.keys():
         return _PROMPTED if isinstance(_parsed(record["prompt"]), list) else ""
-    return "text" if "text" in record else ""
+    return "text" if "text" in record and not {"label", "score"} & record.keys() else ""
 
 
 def has(record: Mapping[str, Any], kind: str) -> bool:

@@ -63,16 +63,17 @@ class Completions(Task):
         features: list[dict[str, Any]] = []
         cut: tuple[list[Example], list[Example]] = ([], [])
         head, tail = self.frame
-        room = self.length - max(1, head + tail)  # a first token is not predicted
-        if room < 2:
-            raise ConfigError(
-                f"max_length={self.length}: {head + tail} tokens surround every prompt.", "Raise max_length."
-            )
         for row in rows:
             prompt, completion, learned = self.encode_row(row)
             if completion == self.ending:
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
+            around = min(len(prompt), head + tail)
+            room = self.length - max(1, around)  # a first token is not predicted
             if len(completion) > room:
+                if room < 2:
+                    raise ConfigError(
+                        f"max_length={self.length}: {around} tokens surround every prompt.", "Raise max_length."
+                    )
                 completion = completion[:room]
                 cut[1].append(row)
             if len(prompt) + len(completion) > self.length:

@@ -56,7 +56,9 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
     known = config.to_dict()
     for key, value in changes.items():
         if key not in known:
-            raise ConfigError(f"config: {type(config).__name__} has no '{key}'.", did_you_mean(key, known, "It has"))
+            raise ConfigError(
+                f"config.{key}: {type(config).__name__} has no such field.", did_you_mean(key, known, "It has")
+            )
         own = known[key]
         try:
             if isinstance(own, dict | list) and not isinstance(value, type(own)):

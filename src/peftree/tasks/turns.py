@@ -36,8 +36,8 @@ def check_template(tokenizer: Any) -> None:
     """Raise ConfigError if a tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            "The tokenizer has no chat template, which chat=true and rows of turns need.",
-            "Set chat: false for rows of prompt and completion; else use a model whose tokenizer has one.",
+            "The tokenizer has no chat template, which chat=true and conversations need.",
+            "Put a chat_template.jinja into the model's folder, use a chat model, or give prompts and completions.",
         )
 
 
