@@ -187,7 +187,7 @@ def test_what_a_template_changes_later_is_one_clear_error() -> None:
 
 def test_a_row_that_fits_is_not_cut() -> None:
     """A template's own system turn is not counted where the row has a shorter one."""
-    head = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nA long one that the template brings<|im_end|>\n{% endif %}"
+    head = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nOne of its own<|im_end|>\n{% endif %}"
     said = (Turn("system", "S"), *TALK[2:])
     whole = len(Words(bytewise(head + CHATML)).features([Example("x", "b c", "", said)])[0]["input_ids"])
     task = Words(bytewise(head + CHATML), whole)
