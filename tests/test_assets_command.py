@@ -55,12 +55,12 @@ def test_what_is_no_packaged_model_stays_as_it_is(own_cache: Path) -> None:
 def test_another_package_brings_models_by_name(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_cache / "zoo_of_theirs.py").write_text(
         "from pathlib import Path\ndef find(name, quiet):\n    return Path("
-        "'/models/theirs') if name == 'theirs' else None"
+        "f'/models/{name}/{quiet}') if name == 'theirs' else None"
     )
     monkeypatch.syspath_prepend(str(own_cache))
     theirs = EntryPoint("theirs", "zoo_of_theirs:find", resolver.GROUP)
     monkeypatch.setattr(resolver, "entry_points", lambda group: [*entry_points(group=group), theirs])
-    assert (located("theirs"), located("org/model")) == ("/models/theirs", "org/model")
+    assert (located("theirs"), located("org/model")) == ("/models/theirs/False", "org/model")
     assert Path(located("dit-fashion", quiet=True)).is_dir()
 
 

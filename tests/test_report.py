@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from rich.console import Console
 
 from invented import METHODS, fabricated, hostile
 from peftree import report, text
+from peftree.bench.intervals import Interval
 from peftree.errors import DataError
 from peftree.report import plots, svg, terminal
+from peftree.report.build import _headline
 from peftree.runs.record import CurvePoint, RunRecord
 
 
@@ -60,10 +63,26 @@ def test_a_report_of_few_tasks_opens_with_what_each_method_keeps(
         assert [k.value for k in kept if k] == sorted((k.value for k in kept if k), reverse=True)
         row = judged["lora"]
         assert row.relative is not None
+        assert row.peak_share and f" at {text.percent(row.peak_share)} of the memory (" in line
         told = f"lora {text.score(100 * row.relative.value, 0)} % [{text.score(100 * row.relative.low, 0)}, "
         verdict = {"yes": "(at least 90 % is shown)", "no": "(refuted)", "not shown": "(open)"}[row.retained]
         assert told in line and verdict in line[line.index(told) :].split(";")[0]
     assert built.headlines[0] in report.page.render(built).replace("&#39;", "'")
+    few = [r for r in records if r.method in ("full", "head_only", "lora")]
+    whole = [
+        r.model_copy(update={"base_score": 0.5}) for r in few if r.method != "head_only" and r.metric == "accuracy"
+    ]
+    assert (
+        "of full fine-tuning's gain over the score before training are kept: lora" in report.build(whole).headlines[0]
+    )
+    lost = [r.model_copy(update={"score": 0.0, "items": ()}) if r.method == "full" else r for r in few]
+    told = [line for line in report.build(lost).headlines if line.endswith("gain is not shown, so no share of it is.")]
+    assert len(told) == 3
+    unsure = replace(row, relative=Interval(0.5, -np.inf, np.inf), retained="not shown")
+    assert "lora 50 % no interval at " in _headline(replace(built.tasks[0], rows=(unsure,)))
+    assert report.build([r for r in few if r.method != "lora"]).headlines == ()
+    four = [r.model_copy(update={"task": f"{r.task} {n}"}) for r in few for n in range(2) if r.metric == "accuracy"]
+    assert len(report.build(four).headlines) == len(report.build(four).tasks) == 4
     many = [r.model_copy(update={"task": f"{r.task} {n}"}) for r in records for n in range(2)]
     assert len(report.build(many).tasks) > 4 and not report.build(many).headlines
 

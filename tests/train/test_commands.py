@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peftree.cli import app, main
-from peftree.train.output import held
+from peftree.settings import load_config
+from peftree.train.output import check_place, held
 
 Say = Any
 
@@ -168,6 +169,9 @@ def test_exit_codes_tell_try_again_from_give_up(
     with monkeypatch.context() as several:
         several.setenv("WORLD_SIZE", "2")
         assert "WORLD_SIZE=2: several processes" in refused("train", *given)
+        for size in ("", "0", "1"):  # a launcher of one process sets it too
+            several.setenv("WORLD_SIZE", size)
+            check_place(load_config(None, given[:-1]))
     with held_elsewhere(tmp_path / "held"):
         assert "another run trains there" in refused("train", *given, f"output={tmp_path / 'held'}", code=75)
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from peftree.data.rows import Example, load_data
-from peftree.errors import ConfigError
+from peftree.errors import ConfigError, DataError
 from peftree.settings import load_config
 from peftree.tasks import Options, build_task
 from peftree.tasks.generation import Generation
@@ -77,6 +77,8 @@ def test_what_the_chat_template_adds_stays(decoder: str, tmp_path: Path) -> None
 def test_without_a_mark_a_token_stays_before_the_completion(decoder: str, tmp_path: Path) -> None:
     _, rows = made(decoder, tmp_path, [(LONG, LONG)], max_length=5)
     assert rows == [("w9", "w1 w2 w3 w4")]
+    with pytest.raises(DataError, match=r"a\.jsonl:0: ' ' has no token"):
+        made(decoder, tmp_path, [("a", " ")])
 
 
 def test_cut_texts_are_said_before_training(encoder: str, tmp_path: Path, capsys: Any) -> None:

@@ -165,7 +165,10 @@ def test_text_task_on_a_folder(image_data: Path) -> None:
         load_data(image_data / "train", task="generation")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_file_without_pyarrow_says_what_to_install(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **more: Any) -> Any:
@@ -173,7 +176,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
             raise ImportError(name)
         return real(name, *args, **more)
 
-    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / name).write_bytes(b"")
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=r"needs pyarrow.*peftree\[data\]"):
-        load_data(tmp_path / "a.parquet", task="generation")
+        load_data(tmp_path / name, task="generation")

@@ -154,5 +154,21 @@ def test_a_text_that_a_task_writes_ends_with_the_token_that_ends_completions(dec
     task.model.register_forward_hook(ends)
     features = task.features(data.test[:2])
     assert min(len(f["input_ids"]) for f in features) > 3
-    written = task.write(features, 2)
-    assert all(set(row) <= {end} and len(row) <= 1 for row in written) and len(steps) == 1
+    for ending in ([end], [5, end]):  # what a template writes before the token that ends a turn is no end
+        steps.clear()
+        task.ending = ending
+        written = task.write(features, 2)
+        assert all(set(row) <= {end} and len(row) <= 1 for row in written) and len(steps) == 1
+
+
+def test_as_much_is_written_as_the_last_answer_is_long(decoder: str, prompt_data: Path) -> None:
+    task: Any = build_task(decoder, load_data(prompt_data), Options())
+    row = {"input_ids": [3, 4, 5, 6, 7, EOS], "labels": [-100, 4, 5, 6, 7, EOS], "start": 4}  # an answer before it
+    assert len(greedy(task.model.eval(), [row], task.pad, 63, 1)[0]) == 2
+
+
+def test_the_token_that_stops_is_the_last_of_an_ending(
+    decoder: str, prompt_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Generation, "find_ending", lambda self: [5, EOS])
+    assert build_task(decoder, load_data(prompt_data), Options()).stop == EOS

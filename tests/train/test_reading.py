@@ -44,6 +44,10 @@ def columns(name: str, path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writerows(rows)
         raw = text.getvalue().encode()
         path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    elif name.endswith(".arrow"):
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as arrow:
+            arrow.write_table(table, max_chunksize=2)
     elif name.endswith(".parquet"):
         parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
@@ -53,7 +57,8 @@ def columns(name: str, path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-FILES = ["a.csv", "a.tsv", "a.jsonl", "a.json", "lines.json", "a.parquet", "a.csv.gz", "a.jsonl.gz", "a.json.gz"]
+FILES = ["a.csv", "a.tsv", "a.jsonl", "a.json", "lines.json", "a.parquet", "a.arrow"]
+FILES += ["a.csv.gz", "a.jsonl.gz", "a.json.gz"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -189,6 +194,7 @@ TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Q", "chosen": "A", "rejected": "B"}, r"preference pairs.*data\.columns\.completion=chosen"),
     ({"chosen": TURNS, "rejected": TURNS}, "preference pairs.*Write the chosen answers"),
+    ({"instruction": "Q", "output": "A", "chosen": "A", "rejected": "B"}, "preference pairs.*Write the chosen answers"),
 ]
 
 
@@ -207,9 +213,11 @@ def test_chat_rows_in_our_columns_are_no_labels(tmp_path: Path) -> None:
 
 
 def test_the_advice_for_alpaca_and_preferences_works(tmp_path: Path) -> None:
-    path = columns("a.json", tmp_path, [{"instruction": "Q", "input": "", "output": "A"}] * 20)
+    path = columns("a.json", tmp_path, [{"instruction": "Q", "input": "x", "output": "A"}] * 20)
     found = load_data(path, task="generation", columns={"prompt": "instruction", "completion": "output"})
-    assert found.train[0][:2] == ("Q", "A")
+    assert found.train[0][:2] == ("Q", "A") and not found.talks
+    with pytest.raises(DataError, match="do not determine the task"):
+        load_data(path, columns={"text": "instruction"})
 
 
 def folder(tmp_path: Path, files: dict[str, str]) -> Path:
@@ -226,6 +234,8 @@ FOLDERS: list[tuple[dict[str, str], str]] = [
     ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"}, "does not name the files"),
     ({"dataset_info.json": "{}", "reviews-train.arrow": "x"}, r"without the state\.json.*data=.*reviews-train\.arrow"),
     ({"state.json": '{"_data_files": [{"filename": "a.arrow"}]}', "a.arrow": "x"}, "not a readable Arrow file"),
+    ({"state.json": '{"_data_files": [{"filename": "b.arrow"}]}', "a.arrow": "x"}, r"b\.arrow is not a readable Arrow"),
+    ({"train.arrow": "x"}, r"train\.arrow is not a readable Arrow file"),
     ({"dataset_info.json": '{"mine": {"file_name": "mine.json"}}', "mine.json": "[]"},
      r"LLaMA-Factory.*data=.*mine\.json"),
     ({"reviews.csv": "text,label\n"}, r"holds reviews\.csv, but none is named train.*data=.*reviews\.csv"),
@@ -240,7 +250,9 @@ def test_folders_of_other_forms_are_named(files: dict[str, str], message: str, t
         load_data(folder(tmp_path, files))
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.orc", "Use .csv")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.orc", "Use .csv"), ("a.arrow.gz", "Use")]
+)
 def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"files are not read.*{message}"):
         load_data(folder(tmp_path, {name: "x"}) / name)
@@ -258,11 +270,12 @@ def test_images_that_are_left_out_are_counted(image_data: Path) -> None:
     (train / "dark" / "drawing.svg").write_text("<svg/>")
     (train / "dark" / ".DS_Store").write_text("x")
     (train / "readme.txt").write_text("x")
+    (train / "state.json").write_text("{}")  # no saved data set: there are no rows beside it
     (train / "grey").mkdir()
     Image.open(train / "dark" / "0.png").save(train / "dark" / "more.webp")
     data = load_data(image_data)
     assert any(r.source.endswith("more.webp") for r in data.train)
-    assert any(r"2 files and folders other than images (.svg, .txt) are skipped" in w for w in data.warnings)
+    assert any("3 files and folders other than images (.json, .svg, .txt) are skipped" in w for w in data.warnings)
     assert any("1 folders without images are not classes: grey" in w for w in data.warnings)
 
 

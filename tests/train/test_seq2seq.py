@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,5 +129,10 @@ def test_retention_reads_labels_where_they_stand(translator: str, tmp_path: Path
 def test_what_is_refused(translator: str, t5: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="An encoder-decoder has no chat template"):
         task_of(translator, tmp_path, chat=True)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for row in ({"messages": turns}, {"text": "a b"}):
+        (tmp_path / "b.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
+        with pytest.raises(ConfigError, match="learns no text without a prompt"):
+            build_task(translator, load_data(tmp_path / "b.jsonl", task="generation"), Options())
     with pytest.raises(ConfigError, match="does not say which token its decoder starts with"):
         task_of(t5, tmp_path, config={"decoder_start_token_id": None})

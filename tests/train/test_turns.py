@@ -1,14 +1,12 @@
-"""Conversations: the layouts of other tools, the tokens they become, and on which of them the loss falls."""
+"""Conversations and texts alone: the tokens they become, and on which of them the loss falls."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -54,6 +52,13 @@ OPENS = (  # DeepSeek R1: a model is asked to begin within a thought, and no ans
     "@{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}@<think>\n{% endif %}"
 )
+TIGHT = MARKED.replace("{{ '\n' }}", "")  # the mark of the next turn stands right behind an end
+LAST = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")  # marks one answer of two
+JOINS = CHATML.replace("m['content']", "(m['content'].split('\\n') | join(' '))")  # the lines of a question
+RECALLS = (  # its marks alone tell where the answers are that it changes later
+    MARKED.replace("%}<|im", "%}{% set said = m['content'] if loop.last else '...' %}<|im", 1)
+    .replace("m['content'] }}<|im_end|>{% endg", "said }}<|im_end|>{% endg").replace("{% gen", "{%- gen")
+)  # fmt: skip
 BARE = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")  # the marks leave out the end
 FORGETS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '...' }}")
 
@@ -112,7 +117,8 @@ def learned(task: Words, *turns: Turns) -> list[tuple[str, list[str]]]:
         (THINKS, ["Yes.<|im_end|>", "<think>\n\n</think>\n\nb c<|im_end|>"]),
         (PHI, ["Yes.<|im_end|>", "b c<|im_end|>"]),
         (OPENS, ["Yes.<|im_end|>", "b c<|im_end|>"]),
-        (BARE, ["Yes.<|im_end|>", "b c<|im_end|>"]),
+        *((template, ["Yes.<|im_end|>", "b c<|im_end|>"]) for template in (BARE, TIGHT, LAST, JOINS)),
+        (RECALLS, ["...<|im_end|>", "b c<|im_end|>"]),
     ],
 )
 def test_the_loss_falls_on_the_answers_and_their_ends(template: str, answers: list[str]) -> None:
@@ -142,6 +148,12 @@ def test_an_answer_is_its_own_and_not_a_later_one() -> None:
     assert found == ["Yes<|im_end|>", "Yes.<|im_end|>"]
     ((_, found),) = learned(Words(bytewise(INST)), talk(("user", "a"), ("assistant", "Yes. ")))
     assert found == [" Yes. <|im_end|>"]
+    twice = talk(("user", "a"), ("assistant", "x</think>y</think>\n\nYes"), *turns[2:])
+    assert learned(Words(bytewise(forgets)), twice)[0][1] == ["Yes<|im_end|>", f"{thought}<|im_end|>"]
+    first = learned(Words(bytewise(CHATML)), talk(("assistant", thought), *TALK[:2]))[0][1]
+    assert first == [f"{thought}<|im_end|>", "Yes.<|im_end|>"]
+    keeps = OPENS.replace(".split('</think>')[-1]", "")
+    assert learned(Words(bytewise(keeps)), turns[:2])[0][1] == [f"{thought}<|im_end|>"]
 
 
 def test_answers_with_no_weight_are_not_learned() -> None:
@@ -153,6 +165,28 @@ def test_answers_with_no_weight_are_not_learned() -> None:
 def test_an_assistant_may_begin() -> None:
     ((text, found),) = learned(Words(bytewise(CHATML)), talk(("assistant", "Hi!"), *TALK[:2]))
     assert text.startswith("<|im_start|>assistant\nHi!<|im_end|>") and found == ["Hi!<|im_end|>", "Yes.<|im_end|>"]
+    asks = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}" + CHATML
+    ((_, found),) = learned(Words(bytewise(asks)), talk(("system", "S"), ("assistant", "Hi!"), *TALK[:2]))
+    assert found == ["Hi!<|im_end|>", "Yes.<|im_end|>"]
+    (alone,) = Words(bytewise(CHATML)).features([Example("", "Hi!", "a:1", talk(("assistant", "Hi!")))])
+    assert alone["target"] == "Hi!" and alone["labels"][0] == -100
+
+
+def test_a_row_of_prompt_and_completion_is_a_conversation_of_one_question() -> None:
+    for template in (THINKS, INST):
+        task = Words(bytewise(template))
+        plain, turns = (Example("a?", "b c", "a:1", given) for given in ((), TALK[2:]))
+        assert task.features([plain]) == task.features([turns])
+
+
+def test_an_end_is_the_longest_token_that_the_tokenizer_adds() -> None:
+    words = bytewise(CHATML.replace("<|im_end|>", "<|end|>"))
+    words.add_tokens(["<|end", "<|end|>"], special_tokens=True)
+    words.eos_token = "!"  # the token of id 0
+    task = Words(words)
+    assert words.decode(task.ending) == "<|end|>" and words.eos_token_id == 0
+    (text,) = task.features([Example("", "a b", "a:1")])
+    assert text["input_ids"][-1] == 0 and learned(task, TALK)[0][1] == ["Yes.<|end|>", "b c<|end|>"]
 
 
 def test_a_written_answer_is_compared_with_what_the_template_makes_of_it() -> None:
@@ -163,6 +197,9 @@ def test_a_written_answer_is_compared_with_what_the_template_makes_of_it() -> No
         assert rest[-1] == task.ending[-1] and made["target"] == task.tokenizer.decode(
             rest[: rest.index(task.ending[-1])], skip_special_tokens=True
         ).removesuffix(" " if template == INST else "")
+    cut, marked = talk(("user", "i"), ("assistant", "b" * 99)), talk(("user", "i"), ("assistant", "b<|im_start|>c"))
+    made = Words(bytewise(CHATML), 80).features([Example("x", said[-1].text, "", said) for said in (cut, marked)])
+    assert len(made[0]["target"]) == sum(label != -100 for label in made[0]["labels"]) and made[1]["target"] == "bc"
 
 
 def test_answers_are_those_that_transformers_own_marks_tell() -> None:
@@ -183,6 +220,12 @@ def test_what_a_template_changes_later_is_one_clear_error() -> None:
     task.tokenizer.chat_template = refuses
     with pytest.raises(DataError, match="a:1: the chat template refuses the turns: Roles must alternate"):
         learned(task, TALK)
+    counts = CHATML.replace("{{ m['content']", "{{ m['content'] | length if m['role'] == 'user' }}{{ m['content']")
+    task.tokenizer.chat_template = counts
+    with pytest.raises(DataError, match="a:1: the chat template does not write turn 1 as it is"):
+        learned(task, TALK)
+    with pytest.raises(ConfigError, match=r"The chat template cannot be used: .*Use a model with another one"):
+        Words(bytewise("{{ raise_exception('never') }}"))
 
 
 def test_a_row_that_fits_is_not_cut() -> None:
@@ -198,112 +241,20 @@ def test_a_row_that_fits_is_not_cut() -> None:
 def test_a_long_conversation_loses_its_oldest_turns() -> None:
     system = talk(("system", "S"))
     task = Words(bytewise(CHATML), 70)
-    ((text, found),) = learned(task, (*system, *TALK, *TALK))
+    (text, found), _ = learned(task, (*system, *TALK, *TALK), TALK[:2])
     ((kept, _),) = learned(Words(bytewise(CHATML)), (*system, *TALK))
     assert text == kept and found == ["Yes.<|im_end|>", "b c<|im_end|>"]
-    assert any("1 of 1 conversations are cut" in note and "oldest turns" in note for note in task.notes)
+    assert any("1 of 2 conversations are cut" in note and "oldest turns" in note for note in task.notes)
 
 
-FILES: list[tuple[dict[str, Any], str, str, Turns]] = [
-    ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
-                   {"role": "user", "content": "never answered"}]},
-     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
-    ({"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "Q"}]},
-                   {"role": "assistant", "content": "A"}]},
-     "system: S\nuser: Q", "A", talk(("system", "S"), ("user", "Q"), ("assistant", "A"))),
-    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "id": 1},
-     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
-    ({"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
-     "user: Q", "A", (Turn("user", "Q", False), Turn("assistant", "A"))),
-    ({"prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
-     "user: Q", "A", (Turn("user", "Q", False), Turn("assistant", "A"))),
-    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "system": "S"},
-     "system: S\nuser: Q", "A", talk(("system", "S"), ("user", "Q"), ("assistant", "A"))),
-    ({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'},
-     "user: Q", "A", talk(("user", "Q"), ("assistant", "A"))),
-    ({"instruction": "Q", "input": 3, "output": 0}, "Q\n\n3", "0", talk(("user", "Q\n\n3"), ("assistant", "0"))),
-    ({"instruction": "Q", "input": "x", "output": "A"}, "Q\n\nx", "A", talk(("user", "Q\n\nx"), ("assistant", "A"))),
-    ({"instruction": "Q", "input": "", "output": "A"}, "Q", "A", talk(("user", "Q"), ("assistant", "A"))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("record", "source", "target", "turns"), FILES)
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "arrow"])
-def test_layouts_are_told_from_the_columns(
-    record: dict[str, Any], source: str, target: str, turns: Turns, suffix: str, tmp_path: Path
-) -> None:
-    path, rows = tmp_path / f"a.{suffix}", [record] * 12
-    if suffix == "arrow":
-        if '"type"' in json.dumps(record):
-            return  # a column of texts and lists, which Arrow does not have
-        table = pa.Table.from_pylist(rows)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
-    else:
-        path.write_text("\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows))
-    found = load_data(path, valid=path, test=path)
-    assert found.task == "generation" and found.train[0][:2] == (source, target) and found.train[0].turns == turns
-
-
-BAD: list[tuple[Any, str]] = [
-    ([{"role": "tool", "content": "x"}], r"a\.jsonl:3: turn 1 of messages has the role 'tool'.*system, user, assist"),
-    ([{"role": "user", "content": [{"type": "image"}]}], r"a\.jsonl:3: turn 1 of messages is .*not text"),
-    ("hello", "messages are not the columns of messages rows"),
-    ([{"content": "x"}], "has the role 'None'"),
-    ([{"role": "user", "content": "x"}], "1 of 3 rows lack a question or an answer"),
-    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "turn 1 of messages: tool_calls is not read"),
-]
-
-
-@pytest.mark.parametrize(("turns", "message"), BAD)
-def test_a_faulty_row_is_named(turns: Any, message: str, tmp_path: Path) -> None:
-    good = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, good, turns)))
-    with pytest.raises(DataError, match=message):
-        load_data(path)
-
-
-def test_splits_of_other_layouts_are_refused(tmp_path: Path) -> None:
-    for name, row in (("train", {"prompt": "Q", "completion": "A"}), ("test", FILES[0][0])):
-        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
-    with pytest.raises(DataError, match=r"test\.jsonl: its rows have another layout than those of .*train\.jsonl"):
-        load_data(tmp_path, task="generation")
-
-
-def test_a_count_of_messages_is_no_conversation(tmp_path: Path) -> None:
-    rows = [{"text": f"t{n}", "label": n % 2, "messages": n} for n in range(20)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert load_data(tmp_path / "a.jsonl").task == "text-classification"
-
-
-def test_caches_beside_a_saved_split_are_not_rows(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist([FILES[0][0]] * 12)
-    for name in ("data-00000-of-00001.arrow", "cache-1f.arrow"):
-        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
-    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
-    data = load_data(tmp_path)
-    assert len(data.train) + len(data.valid) == 12
-
-
-def test_rows_of_mixed_layouts_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{json.dumps(FILES[0][0])}\n{{"prompt": "Q", "completion": "A"}}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: prompt, completion are not the columns of messages rows"):
-        load_data(path)
-
-
-def test_the_rows_of_the_page_are_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
-    rows = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
-    assert len(rows) == 6
-    for number, row in enumerate(rows):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(f"{row}\n" * 12)
-        task = "generation" if set(json.loads(row)) == {"text"} else None
-        found = load_data(path, valid=path, task=task)
-        assert found.task == "generation" and bool(found.train[0].turns) is (0 < number < len(rows) - 1)
+def test_a_long_question_is_cut_and_not_left_out() -> None:
+    """What is left of a conversation is at least its last question: all that a user says before one answer."""
+    long, task = "a?" * 40, Words(bytewise(CHATML), 70)
+    (text, _), (twice, _) = learned(
+        task, (*TALK[:2], Turn("user", long), TALK[3]), (*TALK[:1], Turn("user", long), TALK[3])
+    )
+    assert "Hi" not in text and "a?a?" in text and twice.startswith("<|im_start|>user\nHi\nyou<|im_end|>\n<|im_start|>")
+    assert [note.partition(" are")[0] for note in task.notes] == ["2 of 2 prompts", "1 of 2 conversations"]
 
 
 def test_a_text_alone_is_learned_when_it_is_asked_for(decoder: str, tmp_path: Path) -> None:
@@ -311,11 +262,14 @@ def test_a_text_alone_is_learned_when_it_is_asked_for(decoder: str, tmp_path: Pa
     path.write_text("\n".join(json.dumps({"text": f"the film was good w{i}"}) for i in range(12)))
     with pytest.raises(DataError, match=r"texts without a label.*task=generation"):
         load_data(path)
-    task, _ = Generation.load(decoder, data := load_data(path, task="generation"), Options())
+    (tmp_path / "b.jsonl").write_text('{"text": "another"}\n')
+    data = load_data(path, test=tmp_path / "b.jsonl", task="generation")
+    assert not any("are also training rows" in told for told in data.warnings)
+    task, _ = Generation.load(decoder, data, Options())
     (made,) = task.features(data.train[:1])  # type: ignore[attr-defined]
     words = data.train[0].target.split()
     assert made["labels"][made["start"] :] == made["input_ids"][made["start"] :] and made["labels"][0] == -100
-    assert len(made["input_ids"]) - made["start"] in (len(words), len(words) + 1)
+    assert len(made["input_ids"]) - made["start"] in (len(words), len(words) + 1) and not task.notes
 
 
 def test_a_long_text_is_learned_in_parts(decoder: str, tmp_path: Path) -> None:
@@ -329,6 +283,7 @@ def test_a_long_text_is_learned_in_parts(decoder: str, tmp_path: Path) -> None:
     long = made[: next(n for n, f in enumerate(made, 1) if f["input_ids"][-1] == ids[-1])]
     assert [token for f in long for token in f["labels"][1:]] == ids[1:] and len(long) == 6
     assert all(f["labels"] == [-100, *f["input_ids"][1:]] and len(f["input_ids"]) <= 7 for f in made)
+    assert all(f["target"] == task.tokenizer.decode(f["input_ids"][1:], skip_special_tokens=True) for f in made)
     assert f"2 texts are learned in {len(made)} parts of at most max_length=7 tokens" in task.notes
     given = {"model": decoder, "data": {"train": str(tmp_path / "a.jsonl"), "valid": str(tmp_path / "a.jsonl")}}
     settings = {"task": "generation", "max_length": 7, "steps": 2, "generate": 3, "batch_size": 4, "quiet": True}

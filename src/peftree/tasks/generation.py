@@ -130,7 +130,7 @@ class Generation(Completions):
         """
         features: list[dict[str, Any]] = []
         for row in rows:
-            ids = [*self.begun(""), *self.ids(row.target), int(self.tokenizer.eos_token_id or self.ending[-1])]
+            ids = [*self.begun(""), *self.ids(row.target), *super().find_ending()]
             for at in range(0, len(ids) - 1, self.length - 1):
                 part = ids[at : at + self.length]
                 said = self.tokenizer.decode(part[1:], skip_special_tokens=True)
