@@ -61,6 +61,9 @@ def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Pa
         ("packing=true", "padded"),
     ):
         assert advice in refused("train", *given, words)
+    planned = shown("plan", encoder, "method=lora", "quantize=nf4", "optimizer=sgd")
+    assert "`peftree train` cannot run quantize=nf4, optimizer=sgd yet" in " ".join(planned.split())
+    assert "cannot run" not in shown("plan", encoder, "method=lora")
 
 
 def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
