@@ -37,9 +37,9 @@ def quick_checks(name: str) -> set[str]:
 
 
 def compiled(name: str) -> str:
-    """The architecture on which the method is compiled: in turn, of those that it fits."""
+    """The architecture on which the method is compiled: in turn, of those that it fits; empty if it fits none."""
     turn, every = METHODS.index(name) % len(zoo.CORE), [*zoo.CORE]
-    return next(model for model in every[turn:] + every[:turn] if fits(small(name, model)))
+    return next((model for model in every[turn:] + every[:turn] if fits(small(name, model))), "")
 
 
 def run(name: str, model: str, checks: Iterable[str]) -> None:

@@ -159,7 +159,7 @@ class TestAdvice:
     ) -> None:
         real = costs.plan
         monkeypatch.setattr(costs, "plan", lambda asked: dataclasses.replace(real(asked), expected=1 << 40))
-        with pytest.raises(ConfigError, match=r"Nothing fits 1\.07 GB: the leanest candidate takes 1\.1e\+03 GB"):
+        with pytest.raises(ConfigError, match=r"Nothing fits 1\.07 GB: the smallest candidate takes 1\.1e\+03 GB"):
             advise(Asked(model=model, data=data, **LIGHT))
 
     def test_full_fine_tuning_stands_behind_what_is_not_separated_from_it(self, model: str, data: str) -> None:
