@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import peftree
 import zoo
@@ -21,7 +20,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     zoo.build("llama").save_pretrained("my-model")
     batch = {k: v[:2] for k, v in zoo.batch("llama").items() if k in ("input_ids", "attention_mask")}
-    known: dict[str, Any] = {"torch": torch, "batch": batch}
+    known: dict[str, Any] = {"batch": batch}
     blocks = re.findall(r"```py\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"{PAGE.name}, block {number}", "exec"), known)

@@ -70,7 +70,7 @@ def test_chat_template(decoder: str, tmp_path: Path) -> None:
     words.chat_template = TEMPLATE
     words.save_pretrained(folder)
     task, _ = generation(str(folder), tmp_path, chat=True)
-    prompt, completion = task.encode("the film", "was good")
+    prompt, completion, *_ = task.encode_row(Example("the film", "was good", "a:1"))
     assert task.tokenizer.decode(completion).split() == ["was", "good", "<eos>"]
     assert task.tokenizer.convert_ids_to_tokens(prompt)[1:3] == ["the", "film"]
     with pytest.raises(ConfigError, match="has no chat template"):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from peftree.data.cells import cell
 from peftree.errors import DataError
 
 
@@ -58,20 +59,18 @@ def converted(record: Mapping[str, Any], kind: str, where: str) -> tuple[Any, An
         return "", record["text"], ()
     _refuse(record, where)
     if kind == "Alpaca":
-        asked, extra, answer = (_cell(record.get(n), f"{where}: {n}") for n in ("instruction", "input", "output"))
+        asked, extra, answer = (cell(n, record.get(n), n, where) for n in ("instruction", "input", "output"))
         turns = [Turn("user", f"{asked}\n\n{extra}" if extra.strip() else asked), Turn("assistant", answer)]
     else:
         turns = _turns(record, kind, where)
-    if str(record.get("system") or "").strip():
-        turns.insert(0, Turn("system", str(record["system"])))
+    if (told := cell("system", record.get("system"), "system", where)).strip():
+        turns.insert(0, Turn("system", told))
     while turns and not (turns[-1].role == "assistant" and turns[-1].learned):
         turns.pop()
     if not turns:
         return "", "", ()
-    given = [turn for turn in turns[:-1] if turn.text.strip()]
-    if kind == "Alpaca":
-        return turns[-2].text, turns[-1].text, tuple(turns)
-    return "\n".join(f"{turn.role}: {turn.text}" for turn in given), turns[-1].text, tuple(turns)
+    given = "\n".join(f"{turn.role}: {turn.text}" for turn in turns[:-1] if turn.text.strip())
+    return given, turns[-1].text, tuple(turns)
 
 
 def _turns(record: Mapping[str, Any], kind: str, where: str) -> list[Turn]:
@@ -110,13 +109,6 @@ def _turn(turn: object, where: str, name: str) -> Turn:
 def _refuse(said: Mapping[str, Any], where: str) -> None:
     if found := next((name for name in _REFUSED if said.get(name)), ""):
         raise DataError(f"{where}: {found} is not read.", "Leave such rows out, or write what they say as turns.")
-
-
-def _cell(value: Any, where: str) -> str:
-    """Return a cell of an Alpaca row as text."""
-    if value is not None and not isinstance(value, str | int | float):
-        raise DataError(f"{where} is {str(value)[:80]}, not text.", "Write it as one string.")
-    return "" if value is None or value != value else str(value)
 
 
 def _parsed(value: Any) -> Any:

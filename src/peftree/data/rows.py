@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftree.catalogue import task_facts, tasks
+from peftree.data.cells import cell
 from peftree.data.chats import Turns, converted, has, layout
 from peftree.data.layouts import renamed, rows_advice
 from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records, saved
@@ -17,8 +18,6 @@ from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
 SPLITS = ("train", "valid", "test")
-# What tables hold where a label or score is missing; as a text each is itself.
-MISSING = {"nan", "-nan", "NaN", "None", "null", "NULL", "<NA>", "NA", "N/A", "n/a", "#N/A", "NaT"}
 MANY = 20  # more classes than this, and than half of the rows, are hardly classes
 HELD_OUT = 0.1  # share of the training rows that validates when there is no validation file
 
@@ -224,8 +223,9 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     theirs = {name: columns.get(name, name) for name in ours}
     rows: list[Example] = []
     empty: list[str] = []
-    kind = layout(next(iter(records(path)))[1]) if task == "generation" and not columns else ""
+    kind = None if task == "generation" and not columns else ""
     for where, record in records(path):
+        kind = layout(record) if kind is None else kind
         if kind and not has(record, kind):
             raise DataError(
                 f"{where}: {', '.join(record)} are not the columns of {kind} rows, which the file begins with.",
@@ -235,7 +235,7 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
             if name not in record:
                 raise _lacks(where, our, name, record)
         cells = (*(record[name] for name in theirs.values()), ()) if not kind else converted(record, kind, where)
-        source, target = (_cell(*each, where) for each in zip(theirs, cells, theirs.values(), strict=False))
+        source, target = (cell(*each, where) for each in zip(theirs, cells, theirs.values(), strict=False))
         if target.strip() and (source.strip() or kind == "text"):
             rows.append(Example(source, target, where, cells[2]))
         else:
@@ -263,37 +263,6 @@ def _lacks(where: str, our: str, name: str, record: Mapping[str, Any]) -> DataEr
     return DataError(
         f"{where}: no column '{name}'.", f"{did_you_mean(name, record, 'Columns')} Name yours: data.columns.{our}=..."
     )
-
-
-def _cell(our: str, value: Any, name: str, where: str) -> str:
-    """Return a cell of our column `our` as its exact text; empty if it is missing."""
-    lacks = value is None or (isinstance(value, float) and math.isnan(value))
-    if lacks or (our in ("label", "score") and isinstance(value, str) and value.strip() in MISSING):
-        return ""
-    if our == "score":
-        return _number(value, name, where)
-    if isinstance(value, float) and value.is_integer() and our == "label":
-        value = int(value)  # a column of whole numbers with a gap is one of fractions in Parquet
-    if isinstance(value, str | bool | int | float):
-        text = str(value)
-        if any("\ud800" <= sign <= "\udfff" for sign in text):  # JSON can say it, no tokenizer reads it
-            raise DataError(f"{where}: {name} holds half of a surrogate pair, {text!r:.80}.", "Write it as UTF-8 text.")
-        return text
-    fix = "Labels are classes: names or whole numbers." if our == "label" else f"Write {our} as one string."
-    raise DataError(f"{where}: {name} is {str(value)[:200]}, not text.", fix)
-
-
-def _number(value: Any, name: str, where: str) -> str:
-    """Return a cell that holds a finite number, as text that `float` reads."""
-    if isinstance(value, str) and not value.strip():
-        return ""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: {name} is {value!r}, not a finite number.", "Scores are numbers such as 2.5 or -1.")
-    return repr(number)
 
 
 def _check_classes(

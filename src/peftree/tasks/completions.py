@@ -61,10 +61,11 @@ class Completions(Task):
             DataError: a completion has no token.
         """
         features: list[dict[str, Any]] = []
-        cut: tuple[list[Example], list[Example]] = ([], [])
+        cut: tuple[list[Example], ...] = ([], [], [])
         head, tail = self.frame
         for row in rows:
-            prompt, completion, learned = self.encode_row(row)
+            prompt, completion, learned, short = self.encode_row(row)
+            cut[2].extend([row] if short else [])
             if completion == self.ending:
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or write it in words.")
             around = min(len(prompt), head + tail)
@@ -85,6 +86,7 @@ class Completions(Task):
         limit = f"so that rows have max_length={self.length} tokens"
         self.note_cut(cut[0], len(rows), "prompts", f"in the middle {limit}")
         self.note_cut(cut[1], len(rows), "completions", f"at the end {limit}, and have no stop token")
+        self.note_cut(cut[2], len(rows), "conversations", f"at the start {limit}: their oldest turns are left out")
         return features
 
     @property

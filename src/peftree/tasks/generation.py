@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -69,7 +68,7 @@ class Generation(Completions):
         check_template(self.tokenizer)
         try:
             text, spans = answers(self.tokenizer, (Turn("user", "Q"), Turn("assistant", "ANSWER")), "one question")
-        except (DataError, TemplateError) as error:
+        except DataError as error:
             raise ConfigError(f"The chat template cannot be used: {error}", "Use a model with another one.") from None
         return self.ids(text[spans[-1].said : spans[-1].end]) or super().find_ending()
 
@@ -78,19 +77,15 @@ class Generation(Completions):
         """The number of tokens before and after what the user wrote: a mark, or what the template adds."""
         if not self.chat:
             return len(self.begun("")), 0
-        before, _, after = self.written("\0PROMPT\0").partition("\0PROMPT\0")
+        turn = [{"role": "user", "content": "\0PROMPT\0"}]
+        text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition("\0PROMPT\0")
         return len(self.ids(before)), len(self.ids(after))
 
     def begun(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt with those that begin every text, but not those that end it."""
         start: list[int] = self.tokenizer(prompt)["input_ids"]
         return start[:-1] if start and start[-1] == self.tokenizer.eos_token_id else start
-
-    def written(self, prompt: str) -> str:
-        """Return a prompt in the chat template, up to where the answer begins."""
-        turn = [{"role": "user", "content": prompt}]
-        text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return text
 
     def encode_row(self, row: Example) -> Encoded:
         """Return the tokens of prompt and completion; see `encode`.
@@ -100,9 +95,7 @@ class Generation(Completions):
         """
         if row.turns or (self.chat and row.source):
             turns = row.turns or (Turn("user", row.source), Turn("assistant", row.target))
-            made, short = fitting(self, turns, row.where)
-            self.shortened += [row] if short else []
-            return made
+            return fitting(self, turns, row.where)
         return given(*self.encode(row.source, row.target))
 
     def wanted(self, row: Example, completion: list[int]) -> str:
@@ -117,11 +110,7 @@ class Generation(Completions):
         """Return token ids, labels, and the text that is wanted; see `Completions.features`, and `parts` for texts."""
         if any(not row.source and not row.turns for row in rows):
             return self.parts(rows)
-        self.shortened: list[Example] = []
-        made = super().features(rows)
-        how = f"so that rows have max_length={self.length} tokens: their oldest turns are left out"
-        self.note_cut(self.shortened, len(rows), "conversations", how)
-        return made
+        return super().features(rows)
 
     def parts(self, rows: Sequence[Example]) -> list[dict[str, Any]]:
         """Return texts without a prompt as features, a text that is longer than `max_length` as several.
@@ -142,14 +131,10 @@ class Generation(Completions):
         return features
 
     def encode(self, prompt: str, completion: str = "") -> tuple[list[int], list[int]]:
-        """Return the token ids of the prompt, and of the completion with its stop token.
+        """Return the token ids of the prompt, and of the completion with its stop token, without a chat template.
 
-        Both strings are used exactly as they are; only the chat template puts anything between them.
+        Both strings are used exactly as they are, and nothing is put between them.
         """
-        if self.chat:
-            text = self.written(prompt)
-            start = self.ids(text)
-            return start, self.continued(start, text, completion) + self.ending
         return self.begun(prompt), self.continued(self.ids(prompt), prompt, completion) + self.ending
 
     def continued(self, start: list[int], before: str, text: str) -> list[int]:
@@ -219,7 +204,7 @@ class SequenceToSequence(Completions):
         features: list[dict[str, Any]] = []
         cut: tuple[list[Example], list[Example]] = ([], [])
         for row in rows:
-            source, target, _ = self.encode_row(row)
+            source, target, *_ = self.encode_row(row)
             if not self.ids(row.target):
                 raise DataError(f"{row.where}: {row.target!r} has no token.", "Remove the row, or give it some text.")
             for side, part in zip(cut, (source, target), strict=True):

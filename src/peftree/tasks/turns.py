@@ -17,11 +17,15 @@ BEHIND = 64  # characters before a text that decide its first token
 
 
 class Encoded(NamedTuple):
-    """One row as tokens: what is given, what is learned last, and the labels of the former (-100: not learned)."""
+    """One row as tokens: what is given, what is learned last, and the labels of the former (-100: not learned).
+
+    `short`: whether the oldest turns of a conversation are left out.
+    """
 
     prompt: list[int]
     completion: list[int]
     labels: list[int]
+    short: bool = False
 
 
 class Span(NamedTuple):
@@ -46,8 +50,8 @@ def given(prompt: list[int], completion: list[int]) -> Encoded:
     return Encoded(prompt, completion, [IGNORED] * len(prompt))
 
 
-def fitting(task: Any, turns: Turns, where: str) -> tuple[Encoded, bool]:
-    """Return a conversation as tokens, without as many of its oldest exchanges as do not fit, and whether some do not.
+def fitting(task: Any, turns: Turns, where: str) -> Encoded:
+    """Return a conversation as tokens, without as many of its oldest exchanges as do not fit.
 
     What a system says first stays, and so does the last question with its answer, whatever their length.
     """
@@ -55,13 +59,13 @@ def fitting(task: Any, turns: Turns, where: str) -> tuple[Encoded, bool]:
     head = 1 if turns[0].role == "system" else 0
     starts = [n for n in range(head + 1, len(turns)) if turns[n].role == "user" and turns[n - 1].role == "assistant"]
     if len(made.prompt) + len(made.completion) <= task.length or not starts:
-        return made, False
+        return made
 
     def short(n: int) -> Encoded:
         return encoded(task, turns[:head] + turns[starts[n] :], where)
 
     fits = bisect_left(range(len(starts) - 1), 1, key=lambda n: int(sum(map(len, short(n)[:2])) <= task.length))
-    return short(fits), True
+    return short(fits)._replace(short=True)
 
 
 def encoded(task: Any, turns: Turns, where: str) -> Encoded:
