@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from demo import tiny
+from invented import fabricated
 from peftree import demo as demos
 from peftree import machine as bench_machine
 from peftree import registry
@@ -166,7 +168,7 @@ def test_what_cannot_be_fetched_is_said_before_any_run(tmp_path: Path, monkeypat
         demos.main(tmp_path / "out", 1)
 
 
-def test_the_suite_has_every_branch_both_references_and_room_for_three_seeds() -> None:
+def test_the_suite_has_every_branch_full_fine_tuning_and_room_for_three_seeds() -> None:
     suite = load_suite("demo")
     entries = [(name, entry) for name in suite.tasks for _, entry in suite.entries(name)]
     assert {registry.get(e.method).tags.branch for _, e in entries} - {"reference"} == BRANCHES
@@ -174,6 +176,14 @@ def test_the_suite_has_every_branch_both_references_and_room_for_three_seeds() -
     assert all("full" in [e.method for n, e in entries if n == name] for name in suite.tasks)
     seconds = sum(suite.tasks[name].seconds * e.cost for name, e in entries) * suite.protocol.seeds
     assert suite.protocol.seeds == 3 and seconds / 2 < 9 * 60
+
+
+def test_paths_and_commands_are_printed_in_one_piece(tmp_path: Path) -> None:
+    out, said = tmp_path / "a folder with a name longer than a line of this terminal" / "results", io.StringIO()
+    out.mkdir(parents=True)
+    demos.show(load_suite("demo"), fabricated(), out, Console(file=said, width=60))
+    assert f"The report: {out / 'report.html'} (open it" in said.getvalue()
+    assert "  peftree train model=minilm-l6 data=YOUR.csv method=lora    # columns: text, label\n" in said.getvalue()
 
 
 def test_free_memory_is_plausible() -> None:
