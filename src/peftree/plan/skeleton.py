@@ -63,7 +63,7 @@ def read_config(source: str) -> Any:
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # which one it is does not matter to memory
         return config
-    except Exception as error:
+    except Exception as error:  # whatever a config or a model's code raises becomes one error of ours
         raise _unbuildable(source, error) from error
 
 
@@ -111,7 +111,7 @@ def build(config: Any, kind: Any, dtype: torch.dtype | None = None, attention: s
             more: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
             more |= {"attn_implementation": attention} if attention else {}
             model: nn.Module = kind._from_config(copy.deepcopy(config), **more)
-    except Exception as error:
+    except Exception as error:  # whatever a config or a model's code raises becomes one error of ours
         raise _unbuildable(type(config).__name__, error) from error
     return model
 

@@ -99,7 +99,7 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
                 local_files_only=is_local(model), ignore_mismatched_sizes=True,
                 output_loading_info=True, **SAFE,
             )  # fmt: skip
-    except Exception as error:
+    except Exception as error:  # whatever a model's code raises becomes one error of ours
         if options.config and not isinstance(error, OSError):  # layers are made of them, with any error of Python's
             changed = ", ".join(f"config.{key}={value!r}" for key, value in options.config.items())
             fix = f"Leave {changed} out, or write values that fit the model's other sizes."

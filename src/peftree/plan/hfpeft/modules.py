@@ -252,7 +252,7 @@ def trace(placed: Foreign, batch: Mapping[str, Any], request: Request | None = N
             with _Answers(), Fused() if asked.device == "cuda" else nullcontext():  # type: ignore[no-untyped-call]
                 line, operations = record(_phases(model, fed, asked, ledger), ledger)
         return line, sum(operations.values())
-    except Exception as error:
+    except Exception as error:  # whatever PEFT's code raises without values becomes one error of ours
         said = (str(error).strip().splitlines() or [""])[0][:120]
         raise MethodError(f"PEFT's code needs values: {type(error).__name__}: {said}.", _ELSE) from error
 
