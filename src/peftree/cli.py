@@ -189,10 +189,16 @@ def evaluate(
 def merge(
     run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
+    quantized: Annotated[
+        Literal["refuse", "dequantize", "requantize"],
+        typer.Option(
+            help="What becomes of a quantised base: plain weights, or packed again with an error that is said."
+        ),
+    ] = "refuse",
     as_json: Json = False,
 ) -> None:
     """Fold a trained adapter into its base model and write a plain model folder, tokenizer included."""
-    _export(run_folder, out, "merged", as_json)
+    _export(run_folder, out, "merged", as_json, quantized)
 
 
 @app.command("export")
@@ -202,7 +208,7 @@ def export_run(
     to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
     as_json: Json = False,
 ) -> None:
-    """Write a trained adapter in Hugging Face PEFT's format, or merged into its base."""
+    """Write a trained adapter in Hugging Face PEFT's format, or merged into its base (see merge)."""
     _export(run_folder, out, to, as_json)
 
 
@@ -217,10 +223,13 @@ def convert(
     typer.echo(f"Wrote {to_safetensors(source, out)}")
 
 
-def _export(run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool) -> None:
+def _export(
+    run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool,
+    quantized: Literal["refuse", "dequantize", "requantize"] = "refuse",
+) -> None:  # fmt: skip
     from peftree.train.export import export_run
 
-    found = export_run(run_folder, out, to)
+    found = export_run(run_folder, out, to, quantized)
     emit(found, as_json)
     if not as_json:
         typer.echo(plain(f"Wrote {found['folder']}: {', '.join(found['files'])}"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +14,34 @@ from torch import Tensor, nn
 from peftree import registry
 from peftree.adapter import Adapter, active, adapt, detach, known, record_of, switch
 from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight
-from peftree.errors import AdapterError, MergeError
+from peftree.deltas.packed import dense, form_of, is_packed, packed_again
+from peftree.errors import AdapterError, MergeError, PeftreeWarning
 from peftree.graft.hub import effective
 from peftree.methods.contract import Fusion, Method, Recipe
 
+Change = tuple[str, nn.Module, str, Tensor | None]  # path, module, name of the parameter, its new value
 Fill = Callable[[Delta, list[Delta], list[float]], None]
 
 
-def merge(model: nn.Module) -> None:
+Packing = Literal["refuse", "dequantize", "requantize"]
+
+
+def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
     """Fold the active adapters into the weights; the frozen tensors are set aside for `unmerge`.
 
+    Args:
+        quantized: what becomes of changed weights that a quantised base keeps in few bits: none is changed (an error),
+            they stay unpacked, as exact as the adapter was, or they are packed again.
+
+    Returns:
+        The largest error that packing again made in a weight, as a share of what the adapter changed there (Frobenius
+        norms): at 1 the rounding is as large as the change. A warning says it too. 0 if nothing was packed again.
+
     Raises:
-        MergeError: an active delta cannot be folded; nothing is changed then.
+        MergeError: an active delta cannot be folded, or a weight is quantised; nothing is changed then.
     """
+    if quantized not in get_args(Packing):
+        raise MergeError(f"quantized={quantized!r} is unknown.", f"Use one of {', '.join(get_args(Packing))}.")
     record = record_of(model)
     graft = record.graft
     names = graft.shared.now.active
@@ -37,7 +54,7 @@ def merge(model: nn.Module) -> None:
         what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
         raise MergeError(what, "`peftree methods` shows which methods merge; keep the others as adapters.")
     graft.check()
-    changes: list[tuple[str, nn.Module, str, Tensor | None]] = []
+    changes: list[Change] = []
     with torch.no_grad(), _evaluating(d for a, _, _, d in graft.entries if a in names):
         for path, module, hub in graft.hubs():
             program = hub.program(names)
@@ -47,12 +64,46 @@ def merge(model: nn.Module) -> None:
     for path, _, key, value in changes:
         if value is not None and not torch.isfinite(value).all():
             raise MergeError(f"Merging makes {path}.{key} non-finite.", "The adapter is damaged: load or retrain it.")
+    changes, error = _packed(model, changes, quantized)
     for path, module, key, value in changes:
         record.originals[path, key] = module._parameters.get(key)
         kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
-        module._parameters[key] = kept
+        module._parameters[key] = value if is_packed(value) else kept  # type: ignore[assignment]
     record.merged = names
     graft.shared.switch(())
+    if error:
+        what = f"Packing the merged weights again changed one by {error:.1%} of what the adapter changes there."
+        warnings.warn(what, PeftreeWarning, stacklevel=2)
+    return error
+
+
+def _packed(model: nn.Module, changes: list[Change], quantized: Packing) -> tuple[list[Change], float]:
+    """Return the changes with the weights of a quantised base as they shall be, and the largest error of it."""
+    out, errors = [], [0.0]
+    for path, module, key, value in changes:
+        old = module._parameters.get(key)
+        if old is None or value is None or not is_packed(old):
+            out.append((path, module, key, value))
+            continue
+        if quantized == "refuse":
+            raise MergeError(
+                f"{path}.{key} is quantised ({form_of(old)}), so a merged weight is either larger or rounded again.",
+                "Pass quantized='dequantize' to keep it unpacked, or quantized='requantize' to pack it and get the "
+                "error (peftree merge --quantized ...).",
+            )
+        if quantized == "requantize":
+            before, config = dense(module, old).float(), getattr(model, "config", None)
+            new = packed_again(module, old, value.to(before.dtype), getattr(config, "quantization_config", None))
+            errors.append(_share(dense(module, new).float() - value.float(), value.float() - before))
+            value = new
+        out.append((path, module, key, value))
+    return out, max(errors)
+
+
+def _share(error: Tensor, change: Tensor) -> float:
+    """Return the norm of an error as a share of that of a change; infinite if only the change is zero."""
+    size, of = float(error.norm()), float(change.norm())
+    return size / of if of else math.inf if size else 0.0
 
 
 @contextlib.contextmanager
@@ -76,7 +127,9 @@ def unmerge(model: nn.Module) -> None:
     for (path, key), original in record.originals.items():
         module = model.get_submodule(path)
         now = module._parameters[key]
-        if original is not None and now is not None and (original.device, original.dtype) != (now.device, now.dtype):
+        if is_packed(original) and now is not None:
+            original = original if original.device == now.device else original.to(now.device)
+        elif original is not None and now is not None and (original.device, original.dtype) != (now.device, now.dtype):
             original.data = original.data.to(now)  # the model was moved while it was merged
         module._parameters[key] = original
     names, record.originals, record.merged = record.merged, {}, ()

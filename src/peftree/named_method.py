@@ -10,7 +10,7 @@ from peftree.settings import RunConfig, renamed
 _PLANNED = "`peftree plan` can plan them, `peftree train` cannot run them yet: it "
 # Settings that other trainers have -> what to do here.
 ABSENT = {
-    **dict.fromkeys(("quantize", "load_in_4bit", "load_in_8bit"), f"Quantised bases: {_PLANNED}takes plain weights."),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "Write quantize=nf4 or quantize=int8."),
     **dict.fromkeys(("optimizer", "optim"), f"Other optimizers: {_PLANNED}uses AdamW, or the method's own."),
     **dict.fromkeys(
         ("precision", "bf16", "fp16"), "For a base in half precision write dtype=bfloat16; adapters stay float32."

@@ -73,6 +73,7 @@ class MethodConfig(BaseModel):
         return value
 
 
+Quantized = Literal["none", "nf4", "int8", "int8_torchao", "fp8"]
 Watcher = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -124,6 +125,11 @@ class RunConfig(BaseModel):
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the base model; auto: its own; adapters stay float32"
+    )
+    quantize: Quantized = Field(
+        "none",
+        description="how the base's linear weights are kept while an adapter trains: nf4 (4 bits) and int8 need "
+        "bitsandbytes, int8_torchao and fp8 (weights alone) torchao",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations instead of keeping them: less memory, more time"

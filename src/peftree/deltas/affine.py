@@ -68,7 +68,7 @@ class Offset(Reweight):
 
     def __init__(self, place: Place) -> None:
         super().__init__()
-        W, b = place.frozen
+        W, b = place.frozen.weight, place.frozen.bias
         self.value = place.zeros(*W.shape)
         self.offset = None if b is None else place.zeros(*b.shape)
 

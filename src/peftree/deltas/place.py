@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from peftree.deltas.packed import dense, is_packed
 from peftree.deltas.verbs import Frozen, Part
 from peftree.errors import MethodError
 from peftree.sites import Site
@@ -15,14 +16,19 @@ from peftree.sites import Site
 T = TypeVar("T")
 
 
-def read(module: nn.Module, site: Site) -> Frozen:
-    """Return the frozen weight of `site` as `[out, in]` (views, never copies) and its bias.
+def read(module: nn.Module, site: Site, parameters: Mapping[str, Tensor | None] | None = None) -> Frozen:
+    """Return the frozen weight of `site` as `[out, in]` and its bias, from `parameters` in place of the module's own.
 
-    Transposed linears, embeddings (`out` = width, `in` = vocabulary), convolutions (`in` = channels x kernel area),
-    fused projections (row slices) and norms (`[d]`; `1 + w` where the model multiplies by that) all look alike.
+    They are views, never copies, but for a packed weight, which every reading unpacks. Transposed linears, embeddings
+    (`out` = width, `in` = vocabulary), convolutions (`in` = channels x kernel area), fused projections (row slices) and
+    norms (`[d]`; `1 + w` where the model multiplies by that) all look alike.
     """
-    W: Tensor = module._parameters[site.parameter]  # type: ignore[assignment]
-    b: Tensor | None = module._parameters.get(site.bias) if site.bias else None
+    own: Any = module._parameters if parameters is None else parameters
+    W: Tensor = own[site.parameter]
+    b: Tensor | None = own.get(site.bias) if site.bias else None
+    if is_packed(W):
+        rows = slice(*(site.rows or (None,)))
+        return Frozen(lambda: dense(module, W)[rows], None if b is None else b[rows])
     if site.kind in ("conv1d", "embedding"):
         W = W.t()
     elif site.kind == "conv" or site.split:
@@ -56,7 +62,7 @@ class Place:
 
     @property
     def frozen(self) -> Frozen:
-        """The frozen weight and bias (views; detached from any graph).
+        """The frozen weight and bias (detached from any graph).
 
         Raises:
             MethodError: the site is a whole branch, layer or stack.

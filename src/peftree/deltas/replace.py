@@ -13,7 +13,7 @@ class Replace(Reweight):
 
     def __init__(self, place: Place) -> None:
         super().__init__()
-        W, b = place.frozen
+        W, b = place.frozen.weight, place.frozen.bias
         tied = place.module._parameters[place.site.parameter]
         lies = place.site.kind in ("conv1d", "embedding")  # a tied head has the table the other way round
         self.value, first = place.once(f"value {id(tied)} {place.site.rows}", lambda: (_copy(W, place), lies))

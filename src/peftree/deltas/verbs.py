@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,24 @@ from torch import Tensor, nn
 from peftree.sites import Site
 
 
-class Frozen(NamedTuple):
+class Frozen:
     """The frozen parameters of a site as a delta sees them.
 
-    Attributes:
-        weight: `[out, in]` for every kind of linear map, `[experts, out, in]` for stacked experts, `[d]` for a norm.
+    Args:
+        weight: `[out, in]` for every kind of linear map, `[experts, out, in]` for stacked experts, `[d]` for a norm; or
+            a function that makes it, which is called at every reading (a quantised base).
         bias: `[out]` or None.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    __slots__ = ("_weight", "bias")
+
+    def __init__(self, weight: Tensor | Callable[[], Tensor], bias: Tensor | None) -> None:
+        self._weight, self.bias = weight, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight; a new tensor at every reading if the base is quantised."""
+        return self._weight if isinstance(self._weight, Tensor) else self._weight()
 
 
 class Host(nn.Module):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftree.deltas.packed import stored
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -33,10 +35,10 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     Each storage counts once and in full while the graph holds a view of it; the parameters and buffers of
     `model` do not count. `forward` must return a tensor that the graph belongs to.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) for t in stored(p)}
     checkpointed = any(m.__dict__.get("gradient_checkpointing") for m in model.modules())
     kept = _seen_by_hooks(forward) if checkpointed else _held_by_graph(forward())
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for k in kept for t in stored(k)}
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
@@ -77,8 +79,8 @@ def _seen_by_hooks(forward: Callable[[], Any]) -> list[Tensor]:
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Return the bytes of `tensors`; shared storages count once."""
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
-    return sum(sizes.values())
+    parts = [part for t in tensors if t is not None for part in stored(t)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts}.values())
 
 
 def training_bytes(

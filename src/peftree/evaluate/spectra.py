@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from peftree.adapter import Adapter
 from peftree.deltas import Reweight
+from peftree.deltas.packed import dense
+from peftree.deltas.place import read
 from peftree.evaluate.subject import Unmeasured
-from peftree.graft.hub import effective, read_from
+from peftree.graft.hub import effective
 from peftree.graft.program import Program
 from peftree.sites import Site
 
@@ -74,16 +76,17 @@ def weights(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor]:
     """Return W and W' `[out, in]` in float64; the same object if no delta changes the weight."""
     module = adapter.graft.model.get_submodule(site.path)
     holder = nn.Module()
-    holder._parameters = {k: None if p is None else p.detach().double() for k, p in module._parameters.items()}  # type: ignore[misc]
+    held: Any = {k: None if p is None else dense(module, p).detach().double() for k, p in module._parameters.items()}
+    holder._parameters = held
     acting = [
         (s, copy.deepcopy(d).double()) for _, s, d in adapter.entries if s.path == site.path and isinstance(d, Reweight)
     ]
     with torch.no_grad():
         new = effective(holder, Program(reweights=acting))
-        before = _matrix(read_from(dict(holder._parameters), site).weight)
+        before = _matrix(read(holder, site).weight)
         if new[site.parameter] is holder._parameters[site.parameter]:
             return before, before
-        return before, _matrix(read_from(new, site).weight).detach()
+        return before, _matrix(read(holder, site, new).weight).detach()
 
 
 def _matrix(weight: Tensor) -> Tensor:

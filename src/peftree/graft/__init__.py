@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from peftree import sites as site_tree
 from peftree.deltas import Attend, Delta, Part, Prepend, Reweight, Rewrite, Side
+from peftree.deltas.packed import is_packed, keep_gradients
 from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
 from peftree.graft.call import PerThread, Shared
@@ -140,6 +141,7 @@ class Graft:
         """
         sites = {site.path for _, _, site, _ in entries}
         for path, module in list(self.model.named_modules()):
+            keep_gradients(module)
             if not path or (_tower(path, module) and any(_within(s, path) and s != path for s in sites)):
                 outer = self.hub(path).outer
                 door = next((p for p in outer if isinstance(p, Door)), None) or Door(not path)
@@ -162,6 +164,7 @@ class Graft:
             raise MethodError(f"{path} already has an attribute 'deltas'.", "Rename it in the base model.")
         hub = Hub(self.shared, path)
         hub.training, hub.opaque = module.training, opaque(module)
+        hub.packed = is_packed(module._parameters.get("weight"))
         hub.length_first = any(path == p or _within(path, p) for p in self.first)
         hub.swaps = self.swaps
         swap(module, hub)

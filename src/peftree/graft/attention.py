@@ -82,8 +82,9 @@ class AttentionPart:
         """Map hidden vectors `[length, d]` to K and V `[length, kv_heads, head_dim]` by the frozen projections."""
         out = []
         for module, site in self.projections:
-            W, b = read(module, site)
-            made = functional.linear(hidden.to(W.dtype), W, b)
+            frozen = read(module, site)
+            W = frozen.weight
+            made = functional.linear(hidden.to(W.dtype), W, frozen.bias)
             out.append(made.unflatten(-1, (self.site.kv_heads, -1)))
         return out[0], out[1]
 

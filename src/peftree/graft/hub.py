@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peftree.deltas.fused import fusable, lowrank_linear
+from peftree.deltas.packed import dense, is_packed
 from peftree.deltas.place import read
 from peftree.deltas.verbs import Delta, Frozen, Host
 from peftree.errors import AdapterError
@@ -69,13 +70,15 @@ class Hub(Host):
         cells: slots to fill with this module's input (it opens a branch).
         sources: slot of each branch that leaves here, by (site's reads).
         outer: the part of the work that belongs to a stack, layer, entry or attention, if this module has one.
-        opaque: see `opaque`; length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
+        opaque: see `opaque`; packed: the weight is that of a quantised base.
+        length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
     """
 
     original: type[nn.Module]
     takes: list[str]
     strange: bool = False
     opaque: bool = False
+    packed: bool = False
     length_first: bool = False
     swaps: bool = False
 
@@ -121,7 +124,12 @@ class Hub(Host):
             self.changed.effective = before
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's own forward."""
+        """Call the module's own forward; it takes no weight that is packed no longer (changed, or merged)."""
+        if self.packed:
+            W: Any = module.weight
+            if not is_packed(W):
+                b: Any = module.bias
+                return functional.linear(args[0], W.to(args[0].dtype), None if b is None else b.to(args[0].dtype))
         return self.original.forward(module, *args, **kwargs)
 
     def program(self, names: tuple[str, ...]) -> Program:
@@ -258,7 +266,7 @@ class Hub(Host):
         delta = program.single
         assert delta is not None
         frozen = read(module, program.reweights[0][0])
-        if not fusable(x, frozen.weight, frozen.bias):
+        if self.packed or not fusable(x, frozen.weight, frozen.bias):
             return delta.fast(x, self.frozen(module, x), frozen)
         A, B = delta.factors()
         return lowrank_linear(x, frozen.weight, frozen.bias, A.to(x.dtype), B.to(x.dtype), delta.scale)
@@ -342,37 +350,30 @@ def effective(module: nn.Module, program: Program) -> dict[str, Tensor | None]:
     """Return the parameters of `module` as the reweights of `program` change them, in the module's own layout."""
     out: dict[str, Tensor | None] = dict(module._parameters)
     for site, delta in program.reweights:
-        W, b = read_from(out, site)
-        new_W, new_b = delta.changed(Frozen(W, b))
-        name = site.bias or "bias"
-        if new_b is not b:
-            out[name] = _patch_bias(out, name, new_b, site)
-        if new_W is not W:
-            out[site.parameter] = _patch(out[site.parameter], new_W, site)
+        frozen = read(module, site, out)
+        W, b = frozen.weight, frozen.bias
+        new = delta.changed(Frozen(W, b))
+        name, old = site.bias or "bias", out[site.parameter]
+        assert old is not None
+        whole = old if site.rows is None else dense(module, old)
+        if new.bias is not b:
+            out[name] = _patch_bias(out.get(name), whole, new.bias, site)
+        if new.weight is not W:
+            out[site.parameter] = _patch(whole, new.weight, site)
     return out
 
 
-def read_from(parameters: dict[str, Tensor | None], site: Site) -> Frozen:
-    """Return the view that `place.read` gives, over a dictionary of parameters."""
-    holder = nn.Module()
-    holder._parameters = parameters  # type: ignore[assignment]
-    return read(holder, site)
-
-
-def _patch_bias(out: dict[str, Tensor | None], name: str, new: Tensor | None, site: Site) -> Tensor | None:
+def _patch_bias(old: Tensor | None, W: Tensor, new: Tensor | None, site: Site) -> Tensor | None:
     """Put a slice's new bias among the other rows, which get zeros if the module has no bias."""
     if new is None or site.rows is None:
         return new
-    old, W = out.get(name), out[site.parameter]
-    assert W is not None
     old = new.new_zeros(W.shape[1 if site.kind == "conv1d" else 0]) if old is None else old
     return torch.cat([old[: site.rows[0]], new, old[site.rows[1] :]])
 
 
-def _patch(old: Tensor | None, new: Tensor, site: Site) -> Tensor:
+def _patch(old: Tensor, new: Tensor, site: Site) -> Tensor:
     """Put a view's new value back into the layout of the parameter it came from."""
     whole = site.rows is None
-    assert old is not None
     if site.unit_offset:
         return new - 1
     if site.kind == "conv" or site.split:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftree.graft.hub import Hub
 
 _MIXIN = ("set_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "active_adapters")
+_LOADED = "_hf_peft_config_loaded"  # what transformers sets once its own adapters are on
 
 
 class Adapted:
@@ -83,7 +84,7 @@ def adapted_class(cls: Any, parameters: tuple[str, ...], is_patched: bool) -> An
         body["save_pretrained"] = _save_pretrained(cls)
     whole = issubclass(cls, PreTrainedModel)  # transformers looks models up by the name of their class
     if whole:
-        body |= {name: _instead(cls, name) for name in _MIXIN} | {"__getattr__": _asked(cls)}
+        body |= {name: _instead(cls, name) for name in _MIXIN} | {"__getattr__": _asked(cls), _LOADED: _trainable()}
     name = cls.__name__ if whole else f"Adapted{cls.__name__}"
     made: type[nn.Module] = type(name, (Adapted, cls), body | ({"__qualname__": cls.__qualname__} if whole else {}))
     return made
@@ -119,11 +120,19 @@ def _instead(cls: Any, name: str) -> Any:
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._hf_peft_config_loaded:
+        if not vars(self).get(_LOADED):
             raise AdapterError(f"{name} is for adapters that transformers put on.", f"In peftree: {CALLS[name]}")
         return own(self, *args, **kwargs)
 
     return call
+
+
+def _trainable() -> property:
+    """Return whether a quantised base may be trained, as transformers' Trainer asks: with adapters on it, it may."""
+    return property(
+        lambda self: vars(self).get(_LOADED) or vars(self).get("is_quantized", False),
+        lambda self, value: vars(self).update({_LOADED: value}),
+    )
 
 
 def _asked(cls: Any) -> Any:

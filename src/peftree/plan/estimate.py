@@ -252,7 +252,7 @@ def _whole(text: str) -> Whole:
     mine = {id(p) for p in adapter.parameters()}
     trained = [p for p in adapter.parameters() if p.requires_grad]
     base = [p for p in model.parameters() if id(p) not in mine]
-    low = formulas.linear_weights(model) if request.quantize != "none" else []
+    low = formulas.linear_weights(model, request.quantize) if request.quantize != "none" else []
     weights = formulas.size(base) - formulas.size(low) + formulas.quantised(low, request.quantize)
     buffers = {id(b): b for b in model.buffers()}.values()
     training = request.mode == "train"
@@ -365,7 +365,7 @@ def _plan(
         notes.append(f"a CUDA process takes about {CONTEXT >> 20} MiB more for its context")
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
-    beyond = {"quantize": "none", "optimizer": "adamw", "shard": "none"}
+    beyond = {"optimizer": "adamw", "shard": "none"}
     if other := [f"{name}={value}" for name, usual in beyond.items() if (value := getattr(request, name)) != usual]:
         notes.append(f"`peftree train` cannot run {', '.join(other)} yet")
     return Plan(

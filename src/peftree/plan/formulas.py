@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftree.plan.ledger import Ledger, record
 from peftree.plan.question import Request
+from peftree.tasks.quantized import is_quantised, left_plain
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
 _SMALL, _CHUNK = 4096, 256  # tensors below keep 32-bit state; values of one scale in 8-bit state
@@ -24,26 +25,27 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(seen.values())
 
 
-def linear_weights(model: nn.Module) -> list[Tensor]:
-    """Return the frozen weights that a quantised base keeps in few bits: those of linear maps, except the head."""
-    reader: Any = getattr(model, "get_output_embeddings", None)
-    head = reader() if reader is not None else None
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    found = {id(w): w for m in linear if not (w := m._parameters["weight"]).requires_grad}  # type: ignore[union-attr]
-    return [w for w in found.values() if w is not None]
+def linear_weights(model: nn.Module, base: str) -> list[Tensor]:
+    """Return the frozen weights that a quantised base keeps in few bits, transposed ones as `[out, in]`."""
+    plain = set(left_plain(model))
+    linear: Any = [m for n, m in model.named_modules() if is_quantised(m, base) and n not in plain]
+    found = {id(w): (m, w) for m in linear if not (w := m._parameters["weight"]).requires_grad}
+    return [w.t() if isinstance(m, Conv1D) else w for m, w in found.values()]
 
 
 def quantised(weights: Iterable[Tensor], base: str) -> int:
-    """Return the bytes of `weights` in int8 (one float32 scale per row) or NF4 with double quantisation.
+    """Return the bytes of `weights` in 8 bits (a scale for each output) or NF4 with double quantisation.
 
+    bitsandbytes keeps its scales in float32, torchao in the weight's dtype, with a zero point of a byte for integers.
     NF4 (QLoRA, arXiv 2305.14314, section 3): half a byte per weight, one 8-bit scale for 64 of them, one float32 scale
     and offset for 256 of those scales.
     """
     total = 0
     for weight in weights:
         n = weight.numel()
-        if base == "int8":
-            total += n + 4 * weight.shape[0]
+        if base != "nf4":
+            scale = {"int8": 4, "int8_torchao": weight.element_size() + 1, "fp8": 4}[base]
+            total += n + scale * weight.shape[0]
         else:
             scales = -(-n // _BLOCK)
             total += -(-n // 2) + scales + 4 * -(-scales // _NESTED) + 4 + 16 * 4

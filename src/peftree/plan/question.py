@@ -56,7 +56,6 @@ class Request(RunConfig):
     code: Literal["peft", "peftree"] = Field("peft", description="whose code trains the adapter of a PEFT file")
     labels: int = Field(2, ge=1, le=1_000_000, description="classes of a fresh classifier")
     padded: bool = Field(True, description="rows are padded to one length, so attention takes a mask")
-    quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the frozen linear weights are stored")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention implementation")
     optimizer: Literal["adamw", "adamw_loop", "adamw_foreach", "adamw_8bit", "sgd"] = Field(
         "adamw", description="adamw is torch's fused one, the Trainer's default"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree.deltas import Delta, Reweight
+from peftree.deltas.packed import hollow
 from peftree.deltas.place import read
 from peftree.errors import StoreError
 from peftree.graft import Hub
@@ -90,24 +91,26 @@ def abstract(model: nn.Module) -> nn.Module:
     """Return a copy of the base model whose tensors are on the meta device; everything else is shared."""
     made: dict[int, Tensor] = {}
 
-    def hollow(tensor: Tensor) -> Tensor:
+    def unfilled(module: nn.Module, tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            empty = torch.empty_like(tensor, device="meta")
+            empty = hollow(module, tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
         return made[id(tensor)]
 
-    return bare(model, hollow)
+    return bare(model, unfilled)
 
 
 def bare(
-    module: nn.Module, tensor: Callable[[Tensor], Tensor] = lambda t: t, made: dict[int, nn.Module] | None = None
+    module: nn.Module,
+    tensor: Callable[[nn.Module, Tensor], Tensor] = lambda _, t: t,
+    made: dict[int, nn.Module] | None = None,
 ) -> nn.Module:
     """Return the base model without anything grafted on; it shares the model's modules.
 
     Args:
         module: the model.
-        tensor: returns the replacement for each of its parameters and buffers.
+        tensor: returns the replacement for each parameter or buffer of a module.
         made: copies by the identity of their modules, so that a module in several places stays one module.
     """
     made = {} if made is None else made
@@ -117,8 +120,8 @@ def bare(
     cls = hub.original if isinstance(hub, Hub) else type(module)
     new = made[id(module)] = cls.__new__(cls)
     new.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_peftree"}
-    new.__dict__["_parameters"] = {k: None if p is None else tensor(p) for k, p in module._parameters.items()}
-    new.__dict__["_buffers"] = {k: None if b is None else tensor(b) for k, b in module._buffers.items()}
+    new.__dict__["_parameters"] = {k: None if p is None else tensor(module, p) for k, p in module._parameters.items()}
+    new.__dict__["_buffers"] = {k: None if b is None else tensor(module, b) for k, b in module._buffers.items()}
     children = ((k, m) for k, m in module._modules.items() if m is not hub or hub is None)
     new.__dict__["_modules"] = {k: None if m is None else bare(m, tensor, made) for k, m in children}
     return new

@@ -6,6 +6,10 @@ agree. If their dtypes differ, it is enough that they agree once both are rounde
 checkpoint loaded in another dtype is the same base. Adapters, merging, the device and buffers do not count, nor does a
 fresh task head, whose random start is not part of the pretrained model; an adapter carries its own copy.
 
+The weights of a quantised base are compared by values sampled from them, since another device may round one
+differently. A base that is quantised in another way, or not at all, can agree no better than it was rounded: it is
+accepted, with a warning, if everything that is not quantised is the same and the samples are near.
+
 Files of format 1 hold up to eight sampled values per tensor instead of digests, and are compared by those.
 """
 
@@ -13,7 +17,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Container, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -22,12 +27,14 @@ from torch import Tensor, nn
 
 from peftree import sites as site_tree
 from peftree.adapter import Record
-from peftree.errors import StoreError
+from peftree.deltas.packed import dense, form_of, hollow, is_packed
+from peftree.errors import PeftreeWarning, StoreError
 from peftree.sites.parts import inside, join, modules_of
 from peftree.store.digest import SIZE, digests
 
 PER_TENSOR, TENSORS = 8, 1024
 ROUNDED = (torch.bfloat16, torch.float16)
+SAME, NEAR = 0.05, 0.5  # relative distance of the samples of a weight: packed in the same way, or in another
 ESSENTIALS = (
     "model_type", "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "num_hidden_layers", "num_layers", "n_layer",
     "n_layers", "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
@@ -48,6 +55,8 @@ class Fingerprint(BaseModel):
         dtype: the dtype of its first parameter.
         digests: base64 of the digests, one for each group of tensors; a group is one tensor unless there are very many.
         samples: in format 1, base64 of little-endian float32 values, tensor by tensor.
+        quantized: how the base's weights are packed; empty if they are not.
+        packed: for each packed weight, base64 of little-endian float32 samples of what it stands for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +68,8 @@ class Fingerprint(BaseModel):
     dtype: Annotated[str, Field(max_length=40)]
     digests: Annotated[str, Field(max_length=1 << 17)] = ""
     samples: Annotated[str, Field(max_length=1 << 17)] = ""
+    quantized: Annotated[str, Field(max_length=40)] = ""
+    packed: Annotated[dict[str, Annotated[str, Field(max_length=64)]], Field(max_length=1 << 16)] = {}
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -74,8 +85,11 @@ def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint
     """Return the fingerprint with the digests of the bits as they are and `rounded`."""
     named = list(_base(model))
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in named)
-    digests = [_digest(group, rounded) for group in _groups(named)]
+    packed = dict(_packed(model))
+    digests = [_digest(group, rounded, packed) for group in _groups(named)]
+    kinds = {form_of(m._parameters[key]) for m, key in packed.values()}
     return Fingerprint(
+        quantized=" ".join(sorted(kinds)), packed={name: _sampled(*where) for name, where in packed.items()},
         model=_class_name(model), config=_essentials(model), parameters=sum(p.numel() for _, p in named),
         tensors=len(named), shapes=hashlib.sha256(text.encode()).hexdigest(),
         dtype=str(named[0][1].dtype) if named else "", digests=base64.b64encode(b"".join(digests)).decode(),
@@ -104,19 +118,40 @@ Named = list[tuple[str, Tensor]]
 
 
 def _values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
-    """Compare the digests, group by group."""
+    """Compare the digests, group by group, and the samples of what is packed."""
     was, now, groups = _decode(saved.digests), _decode(here.digests), _groups(named)
     whole = SIZE * (1 + len(ROUNDED))
     if len(was) != whole * len(groups):
         return "its record of the base's values has the wrong length"
+    if saved.packed.keys() != here.packed.keys():
+        now = bytearray(b"".join(_digest(group, (), saved.packed) for group in groups))
     for number, group in enumerate(groups):
         record = was[number * whole :][:whole]
-        if record[:SIZE] == now[number * SIZE :][:SIZE]:
+        unknown = any(name in here.packed and name not in saved.packed for name, _ in group)
+        if unknown or record[:SIZE] == now[number * SIZE :][:SIZE]:
             continue
-        cast = saved.dtype != here.dtype and _digest(group, ROUNDED)
+        cast = saved.dtype != here.dtype and _digest(group, ROUNDED, saved.packed)
         if not cast or all(record[at : at + SIZE] != cast[at : at + SIZE] for at in range(SIZE, whole, SIZE)):
             more = f" (or of one of the {len(group) - 1} tensors after it)" if len(group) > 1 else ""
             return f"the values of {group[0][0]}{more} are not those of its base"
+    return _packed_values(saved, here, dict(named))
+
+
+def _packed_values(saved: Fingerprint, here: Fingerprint, named: dict[str, Tensor]) -> str:
+    """Compare what packed weights stand for: nearly equal if packed in the same way, else up to the rounding."""
+    most = SAME if saved.quantized == here.quantized else NEAR
+    for name, record in saved.packed.items():
+        was = torch.frombuffer(_decode(record) or bytearray(4), dtype=torch.float32)
+        held = here.packed.get(name)
+        now = _sample(named[name]) if held is None else torch.frombuffer(_decode(held), dtype=torch.float32)
+        if was.shape != now.shape or not bool((was - now).norm() <= most * max(was.norm(), now.norm())):
+            return f"the values of {name} are not those of its base"
+    if saved.quantized != here.quantized:
+        kinds = [kind or "not quantised" for kind in (saved.quantized, here.quantized)]
+        warnings.warn(
+            f"The adapter was made on a base that is {kinds[0]}, this one is {kinds[1]}: the weights agree up to the "
+            "rounding, and so do the outputs.", PeftreeWarning, stacklevel=2,
+        )  # fmt: skip
     return ""
 
 
@@ -154,8 +189,25 @@ def _class_name(model: nn.Module) -> str:
     return names[1] if adapted and len(names) > 1 else type(model).__name__
 
 
+def _packed(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Yield the name of every packed weight of the base, with the module that holds it and its name there."""
+    for path, module in modules_of(model).items():
+        for key, parameter in module._parameters.items():
+            if is_packed(parameter):
+                yield join(path, key), (module, key)
+
+
+def _sampled(module: nn.Module, key: str) -> str:
+    """Return samples of what a packed weight stands for, as base64."""
+    values = _sample(dense(module, module._parameters[key]))  # type: ignore[arg-type]
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+
+
 def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's own parameters, each once, as they were before merging, without fresh task heads."""
+    """Yield the base's own parameters, each once, as they were before merging, without fresh task heads.
+
+    A packed one is a tensor of the shape that it stands for, on the meta device.
+    """
     record = model.__dict__.get("_peftree")
     originals = record.originals if isinstance(record, Record) else {}
     heads = [site.path for site in site_tree.task_head(model)]
@@ -166,6 +218,10 @@ def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, now in module._parameters.items():
             parameter = originals.get((path, key), now)
             if parameter is not None and id(parameter) not in seen:
+                if is_packed(parameter):
+                    seen.add(id(parameter))
+                    yield join(path, key), hollow(module, parameter)
+                    continue
                 if parameter.is_meta:
                     raise StoreError(f"{join(path, key)} is on the meta device.", "Load the base's weights first.")
                 seen.add(id(parameter))
@@ -178,9 +234,12 @@ def _groups(named: Named) -> list[Named]:
     return [named[at : at + step] for at in range(0, len(named), step)]
 
 
-def _digest(group: Named, rounded: Sequence[torch.dtype]) -> bytes:
-    """Return the group's digest: of the bits as they are, then of the values rounded to each of `rounded`."""
-    parts = [digests(p, rounded) for _, p in group]
+def _digest(group: Named, rounded: Sequence[torch.dtype], packed: Container[str]) -> bytes:
+    """Return the group's digest: of the bits as they are, then of the values rounded to each of `rounded`.
+
+    Tensors that are packed, here or in `packed`, do not count.
+    """
+    parts = [digests(torch.empty(0) if p.is_meta or name in packed else p, rounded) for name, p in group]
     return b"".join(hashlib.sha256(b"".join(column)).digest()[:SIZE] for column in zip(*parts, strict=True))
 
 

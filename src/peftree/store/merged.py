@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from peftree import adapter as adapters
 from peftree import compose
 from peftree.adapter import Adapter
+from peftree.compose import Packing
+from peftree.deltas.packed import keep_gradients, stored
 from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
 from peftree.store import build, hfpeft
 from peftree.store.folder import OPEN, put_in_place, target, write_folder
+from peftree.store.plain import unpacked
 
 TOLERANCE, HALF = 1e-4, 5e-2
 
 
-def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] = "peft") -> Path:
+def export(
+    adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] = "peft", quantized: Packing = "refuse"
+) -> Path:
     """Write an adapter for other programs and return the folder's path.
 
     Args:
@@ -33,6 +38,8 @@ def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] =
         folder: created if needed; for `merged` it must be empty or new.
         to: `peft` for PEFT's files; `merged` for a complete model with the adapter folded in, which is reloaded
             and compared before it is put in place.
+        quantized: what a merged model is if its base is quantised, see `merge`: with `dequantize` the whole model is
+            written with plain weights, with `requantize` it is quantised as it was.
 
     Raises:
         StoreError: PEFT's format cannot hold it, the folder is in use, or the merged model does not load equal.
@@ -42,7 +49,7 @@ def export(adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] =
         return write_folder(folder, hfpeft.files(an_adapter(adapter)))
     if to != "merged":
         raise StoreError(f"Cannot export to {to!r}.", "Use to='peft' or to='merged'.")
-    return _merged(an_adapter(adapter), Path(folder))
+    return _merged(an_adapter(adapter), Path(folder), quantized)
 
 
 def an_adapter(given: Adapter) -> Adapter:
@@ -55,7 +62,7 @@ def an_adapter(given: Adapter) -> Adapter:
     return given
 
 
-def _merged(adapter: Adapter, folder: Path) -> Path:
+def _merged(adapter: Adapter, folder: Path, quantized: Packing) -> Path:
     """Write the merged model to a sibling folder, load it, compare, and move it into place."""
     model = adapter.model
     if model is None or "save_pretrained" not in dir(model):
@@ -69,8 +76,9 @@ def _merged(adapter: Adapter, folder: Path) -> Path:
     try:
         with _alone(adapter):
             wanted = _probe(model)
-            with _folded(model):
-                plain = build.bare(model)
+            with _folded(model, quantized):
+                plain = unpacked(model) if quantized == "dequantize" else build.bare(model)
+                wanted = wanted if quantized == "refuse" else _probe(plain)  # what is quantised rounds activations too
                 _write(plain, stage)
                 _check(plain, stage, wanted)
         for file in stage.iterdir():
@@ -101,8 +109,8 @@ def _alone(adapter: Adapter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folded(model: nn.Module) -> Iterator[None]:
-    compose.merge(model)
+def _folded(model: nn.Module, quantized: Packing) -> Iterator[None]:
+    compose.merge(model, quantized)
     try:
         yield
     finally:
@@ -138,10 +146,13 @@ def _check(plain: Any, stage: Path, wanted: Tensor | None) -> None:
     """Load the folder and compare it with the merged tensors and with the adapted model's output on the probe."""
     own = next(p for p in plain.parameters() if p.is_floating_point())
     loaded = type(plain).from_pretrained(stage, dtype=own.dtype, local_files_only=True).to(own.device).eval()
+    for module in loaded.modules():
+        keep_gradients(module)  # whose layout has other products
     advice = "Its class cannot hold the merged weights; keep the adapter and load it with peftree.load."
     found = loaded.state_dict()
     for name, tensor in plain.state_dict().items():
-        if name not in found or not torch.equal(found[name], tensor):
+        pairs = zip(stored(found[name]), stored(tensor), strict=True) if name in found else ()
+        if name not in found or not all(torch.equal(a, b) for a, b in pairs):
             raise StoreError(f"The merged model, loaded again, has a different {name}.", advice)
     output = _probe(loaded)
     if output is None or wanted is None:

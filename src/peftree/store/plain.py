@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peftree.adapter import Adapter, Record, adapters, record_of
+from peftree.deltas.packed import dense, is_packed
 from peftree.store.build import bare
+
+
+def unpacked(model: nn.Module) -> Any:
+    """Return the base model without adapters and with plain weights, in the dtype of its others; it shares those."""
+    plain: Any = bare(model)
+    dtype = next(p.dtype for p in plain.parameters() if p.is_floating_point() and not is_packed(p))
+    for module in plain.modules():
+        held = module._parameters
+        if is_packed(held.get("weight")) or type(module).__module__.startswith("bitsandbytes."):
+            made = {k: None if p is None else dense(module, p).detach().to(dtype) for k, p in held.items()}
+            module.__class__ = module.__dict__.get("source_cls", nn.Linear)
+            if module.__class__ is Conv1D:  # which transformers had turned round
+                module.__dict__.update(nf=module.out_features, nx=module.in_features)
+                made["weight"] = made["weight"].t().contiguous()
+            module._parameters = {k: None if t is None else nn.Parameter(t, False) for k, t in made.items()}
+    plain.config = copy.deepcopy(plain.config)
+    vars(plain.config).pop("quantization_config", None)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        plain.__dict__.pop(name, None)
+    return plain
 
 
 def install(save: Callable[[Adapter, Path], Any]) -> None:

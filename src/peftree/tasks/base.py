@@ -27,6 +27,7 @@ class Options:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    quantize: str = "none"
     max_length: int | None = None
     image_size: int | None = None
     chat: bool = False

@@ -14,9 +14,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from peftree.deltas.packed import keep_gradients
 from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
+from peftree.tasks.quantized import is_quantised, left_plain, quantization
 from peftree.trusted import SAFE, cleared
 
 _WEIGHTLESS = ContextVar("weightless", default=False)
@@ -88,6 +90,7 @@ def weightless() -> Iterator[None]:
 def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Module, list[str]]:
     """Load the weights; return the model and the names of its new tensors, which the run's seed draws."""
     path = str(Path(model).expanduser()) if is_local(model) else model
+    packing = {} if _WEIGHTLESS.get() else _quantized(auto, model, config, options)
     try:
         if _WEIGHTLESS.get():
             with torch.device("meta"):
@@ -97,7 +100,7 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
             net, info = auto.from_pretrained(
                 path, config=config, dtype=getattr(torch, options.dtype, "auto"), use_safetensors=True,
                 local_files_only=is_local(model), ignore_mismatched_sizes=True,
-                output_loading_info=True, **SAFE,
+                output_loading_info=True, **packing, **SAFE,
             )  # fmt: skip
     except Exception as error:  # whatever a model's code raises becomes one error of ours
         if options.config and not isinstance(error, OSError):  # layers are made of them, with any error of Python's
@@ -108,8 +111,32 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
         else:
             raise
         raise ConfigError(f"model: {model}: {_first(error)}", fix) from None
+    for module in net.modules():
+        keep_gradients(module)
     mismatched = {m[0] if isinstance(m, tuple) else m for m in info.get("mismatched_keys", ())}
     return net, sorted({*info["missing_keys"], *mismatched})
+
+
+def _quantized(auto: Any, model: str, config: Any, options: Options) -> dict[str, Any]:
+    """Return what quantises the weights while they are read; nothing if the run does not ask for it.
+
+    Raises:
+        ConfigError: the files are quantised already, or the model has nothing to quantise in that way.
+    """
+    if options.quantize == "none":
+        return {}
+    if (own := getattr(config, "quantization_config", None)) is not None:
+        kind = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        what = f"quantize={options.quantize}: {model} is quantised already ({kind})."
+        raise ConfigError(what, "Leave quantize out; it is used as it is.")
+    with torch.device("meta"):
+        empty: nn.Module = (getattr(auto, "from_config", None) or auto._from_config)(config)
+    plain = left_plain(empty)
+    if not any(is_quantised(m, options.quantize) and n not in plain for n, m in empty.named_modules()):
+        what = f"quantize={options.quantize}: {type(empty).__name__} has no linear map that it packs."
+        raise ConfigError(what, "Use nf4 or int8, or leave quantize out.")
+    dtype = getattr(torch, options.dtype, getattr(config, "dtype", None) or torch.float32)
+    return {"quantization_config": quantization(options.quantize, dtype, plain)}
 
 
 def tokenizer(model: str) -> Any:

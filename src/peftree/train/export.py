@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers.utils.hub import cached_file
 
 from peftree import store
+from peftree.compose import Packing
 from peftree.files import atomic_write
 from peftree.train.output import check_free
 from peftree.train.run import open_run
@@ -20,20 +21,22 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def export_run(run_folder: str | Path, out: str | Path, to: Literal["peft", "merged"] = "peft") -> dict[str, Any]:
+def export_run(
+    run_folder: str | Path, out: str | Path, to: Literal["peft", "merged"] = "peft", quantized: Packing = "refuse"
+) -> dict[str, Any]:
     """Write the adapter of `run_folder` to `out`; return the folder, its files, and what was written.
 
     Args:
         run_folder: what `train` wrote.
         out: created if needed; for `merged` it must be empty or new.
-        to: see `peftree.export`.
+        to, quantized: see `peftree.export`.
 
     Raises:
         PeftreeError: as for `open_run` and `peftree.export`; BusyError: another process trains in `out`.
     """
     check_free(out)
     opened = open_run(run_folder)
-    folder = store.export(opened.adapter, out, to)
+    folder = store.export(opened.adapter, out, to, quantized)
     if to == "merged":
         for path in companions(opened.config.model):
             atomic_write(folder / path.name, path.read_bytes())

@@ -34,6 +34,7 @@ from peftree.runs.read import METRICS, SETTINGS
 from peftree.runs.record import Run
 from peftree.settings import RunConfig, load_config, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
+from peftree.tasks.quantized import check_quantized
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
 from peftree.train.output import (
@@ -74,6 +75,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
     """
     check_place(config)
     check_trackers(config)
+    check_quantized(config)
     with held(config.output):
         return _complete(config, onto)
 

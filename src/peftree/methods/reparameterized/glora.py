@@ -60,7 +60,7 @@ class General(Reweight):
         return new.to(W.dtype)
 
     def changed(self, frozen: Frozen) -> Frozen:
-        W, b = frozen
+        W, b = frozen.weight, frozen.bias
         if b is not None:
             c, D, E = (self.terms[n]() for n in "CDE")
             more = (W.to(c.dtype) @ c).squeeze(-1) if isinstance(c, Tensor) else c

@@ -102,7 +102,7 @@ def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, quick: 
 def _whole(placed: modules.Foreign, request: Request, name: str) -> Whole:
     model, training = placed.model, request.mode == "train"
     trained = [p for p in model.parameters() if p.requires_grad]
-    low = formulas.linear_weights(model) if request.quantize != "none" else []
+    low = formulas.linear_weights(model, request.quantize) if request.quantize != "none" else []
     weights = placed.weights - formulas.size(low) + formulas.quantised(low, request.quantize)
     state = formulas.optimizer_state(trained, request.optimizer) if training else 0
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]

@@ -34,8 +34,11 @@ class Norms(AtModules[NormFields]):
         """Return the targets; refuse values that would not come back as the same parameters, bit for bit."""
         view.only("norm")
         for _, site, delta in view.entries:
-            W, b = read(view.model.get_submodule(site.path), site)
-            for frozen, change in ((W, delta._parameters.get("value")), (b, delta._parameters.get("offset"))):
+            base = read(view.model.get_submodule(site.path), site)
+            for frozen, change in (
+                (base.weight, delta._parameters.get("value")),
+                (base.bias, delta._parameters.get("offset")),
+            ):
                 if frozen is not None and change is not None and not _returns(frozen.float(), change.detach()):
                     raise InexpressibleError(f"the sum of base and change at {site.name} cannot be separated again")
         return self.targets(view)
@@ -56,10 +59,9 @@ def _returns(frozen: Tensor, change: Tensor) -> bool:
 
 def _norm(view: View, members: Entries) -> Sequence[Part]:
     _, site, _ = members[0]
-    W, b = read(view.model.get_submodule(site.path), site)
-    one = 1.0 if site.unit_offset else 0.0
-    parts = [_sum("ln_tuning_layers.weight", "value", W, one)]
-    return parts if b is None else [*parts, _sum("ln_tuning_layers.bias", "offset", b, 0.0)]
+    base = read(view.model.get_submodule(site.path), site)
+    parts = [_sum("ln_tuning_layers.weight", "value", base.weight, 1.0 if site.unit_offset else 0.0)]
+    return parts if base.bias is None else [*parts, _sum("ln_tuning_layers.bias", "offset", base.bias, 0.0)]
 
 
 def _sum(theirs: str, ours: str, frozen: Tensor, offset: float) -> Part:
