@@ -5,8 +5,6 @@ every parameter's bits (see `digest.py`), so a change of any value is seen. Two 
 agree. If their dtypes differ, it is enough that they agree once both are rounded to bfloat16 or float16: the same
 checkpoint loaded in another dtype is the same base. Adapters, merging, the device and buffers do not count, nor does a
 fresh task head, whose random start is not part of the pretrained model; an adapter carries its own copy.
-
-Files of format 1 hold up to eight sampled values per tensor instead of digests, and are compared by those.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from peftree.errors import StoreError
 from peftree.sites.parts import inside, join, modules_of
 from peftree.store.digest import SIZE, digests
 
-PER_TENSOR, TENSORS = 8, 1024
+TENSORS = 1024  # beyond, tensors are digested in groups
 ROUNDED = (torch.bfloat16, torch.float16)
 ESSENTIALS = (
     "model_type", "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "num_hidden_layers", "num_layers", "n_layer",
@@ -47,7 +45,6 @@ class Fingerprint(BaseModel):
         shapes: SHA-256 of the names and shapes of all parameters.
         dtype: the dtype of its first parameter.
         digests: base64 of the digests, one for each group of tensors; a group is one tensor unless there are very many.
-        samples: in format 1, base64 of little-endian float32 values, tensor by tensor.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,8 +54,7 @@ class Fingerprint(BaseModel):
     tensors: int
     shapes: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     dtype: Annotated[str, Field(max_length=40)]
-    digests: Annotated[str, Field(max_length=1 << 17)] = ""
-    samples: Annotated[str, Field(max_length=1 << 17)] = ""
+    digests: Annotated[str, Field(max_length=1 << 17)]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -96,8 +92,7 @@ def difference(saved: Fingerprint, model: nn.Module) -> str:
             f"its base has {saved.parameters:,} parameters in {saved.tensors:,} tensors, this model "
             f"{here.parameters:,} in {here.tensors:,}, or names or shapes differ"
         )
-    check = _values if saved.digests else _sampled_values
-    return check(saved, here, list(_base(model)))
+    return _values(saved, here, list(_base(model)))
 
 
 Named = list[tuple[str, Tensor]]
@@ -120,31 +115,11 @@ def _values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
     return ""
 
 
-def _sampled_values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
-    """Compare the samples that format 1 holds, tensor by tensor."""
-    chosen = [group[0] for group in _groups(named)]
-    raw = _decode(saved.samples)
-    if len(raw) != 4 * sum(min(PER_TENSOR, p.numel()) for _, p in chosen):
-        return "its record of the base's values has the wrong length"
-    was, at = torch.frombuffer(raw or bytearray(4), dtype=torch.float32), 0
-    for name, p in chosen:
-        now = _sample(p)
-        if not _same(was[at : at + len(now)], now, cast=saved.dtype != here.dtype):
-            return f"the values of {name} are not those of its base"
-        at += len(now)
-    return ""
-
-
 def _decode(text: str) -> bytearray:
     try:
         return bytearray(base64.b64decode(text, validate=True))
     except ValueError:
         raise StoreError("The manifest's record of the base is damaged.", "Fetch the adapter again.") from None
-
-
-def _same(was: Tensor, now: Tensor, cast: bool) -> bool:
-    kinds = (torch.float32, *(ROUNDED if cast else ()))
-    return any(torch.equal(was.to(dtype), now.to(dtype)) for dtype in kinds)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -182,13 +157,6 @@ def _digest(group: Named, rounded: Sequence[torch.dtype]) -> bytes:
     """Return the group's digest: of the bits as they are, then of the values rounded to each of `rounded`."""
     parts = [digests(p, rounded) for _, p in group]
     return b"".join(hashlib.sha256(b"".join(column)).digest()[:SIZE] for column in zip(*parts, strict=True))
-
-
-def _sample(p: Tensor) -> Tensor:
-    count = min(PER_TENSOR, p.numel())
-    rank = torch.arange(count, device=p.device)
-    at = (2 * rank + 1) * p.numel() // max(1, 2 * count)
-    return p.reshape(-1)[at].to(torch.float32).cpu()
 
 
 def _essentials(model: nn.Module) -> dict[str, Scalar]:

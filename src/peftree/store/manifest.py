@@ -19,7 +19,7 @@ from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.tensors import NAMES, Entry
 from peftree.strict import explain
 
-FORMAT = 2  # 1: sampled values of the base instead of digests
+FORMAT = 2
 LIMIT = 1 << 22
 _ADVICE = "The file is damaged, or not peftree's; fetch or save the adapter again."
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -54,7 +54,7 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Annotated[int, Field(ge=1)]
+    format: Annotated[int, Field(ge=FORMAT)]
     peftree: str
     layout: Literal["native", "peft"]
     name: str
