@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,6 @@ class Rule(BaseModel):
     when: _When
 
 
-@dataclass(frozen=True)
-class Case:
-    """The case that rules are matched against."""
-
-    methods: tuple[str, ...]
-    modality: str
-    kind: str
-    rows: int
-
-
 @cache
 def rules() -> tuple[Rule, ...]:
     """Return all rules."""
@@ -49,15 +39,15 @@ def rules() -> tuple[Rule, ...]:
     return tuple(Rule.model_validate(item) for item in found)
 
 
-def apply(case: Case) -> list[Rule]:
-    """Return the rules that apply to a case."""
-    return [r for r in rules() if _holds(r.when, case)]
+def apply(methods: Collection[str], modality: str, kind: str, rows: int) -> tuple[Rule, ...]:
+    """Return the rules that apply to methods, a kind of task and a number of training rows."""
 
+    def holds(when: _When) -> bool:
+        return (
+            (not when.methods or bool({*when.methods} & {*methods}))
+            and modality in (when.modality or (modality,))
+            and kind in (when.kind or (kind,))
+            and when.rows[0] <= rows <= when.rows[1]
+        )
 
-def _holds(when: _When, case: Case) -> bool:
-    return (
-        (not when.methods or bool(set(when.methods) & set(case.methods)))
-        and (not when.modality or case.modality in when.modality)
-        and (not when.kind or case.kind in when.kind)
-        and when.rows[0] <= case.rows <= when.rows[1]
-    )
+    return tuple(rule for rule in rules() if holds(rule.when))

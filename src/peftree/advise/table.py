@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, Valid
 
 from peftree.catalogue import Kind, Modality
 from peftree.errors import DataError
-from peftree.files import atomic_write, read_json
+from peftree.files import read_json
 from peftree.strict import explain
 
 FOLDER = Path(__file__).with_name("evidence")
@@ -94,14 +93,6 @@ class Table(_Strict):
     origin: str
     contexts: dict[str, Context]
     results: tuple[Measured, ...]
-
-    def write(self, path: Path) -> Path:
-        """Write the table as JSON, one result per line, atomically."""
-        plain = self.model_dump(mode="json", exclude_defaults=True)
-        contexts = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in plain["contexts"].items())
-        results = ",\n".join(f"  {json.dumps(row)}" for row in plain["results"])
-        text = f'{{\n "origin": {json.dumps(self.origin)},\n "contexts": {{\n{contexts}\n }},\n'
-        return atomic_write(path, text + f' "results": [\n{results}\n ]\n}}\n')
 
 
 def key(method: str, fields: dict[str, Any]) -> str:

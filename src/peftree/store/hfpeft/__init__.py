@@ -24,7 +24,7 @@ from peftree.store.folder import CONFIG, MANIFEST, PEFT
 from peftree.store.hfpeft import fresh, moved, whole
 from peftree.store.hfpeft.adalora import AdaLora
 from peftree.store.hfpeft.declared import declared
-from peftree.store.hfpeft.dialect import Dialect, View
+from peftree.store.hfpeft.dialect import Dialect, View, exactly
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, decoded, encoded, head_links
 from peftree.store.hfpeft.lora import Dora, Lora, LoraFields
 from peftree.store.hfpeft.scales import Ia3, Norms
@@ -159,14 +159,12 @@ def read(
     dialect = _dialect(raw, where)
     entries = _renamed(entries, dialect.root, PREFIX)
     config = parse(dialect.schema, raw, where)
-    try:
+    with exactly(where):
         if manifest is None:
             method, head, entries = _foreign(dialect, config, model, where, data, entries)
         else:
             method, head = method_of(manifest, folder / MANIFEST), manifest.head
         main = whole.split(method)[1]
-    except InexpressibleError as error:
-        raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
     if not dialect.writes(main):
         raise StoreError(f"{where} is for {dialect.peft_type}, not for {method.name}.", "Fetch the adapter again.")
     name = name if name is not None else manifest.name if manifest else "default"
@@ -175,10 +173,8 @@ def read(
         native.check_base(manifest, model, folder, allow_other_base)
     seed = manifest.seed if manifest else 0
     foreign = config if manifest is None else None
-    try:
+    with exactly(where):
         draft = _drafted(dialect, model, method, head, seed, path, data, entries, foreign)
-    except InexpressibleError as error:
-        raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
     if manifest is not None:
         _restore(draft, manifest.rest, dialect.rest, folder / MANIFEST)
     return name, draft, manifest.kept if manifest else kept(config)

@@ -169,6 +169,12 @@ def _layer_patterns(config: Targeted, where: Path) -> list[str]:
     return literal([pattern] if isinstance(pattern, str) and pattern else pattern or None, "layers_pattern", where)
 
 
+def usual(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """Return the commonest of the values by path, and the others."""
+    common = max(dict.fromkeys(values.values()), key=list(values.values()).count)
+    return common, {path: value for path, value in values.items() if value != common}
+
+
 def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> list[tuple[list[str], T]]:
     """Return names for the modules with each value: the last name if all modules of that name share the value.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftree import sites as site_tree
 from peftree.sites import Site
-from peftree.store.hfpeft.dialect import Dialect, View, refuse
-from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link
+from peftree.store.hfpeft.dialect import Dialect, View, exactly, refuse
+from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of
 from peftree.store.hfpeft.schema import Common
 
 NAME = "prompt_embeddings"
@@ -211,12 +211,10 @@ def _at(model: nn.Module, stack: Site, role: str) -> str:
 
 def readable(model: nn.Module, config: TokenFields, where: Path, prefix: bool) -> Site:
     """Return the stack that gets a PEFT file's tokens; raise StoreError unless they mean the same on this model."""
-    try:
+    with exactly(where):
         if prefix:
             check_prefix(model)
         return stack_of(model, config.task_type, prefix)
-    except InexpressibleError as error:
-        raise refuse(where, error.reason) from None
 
 
 class AdaptionFields(Common):
@@ -250,10 +248,8 @@ class Adaption(Dialect[AdaptionFields]):
 
     def method(self, config: AdaptionFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `llama_adapter` in the top layers."""
-        try:
+        with exactly(where):
             stack = check_llama(model)
-        except InexpressibleError as error:
-            raise refuse(where, error.reason) from None
         names = {s.path.rpartition(".")[2] for s in site_tree.resolve(model, "attn")}
         if config.adapter_layers > len(stack.layers) or {config.target_modules or "self_attn"} != names:
             raise refuse(where, f"this model has {len(stack.layers)} attention modules called {', '.join(names)}")
@@ -261,19 +257,8 @@ class Adaption(Dialect[AdaptionFields]):
 
     def links(self, view: View) -> list[Link]:
         """The prompt with a leading dimension of 1, and the gate."""
-        return [
-            link
-            for key, site, _ in view.entries
-            for link in (
-                Link(
-                    f"{PREFIX}{site.path}.adaption_prompt",
-                    (f"{key}/P",),
-                    lambda t: t[0][None],
-                    lambda t: [t.squeeze(0)],
-                ),
-                Link(f"{PREFIX}{site.path}.adaption_gate", (f"{key}/g",), lambda t: t[0], lambda t: [t]),
-            )
-        ]
+        prompt = Part("adaption_prompt", ("P",), None, lambda t: t[0][None], lambda t: [t.squeeze(0)])
+        return links_of(view.entries, lambda _: [prompt, Part("adaption_gate", ("g",))])
 
 
 def check_llama(model: nn.Module) -> Site:
