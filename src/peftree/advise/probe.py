@@ -349,7 +349,7 @@ def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
     if one is None or record.score is None or best is None:
         why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
         return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=record.seconds)
-    interval = intervals.mean_interval(one.matrix, exponential=one.exponential)
+    interval = one.interval
     verdict = "best" if record is best else "fewer steps"
     top = sample([best])
     if record is not best and top is not None and best.steps == record.steps:

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from peftree.strict import Strict
 
 RULES = Path(__file__).with_name("rules.yaml")
 
 
-class _When(BaseModel):
+class _When(Strict):
     """Where a rule applies; empty: everywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     methods: tuple[str, ...] = ()
     modality: tuple[str, ...] = ()
     kind: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 1 << 62)
 
 
-class Rule(BaseModel):
+class Rule(Strict):
     """One rule."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rule: str = Field(min_length=1)
     source: str = Field(min_length=1)
     when: _When

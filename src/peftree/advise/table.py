@@ -6,22 +6,18 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
 from peftree.catalogue import Kind, Modality
 from peftree.errors import DataError
 from peftree.files import read_json
-from peftree.strict import explain
+from peftree.strict import Strict, explain
 
 FOLDER = Path(__file__).with_name("evidence")
 Number = FiniteFloat | None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Context(_Strict):
+class Context(Strict):
     """A task on which methods were compared.
 
     Attributes:
@@ -46,7 +42,7 @@ class Context(_Strict):
     forgetting: str = ""
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """The result of one method on one task.
 
     Attributes:
@@ -81,7 +77,7 @@ class Measured(_Strict):
         return key(self.method, self.fields)
 
 
-class Table(_Strict):
+class Table(Strict):
     """One source's evidence.
 
     Attributes:

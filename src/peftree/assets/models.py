@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from peftree.assets.composed import dual, llava
 from peftree.assets.fetch import cache_root, ensure, intact, make_folder
@@ -208,6 +209,6 @@ CONVERTERS: dict[str, Callable[..., None]] = {
     "smollm2": _smollm2, "minilm": _minilm, "dinov2": _dinov2, "dual": dual, "llava": llava, "dit": _dit,
 }  # fmt: skip
 MODELS: dict[str, DemoModel] = {
-    name: DemoModel(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    name: TypeAdapter(DemoModel).validate_python(entry)
     for name, entry in yaml.safe_load((HERE / "models.yaml").read_text("utf-8")).items()
 }

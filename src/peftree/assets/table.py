@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from pydantic import TypeAdapter
 
 Kind = Literal["wheel", "sdist", "deb", "npm"]
 
@@ -28,6 +29,6 @@ class Asset:
 
 
 ASSETS: dict[str, Asset] = {
-    name: Asset(name, **entry | {"members": tuple(entry["members"])})
+    name: TypeAdapter(Asset).validate_python({"name": name, **entry})
     for name, entry in yaml.safe_load(Path(__file__).with_name("archives.yaml").read_text("utf-8")).items()
 }

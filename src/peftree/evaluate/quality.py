@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.errors import DivergedError, TrainError
+from peftree.evaluate.subject import inputs
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,25 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     Raises:
         TrainError: there are no items, or a logit is not finite.
     """
-    predicted: list[int] = []
-    wanted: list[int] = []
-    with evaluating(model):
-        for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            logits = model(**inputs).logits.float()
-            _check_finite(logits)
-            predicted += logits.argmax(-1).tolist()
-            wanted += batch["labels"].tolist()
-    _check_count(wanted)
+    predicted, wanted = _answers(model, batches, lambda logits: logits.argmax(-1))
     right = np.asarray(predicted) == np.asarray(wanted)
     values = {"accuracy": float(right.mean()), "macro_f1": macro_f1(predicted, wanted)}
     return Scores("accuracy", tuple(right.astype(float).tolist()), values, constant=_commonest(wanted))
+
+
+def _answers(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], read: Callable[[Tensor], Tensor]
+) -> tuple[list[Any], list[Any]]:
+    """Return what `read` makes of the logits `[batch, outputs]` of all items, and their labels."""
+    found, wanted = list[Any](), list[Any]()
+    with evaluating(model):
+        for batch in batches:
+            logits = model(**inputs(batch)).logits.float()
+            _check_finite(logits)
+            found += read(logits).tolist()
+            wanted += batch["labels"].tolist()
+    _check_count(wanted)
+    return found, wanted
 
 
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
@@ -133,16 +140,7 @@ def regress(model: nn.Module, batches: Iterable[Mapping[str, Any]], mean: float 
     """
     from scipy.stats import rankdata  # takes 40 MB, which no other task should pay
 
-    predicted: list[float] = []
-    wanted: list[float] = []
-    with evaluating(model):
-        for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            outputs = model(**inputs).logits[:, 0].float()
-            _check_finite(outputs)
-            predicted += outputs.tolist()
-            wanted += batch["labels"].tolist()
-    _check_count(wanted)
+    predicted, wanted = _answers(model, batches, lambda logits: logits[:, 0])
     p, w = np.asarray(predicted) * std + mean, np.asarray(wanted) * std + mean
     errors = np.abs(p - w)
     values = {
@@ -218,7 +216,7 @@ def completed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[float], 
     counts = kept.sum(1).cpu()
     if not bool(counts.all()):
         raise TrainError("An item has no completion token.", "Raise max_length.")
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    logits = model(**inputs(batch)).logits
     found, right, finite = token_scores(logits, kept.nonzero(as_tuple=True), labels[kept])
     if not bool(finite):
         raise _not_finite()

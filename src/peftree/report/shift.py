@@ -47,7 +47,7 @@ def shifted(records: Sequence[RunRecord], full: Sequence[RunRecord]) -> tuple[Sh
     for name, one in mine.items():
         pair = aligned(one, theirs[name]) if name in theirs else None
         gap = intervals.difference(*pair, exponential=one.exponential) if pair else None
-        out.append(Shifted(name, intervals.mean_interval(one.matrix, exponential=one.exponential), gap))
+        out.append(Shifted(name, one.interval, gap))
     return tuple(out)
 
 

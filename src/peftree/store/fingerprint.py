@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from peftree import sites as site_tree
@@ -23,6 +23,7 @@ from peftree.adapter import Record
 from peftree.errors import StoreError
 from peftree.sites.parts import inside, join, modules_of
 from peftree.store.digest import SIZE, digests
+from peftree.strict import Strict
 
 TENSORS = 1024  # beyond, tensors are digested in groups
 ROUNDED = (torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ ESSENTIALS = (
 Scalar = bool | int | float | str | None
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Strict):
     """What is recorded about a base model; see the docstring of this module.
 
     Attributes:
@@ -47,7 +48,6 @@ class Fingerprint(BaseModel):
         digests: base64 of the digests, one for each group of tensors; a group is one tensor unless there are very many.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     model: Annotated[str, Field(max_length=200)]
     config: dict[str, Scalar]
     parameters: int

@@ -17,7 +17,7 @@ from peftree.files import read_json, sha256
 from peftree.methods.contract import Method
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.tensors import NAMES, Entry
-from peftree.strict import explain
+from peftree.strict import Strict, explain
 
 FORMAT = 2
 LIMIT = 1 << 22
@@ -33,7 +33,7 @@ class Stored(BaseModel):
     dtype: str
 
 
-class Manifest(BaseModel):
+class Manifest(Strict):
     """Everything about a saved adapter that its tensors do not tell.
 
     Attributes:
@@ -53,7 +53,6 @@ class Manifest(BaseModel):
         base: the base model it was made for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     format: Annotated[int, Field(ge=FORMAT)]
     peftree: str
     layout: Literal["native", "peft"]

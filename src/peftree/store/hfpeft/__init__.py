@@ -102,15 +102,11 @@ def _config(dialect: Dialect[Any], adapter: Adapter, work: Work, own: dict[str, 
     model = work.view.model
     base = model.__dict__.get("config")
     name = getattr(base, "_name_or_path", None)
-    heads = [site.path for _, site, _ in work.heads]
     shared = {
-        "peft_type": dialect.peft_type,
-        "task_type": _task(model, bool(heads)),
-        "base_model_name_or_path": name or None,
-        "inference_mode": True,
-    }
-    made = dialect.schema.model_validate(shared | own)
-    written: dict[str, Any] = made.model_dump(exclude_unset=True)
+        "peft_type": dialect.peft_type, "task_type": _task(model, bool(work.heads)),
+        "base_model_name_or_path": name or None, "inference_mode": True,
+    }  # fmt: skip
+    written: dict[str, Any] = dialect.schema.model_validate(shared | own).model_dump(exclude_unset=True)
     return _KEPT.get(adapter, {}) | written
 
 
@@ -252,7 +248,8 @@ def _drafted(
     config: Common | None,
 ) -> Draft:
     """Compare the file with the links' tensors, by shapes alone; then build the adapter and fill it."""
-    draft = build.expected(model, method, head, seed, {})  # their files hold the form that post_hoc leaves
+    # No shapes: their files hold the form that post_hoc leaves.
+    draft = build.drafted(build.abstract(model), method, head, seed, {})
     work = Work(dialect, model, method, draft.keyed, config)
     # A foreign file has the trained values alone of a start that is taken out of the base.
     derived = dialect.derived if config is not None else ()
@@ -263,7 +260,7 @@ def _drafted(
     entries = {n: e for n, e in entries.items() if n not in extra}
     given = {n: e.shape for n, e in entries.items()}
     build.compare(str(path), shapes, given)
-    draft = build.real(model, method, head, seed, {n: t.shape for n, t in draft.state().items()})
+    draft = build.drafted(model, method, head, seed, {n: t.shape for n, t in draft.state().items()})
     tensors = {n: view(data, n, e) for n, e in entries.items()}
     work = Work(dialect, model, method, draft.keyed, config)
     _check_extras(dialect.known(work.view), extra, path)
