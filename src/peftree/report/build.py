@@ -116,13 +116,17 @@ def _named(groups: dict[str, list[RunRecord]]) -> dict[str, list[RunRecord]]:
     return out
 
 
+def _means(groups: dict[str, list[RunRecord]]) -> dict[str, float]:
+    """Return the mean score of the finished runs of each label that has any."""
+    scores = {
+        label: [r.score for r in runs if r.status == "ok" and r.score is not None] for label, runs in groups.items()
+    }
+    return {label: sum(each) / len(each) for label, each in scores.items() if each}
+
+
 def _full(groups: dict[str, list[RunRecord]]) -> tuple[str | None, list[str]]:
     """Return the label of the full fine-tuning to compare with, and what to note about it."""
-    means: dict[str, float] = {}
-    for label, runs in groups.items():
-        scores = [r.score for r in runs if r.score is not None and r.status == "ok"]
-        if runs[0].method == FULL and scores:
-            means[label] = sum(scores) / len(scores)
+    means = {label: mean for label, mean in _means(groups).items() if groups[label][0].method == FULL}
     if not means:
         return None, [f"No finished run of {FULL}: differences and relative scores are not shown."]
     higher = next(iter(groups.values()))[0].higher_is_better
@@ -187,11 +191,7 @@ def _beside_one_answer(records: list[RunRecord], groups: dict[str, list[RunRecor
     if not known:
         return []
     constant, higher = sum(known) / len(known), records[0].higher_is_better
-    scores = {
-        label: [r.score for r in runs if r.status == "ok" and r.score is not None] for label, runs in groups.items()
-    }
-    means = {label: sum(each) / len(each) for label, each in scores.items() if each}
-    weak = [label for label, mean in means.items() if (mean <= constant if higher else mean >= constant)]
+    weak = [label for label, mean in _means(groups).items() if (mean <= constant if higher else mean >= constant)]
     said = f"One answer for all items (their commonest, or their mean) scores {constant:.4g}"
     return [f"{said}; no better: {join(weak)}." if weak else f"{said}."]
 

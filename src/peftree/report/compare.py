@@ -14,8 +14,7 @@ from peftree.bench import intervals, paired
 from peftree.bench.grouping import FULL, HEAD_ONLY, Sample, aligned, sample
 from peftree.bench.intervals import Interval
 from peftree.report.data import Curve, Origin, Row
-from peftree.report.probes import probes
-from peftree.report.shift import shifted, stages
+from peftree.report.probes import probes, shifted, stages
 from peftree.runs.record import Costs, RunRecord
 from peftree.text import clean
 

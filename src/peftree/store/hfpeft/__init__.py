@@ -28,7 +28,7 @@ from peftree.store.hfpeft.dialect import Dialect, View, exactly
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, decoded, encoded, head_links
 from peftree.store.hfpeft.lora import Dora, Lora, LoraFields
 from peftree.store.hfpeft.scales import Ia3, Norms
-from peftree.store.hfpeft.schema import Common, kept, parse
+from peftree.store.hfpeft.schema import Common, parse
 from peftree.store.hfpeft.spectral import Fourier, Oft, Vera
 from peftree.store.hfpeft.tokens import Adaption, Prefix, Prompt, PTuning
 from peftree.store.manifest import describe, method_of, read_manifest
@@ -173,7 +173,7 @@ def read(
         draft = _drafted(dialect, model, method, head, seed, path, data, entries, foreign)
     if manifest is not None:
         _restore(draft, manifest.rest, dialect.rest, folder / MANIFEST)
-    return name, draft, manifest.kept if manifest else kept(config)
+    return name, draft, manifest.kept if manifest else config.model_extra or {}
 
 
 def _dialect(raw: Mapping[str, Any], where: Path) -> Dialect[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -79,17 +79,16 @@ def check_prefix(model: nn.Module) -> None:
         raise InexpressibleError("PEFT gives this classifier other inputs than its own forward does")
 
 
-def task(view: View, own: str) -> dict[str, Any]:
+def task(view: View) -> dict[str, Any]:
     """Return the keys that all of them write."""
+    own = task_of(view.model)
     return {"task_type": own, "num_transformer_submodules": 2 if own == "SEQ_2_SEQ_LM" else 1, "inference_mode": True}
 
 
 def doubled(view: View) -> bool:
     """Return whether the file also holds a decoder's tokens, which PEFT does not use."""
-    config = view.config
-    own = task_of(view.model)
-    given = config.num_transformer_submodules if isinstance(config, TokenFields) else None
-    return (given or (2 if own == "SEQ_2_SEQ_LM" else 1)) == 2
+    given = view.config.num_transformer_submodules if isinstance(view.config, TokenFields) else None
+    return (given or task(view)["num_transformer_submodules"]) == 2
 
 
 class Prompt(Dialect[TokenFields]):
@@ -105,9 +104,8 @@ class Prompt(Dialect[TokenFields]):
         stack = stack_of(view.model, None, False)
         if [site.path for _, site, _ in view.entries] != [stack.path]:
             raise InexpressibleError(f"PEFT has virtual tokens only in {stack.tower}:stack")
-        _, site, delta = view.entries[0]
-        tokens: Any = delta
-        return task(view, task_of(view.model)) | {
+        site, tokens = view.entries[0][1], cast("Any", view.entries[0][2])
+        return task(view) | {
             "num_virtual_tokens": tokens.length,
             "token_dim": site.entry or site.in_features,
             "num_layers": len(site.layers),
@@ -175,7 +173,7 @@ class Prefix(Dialect[PrefixFields]):
             raise InexpressibleError("its network is not yet folded in; call adapter.finish() after training")
         if not fields.shift:
             raise InexpressibleError("its text keeps its positions (shift=False)")
-        return task(view, task_of(view.model)) | {
+        return task(view) | {
             "num_virtual_tokens": fields.length,
             "token_dim": sites[0].kv_heads * sites[0].head_dim,
             "num_layers": len(sites),
