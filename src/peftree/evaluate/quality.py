@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.errors import DivergedError, TrainError
-from peftree.evaluate.subject import inputs
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _answers(
     found, wanted = list[Any](), list[Any]()
     with evaluating(model):
         for batch in batches:
-            logits = model(**inputs(batch)).logits.float()
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
             _check_finite(logits)
             found += read(logits).tolist()
             wanted += batch["labels"].tolist()
@@ -216,7 +215,7 @@ def completed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[float], 
     counts = kept.sum(1).cpu()
     if not bool(counts.all()):
         raise TrainError("An item has no completion token.", "Raise max_length.")
-    logits = model(**inputs(batch)).logits
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     found, right, finite = token_scores(logits, kept.nonzero(as_tuple=True), labels[kept])
     if not bool(finite):
         raise _not_finite()
