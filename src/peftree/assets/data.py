@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scipy.cluster.hierarchy import DisjointSet
-
 from peftree.assets.fetch import ensure, make_folder
 from peftree.assets.sources import (
     FASHION_CLASSES,
@@ -181,6 +179,8 @@ def _spread(rows: Sequence[Row], label: Callable[[Row], Hashable], rng: random.R
 
 def _joined(rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]]) -> list[list[Row]]:
     """Return the rows in groups: two rows with a common key are in the same group."""
+    from scipy.cluster.hierarchy import DisjointSet
+
     joined, first = DisjointSet(range(len(rows))), dict[Hashable, int]()
     for i, row in enumerate(rows):
         for key in keys(row):

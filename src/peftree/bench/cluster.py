@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from peftree.bench.pool import Cell, finished, run_cells
-from peftree.bench.run import Runner
+from peftree.bench.pool import Cell, Runner, finished, run_cells
 from peftree.errors import ConfigError, DataError
 from peftree.runs.read import read_record
 from peftree.runs.record import RunRecord, file_name

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -63,6 +63,10 @@ class Cell:
     def key(self) -> str:
         """The content address of the cell's record."""
         return run_key(self.facts)
+
+
+Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
+"""Does cells, given the folder of records and the seconds expected after them."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from peftree import registry
-from peftree.bench.pool import Cell, run_cells
+from peftree.bench.pool import Cell, Runner, run_cells
 from peftree.bench.sources import SPLITS, Material, gather
 from peftree.bench.suite import Entry, Suite, SuiteTask
 from peftree.errors import AssetError, ConfigError, PeftreeError, did_you_mean
@@ -26,7 +26,6 @@ GIB = 2**30
 _FREE = ("eval_batch_size", "log_every", "threads", "save_every", "keep")
 # What every run imports; done once, before runs are forked.
 PRELOAD = ("peftree.bench.cell",)
-Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftree import adapter as adapters
-from peftree import compose
 from peftree.adapter import Adapter
+from peftree.compose import merged
 from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
 from peftree.store import build, hfpeft
@@ -69,7 +69,7 @@ def _merged(adapter: Adapter, folder: Path) -> Path:
     try:
         with _alone(adapter):
             wanted = _probe(model)
-            with _folded(model):
+            with merged(model):
                 plain = build.bare(model)
                 _write(plain, stage)
                 _check(plain, stage, wanted)
@@ -98,15 +98,6 @@ def _alone(adapter: Adapter) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         adapters.switch(model, before)
-
-
-@contextlib.contextmanager
-def _folded(model: nn.Module) -> Iterator[None]:
-    compose.merge(model)
-    try:
-        yield
-    finally:
-        compose.unmerge(model)
 
 
 def _write(plain: Any, stage: Path) -> None:
