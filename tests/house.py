@@ -69,7 +69,7 @@ ROOMS = {
     "deltas": 850,
     "methods": 550,
     "graft": 3050,
-    "store": 4200,
+    "store": 4150,
     "data": 1150,
     "tasks": 2000,
     "evaluate": 1400,
@@ -80,7 +80,7 @@ ROOMS = {
     "probes": 850,
     "bench": 2500,
     "advise": 2100,
-    "report": 2850,
+    "report": 2800,
 }
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

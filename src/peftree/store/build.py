@@ -13,7 +13,7 @@ from peftree.deltas import Delta, Reweight
 from peftree.deltas.place import read
 from peftree.errors import StoreError
 from peftree.graft import Hub
-from peftree.making import Entries
+from peftree.making import Entries, states
 from peftree.making import build as built
 from peftree.methods.contract import Method
 from peftree.sites import Site
@@ -39,18 +39,6 @@ class Draft:
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `Adapter.state` would return."""
         return states(self.keyed)
-
-
-def states(entries: Entries) -> dict[str, Tensor]:
-    """Return the tensors of `entries`, each once, by `path/part_role/tensor`."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, _, delta in entries:
-        for name, tensor in delta.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                out[f"{key}/{name}"] = tensor
-    return out
 
 
 def drafted(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes) -> Draft:

@@ -11,8 +11,8 @@ from pydantic import create_model
 from torch import Tensor, nn
 
 from peftree import registry
+from peftree.making import states
 from peftree.methods.contract import Method, Peft
-from peftree.store.build import states
 from peftree.store.hfpeft.dialect import AtModules, View, refuse
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, Part, links_of, transposed
 from peftree.store.hfpeft.schema import Targeted
