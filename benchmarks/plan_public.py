@@ -117,7 +117,7 @@ def predict(fact: dict[str, Any], usual: dict[str, Any], switched: bool, length:
     """
     import torch
 
-    from peftree.plan import foreign
+    from peftree.plan.hfpeft import modules as foreign
     from peftree.plan.reserved import Beside, adamw, reserved
 
     params = usual | fact["params"]

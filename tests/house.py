@@ -69,18 +69,18 @@ ROOMS = {
     "deltas": 850,
     "methods": 550,
     "graft": 3050,
-    "store": 4300,
+    "store": 4150,
     "data": 1150,
     "tasks": 2000,
     "evaluate": 1400,
     "runs": 450,
     "train": 2150,
     "plan": 3250,
-    "assets": 1600,
+    "assets": 1450,
     "probes": 850,
-    "bench": 2650,
-    "advise": 2150,
-    "report": 2900,
+    "bench": 2500,
+    "advise": 2100,
+    "report": 2800,
 }
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from invented import METHODS, STUDY, TASKS, fabricated, study
 from peftree import report
 from peftree.errors import DataError
 from peftree.probes import interpretability, retention
-from peftree.report import methods, panels, svg, tables, task_tables
+from peftree.report import methods, panels, tables, task_tables
 from peftree.report.data import Trial
 from peftree.report.tuning import decades, steady
 from peftree.runs.record import RunRecord
@@ -162,19 +161,6 @@ def test_tasks_that_differ_in_the_model_are_a_curve_over_its_size(records: list[
     assert "half (" in curve.caption and "else" not in curve.caption
     assert all(panels.series(by_name[name], built, "parameters") is None for name in change)
     assert "accuracy against parameters of the base" in report.page.render(built)
-
-
-def test_a_sheet_shows_every_panel_in_a_place_of_its_own(records: list[RunRecord]) -> None:
-    found = [r for r in records if r.task == "text-classification"]
-    group = panels.sensitivity(report.build(found).tasks[0])
-    assert group is not None and len(group.panels) > 4
-    root = ElementTree.fromstring(svg.file(panels.sheet(group)))
-    inner = [each for each in root if each.tag.endswith("svg") and each.get("role") == "img"]
-    assert len({(each.get("x"), each.get("y")) for each in inner}) == len(inner) == len(group.panels)
-    _, _, width, height = map(float, str(root.get("viewBox")).split())
-    assert all(float(str(e.get("x"))) + 200 <= width and float(str(e.get("y"))) + 128 <= height for e in inner)
-    known = {each.get("id") for each in root.iter()}
-    assert {str(each.get("href"))[1:] for each in root.iter() if each.get("href")} <= known
 
 
 def test_a_method_of_several_sizes_is_a_curve(records: list[RunRecord]) -> None:
@@ -358,8 +344,8 @@ def test_each_method_has_a_section_and_every_run_is_named(
     built: report.Report, page: str, records: list[RunRecord]
 ) -> None:
     found = methods.sections(built)
-    assert {each.method for each in found} == {m[0] for m in METHODS}
-    assert all(len(each.table.lines) == 6 for each in found) and '<details id="method-lora"' in page
+    assert {table.title for _, table in found} == {m[0] for m in METHODS}
+    assert all(len(table.lines) == 6 for _, table in found) and '<details id="method-lora"' in page
     assert all(page.count(record.key) >= 1 for record in records)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)

@@ -23,34 +23,23 @@ def crossed(rng: np.random.Generator, seeds: int, items: int, between: float, it
     return out
 
 
-def covered(seeds: int, items: int, between: float, item: float = 1.0, noise: float = 1.0) -> tuple[float, float]:
-    """Return how often the t interval over crossed effects and the bootstrap hold the truth."""
+def covered(seeds: int, items: int, between: float, item: float = 1.0, noise: float = 1.0) -> float:
+    """Return how often the t interval over crossed effects holds the truth."""
     rng = np.random.default_rng(17)
-    t, bootstrap = [], []
-    for number in range(ROUNDS):
-        data = crossed(rng, seeds, items, between, item, noise)
-        t.append(intervals.mean_interval(data).holds(0.0))
-        if number < ROUNDS // 4:
-            bootstrap.append(intervals.bootstrap([data], np.positive, draws=400).holds(0.0))
-    return float(np.mean(t)), float(np.mean(bootstrap))
+    drawn = (crossed(rng, seeds, items, between, item, noise) for _ in range(ROUNDS))
+    return float(np.mean([intervals.mean_interval(data).holds(0.0) for data in drawn]))
 
 
 @pytest.mark.parametrize("seeds", [5, 10])
 @pytest.mark.parametrize("items", [60, 250])
 @pytest.mark.parametrize("between", [0.0, 1.0, 4.0])
 def test_from_five_seeds_the_interval_covers_93_to_97_percent(seeds: int, items: int, between: float) -> None:
-    assert 0.93 <= covered(seeds, items, between)[0] <= 0.97
+    assert 0.93 <= covered(seeds, items, between) <= 0.97
 
 
-@pytest.mark.parametrize(
-    ("seeds", "t", "resampled"), [(2, 0.87, 0.77), (3, 0.92, 0.85), (5, 0.94, 0.90), (10, 0.95, 0.94)]
-)
-def test_the_documented_coverage_under_the_widest_spread_is_the_measured_one(
-    seeds: int, t: float, resampled: float
-) -> None:
-    found = covered(seeds, 100, 4.0, noise=0.3)
-    assert found == (pytest.approx(t, abs=0.025), pytest.approx(resampled, abs=0.05))
-    assert found[0] > found[1]
+@pytest.mark.parametrize(("seeds", "share"), [(2, 0.87), (3, 0.92), (5, 0.94), (10, 0.95)])
+def test_the_documented_coverage_under_the_widest_spread_is_the_measured_one(seeds: int, share: float) -> None:
+    assert covered(seeds, 100, 4.0, noise=0.3) == pytest.approx(share, abs=0.025)
 
 
 @pytest.mark.parametrize("level", [0.6, 0.86, 0.97])
@@ -136,7 +125,7 @@ def test_the_band_of_the_expected_maximum_covers_most_of_the_time() -> None:
     rng = np.random.default_rng(43)
     held = np.zeros(4)
     for _ in range(ROUNDS // 4):
-        curve = expected.expected(rng.random(16), draws=300)
+        curve = expected.expected(rng.random(16))
         truth = np.arange(1, 5) / np.arange(2, 6)
         held += (np.array(curve.low[:4]) <= truth) & (truth <= np.array(curve.high[:4]))
     shares = held / (ROUNDS // 4)

@@ -15,6 +15,7 @@ from invented import METHODS, TASKS, study
 from peftree import registry, report
 from peftree.bench.command import pack
 from peftree.bench.suite import load_suite
+from peftree.report import panels
 from peftree.runs.read import read_packed
 from peftree.runs.record import RunRecord
 
@@ -155,3 +156,16 @@ def test_what_is_committed_is_what_the_pack_gives(tool: ModuleType) -> None:
         assert (tool.PAGE.parent / name).read_text("utf-8") == content, f"{name}: run `make study`"
     there = {f"study/{file.name}" for file in tool.PACK.parent.iterdir()}
     assert there == {name for name in made if "/" in name} | {"study/small.jsonl.gz"}
+
+
+def test_a_sheet_shows_every_panel_in_a_place_of_its_own(tool: ModuleType) -> None:
+    found = study(tasks=[TASK])
+    group = panels.sensitivity(report.build(found).tasks[0])
+    assert group is not None and len(group.panels) > 4
+    root = ElementTree.fromstring(tool.svg_file(tool.sheet(group)))
+    inner = [each for each in root if each.tag.endswith("svg") and each.get("role") == "img"]
+    assert len({(each.get("x"), each.get("y")) for each in inner}) == len(inner) == len(group.panels)
+    _, _, width, height = map(float, str(root.get("viewBox")).split())
+    assert all(float(str(e.get("x"))) + 200 <= width and float(str(e.get("y"))) + 128 <= height for e in inner)
+    known = {each.get("id") for each in root.iter()}
+    assert {str(each.get("href"))[1:] for each in root.iter() if each.get("href")} <= known

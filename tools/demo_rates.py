@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from peftree.bench.pool import run_cells
-from peftree.bench.run import PRELOAD, TRIAL_SEED, Planned
+from peftree.bench.run import PRELOAD, TRIAL_SEED, Planned, rate
 from peftree.bench.sources import gather
 from peftree.bench.suite import load_suite
 
@@ -38,7 +38,9 @@ def main(out: Path) -> None:
         planned = Planned(suite, name, task, gather(task), out)
         tried = [(e, n) for e, entry in suite.entries(name) for n in TIMES.get(entry.method, OTHERS)]
         cells = [
-            planned._cell(e, "trial", planned._rate(e, n), TRIAL_SEED + seed) for e, n in tried for seed in range(SEEDS)
+            planned._cell(e, "trial", rate(e, suite.methods[e], n), TRIAL_SEED + seed)
+            for e, n in tried
+            for seed in range(SEEDS)
         ]
         found = iter(run_cells(cells, out / "records", workers=2, preload=PRELOAD))
         sign = 1.0 if task.facts.higher_is_better else -1.0

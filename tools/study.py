@@ -7,14 +7,17 @@ the report's. Methods are compared once all their final seeds are there. The wor
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from peftree import registry, report, text
 from peftree.bench.grouping import FULL, HEAD_ONLY, comparisons, labelled
@@ -25,6 +28,7 @@ from peftree.files import atomic_write
 from peftree.report import compare, diagrams, panels, plots, svg
 from peftree.report.data import Row, Task
 from peftree.report.markup import escape_markdown
+from peftree.report.svg import num
 from peftree.report.tables import interval
 from peftree.runs.read import read_packed
 from peftree.runs.record import RunRecord, in_order
@@ -312,6 +316,31 @@ def claims(done: Sequence[RunRecord]) -> str:
     return f"{summary}\n\n{table(heads, lines, words=2)}"
 
 
+def sheet(group: panels.Panels, columns: int = 4) -> Markup:
+    """Return all panels of a group as one figure, for a page that shows files."""
+    gap, head = 8.0, 20.0
+    wide, high = panels.WIDTH + gap, panels.HEIGHT + gap
+    body = [group.shared, f'<text class="t" x="0" y="12">{escape(group.title)}</text>']
+    for index, panel in enumerate(group.panels):
+        x, y = num(wide * (index % columns)), num(head + high * (index // columns))
+        place = f'x="{x}" y="{y}" width="{num(panels.WIDTH)}" height="{num(panels.HEIGHT)}"'
+        body.append(panel.replace("<svg", Markup(f"<svg {place}"), 1))
+    rows = -(-len(group.panels) // columns)
+    across = wide * min(columns, len(group.panels))
+    return svg.document(across, head + high * rows, group.title, group.caption, body)
+
+
+def svg_file(drawn: str) -> str:
+    """Return a figure as a standalone SVG file, with styles and symbols inside."""
+    size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
+    assert size is not None
+    style = Path(svg.__file__).with_name("figure.css").read_text("utf-8")
+    fonts = 'font-family="system-ui, Segoe UI, Liberation Sans, Arial, sans-serif"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}" {fonts}'
+    top, title, rest = str(drawn).removeprefix("<svg").partition("</title>")
+    return f"{start}{top}{title}<style>{style}</style>{svg.symbols()}{rest}\n"
+
+
 def pictures(task: Task, built: report.Report) -> dict[str, str]:
     """Return the figures of a task by name, as SVG files."""
     allocator = plots.Cost("allocator peak", lambda row: row.costs.allocator_peak_bytes, text.size)
@@ -320,8 +349,8 @@ def pictures(task: Task, built: report.Report) -> dict[str, str]:
     }  # fmt: skip
     curves = {name: panels.series(task, built, name) for name in panels.SERIES} | {"sizes": panels.capacity(task)}
     found = {name: figure.svg for name, figure in drawn.items() if figure is not None}
-    found |= {name: panels.sheet(group) for name, group in curves.items() if group is not None}
-    return {f"{task.name}-{name}": svg.file(figure) for name, figure in found.items()}
+    found |= {name: sheet(group) for name, group in curves.items() if group is not None}
+    return {f"{task.name}-{name}": svg_file(figure) for name, figure in found.items()}
 
 
 def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, object], dict[str, str]]:
@@ -345,7 +374,7 @@ def results(cells: dict[tuple[str, str], list[RunRecord]]) -> tuple[dict[str, ob
     for overview in built.overviews:
         figure = diagrams.critical_difference(overview, built)
         if figure is not None:
-            drawn["ranks"] = svg.file(figure.svg)
+            drawn["ranks"] = svg_file(figure.svg)
             ranks = "\n\n".join(
                 ["![Mean ranks](study/ranks.svg)", figure.caption, *map(escape_markdown, overview.notes)]
             )

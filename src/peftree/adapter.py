@@ -17,7 +17,7 @@ from peftree.errors import AdapterError, did_you_mean, no_model, no_name
 from peftree.graft import Graft
 from peftree.graft.call import Choice
 from peftree.graft.program import Group, Route
-from peftree.making import Entries, build, take
+from peftree.making import Entries, build, states, take
 from peftree.methods.contract import Method, Moment
 from peftree.sites import Site
 
@@ -94,15 +94,8 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """Return its parameters and persistent buffers, each once, keyed by `path/part_role/tensor`."""
-        out: dict[str, Tensor] = {}
-        seen: set[int] = set()
         self.graft.check()
-        for key, delta in self.deltas.items():
-            for name, tensor in delta.state_dict(keep_vars=True).items():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    out[f"{key}/{name}"] = tensor
-        return out
+        return states(self.entries)
 
     def unused(self) -> list[str]:
         """Return the paths of its modules that no forward pass has used since an adapter was last put on or taken off.

@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import sys
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +32,7 @@ app = typer.Typer(
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
 Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a packaged or hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example r=32 method=lora.")]
+RunFolder = Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")]
 Scoring = Annotated[list[str] | None, typer.Argument(help="key=value for data or scoring: data.test=other.csv.")]
 
 
@@ -39,11 +42,7 @@ def doctor(as_json: Json = False) -> None:
     from peftree.doctor import examine
 
     rows = examine()
-    table = tabled(
-        "peftree doctor",
-        ["check", "state", "what to do"],
-        [[r.name, r.state, r.advice] for r in rows],
-    )
+    table = tabled("peftree doctor", ["check", "state", "what to do"], [[r.name, r.state, r.advice] for r in rows])
     emit([vars(r) for r in rows], as_json, table)
     if any(r.failed for r in rows):
         raise typer.Exit(1)
@@ -56,7 +55,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """Show the methods with their tags, one method with its fields, or the survey's whole tree."""
-    from peftree.describe import describe_method, legend, method_rows, tree_rows
+    from peftree.describe import NEEDS, STATES, describe_method, method_rows, tree_rows
 
     if tree:
         listed = tree_rows()
@@ -66,7 +65,8 @@ def methods(
         shown = [[r["row"], r["branch"], r["name"], r["state"], what] for r, what in zip(listed, last, strict=True)]
         columns = ["row", "branch", "name in the survey", "state", "methods, or what is missing"]
         table = tabled(f"The tree of PEFT A2Z: {count}", columns, shown)
-        table.caption, table.caption_justify = "\n".join(legend()), "left"
+        table.caption_justify = "left"
+        table.caption = "\n".join(f"{mark}: {meaning}" for mark, meaning in (STATES | NEEDS).items())
         emit(listed, as_json, table)
         return
     if name:
@@ -81,16 +81,13 @@ def methods(
     found = method_rows()
     tags = ["identity at start", "merges", "adds tokens", "needs data"]
     rows: list[list[Any]] = []
-    for row in found:
-        if not rows or row["branch"] != found[found.index(row) - 1]["branch"]:
-            rows.append([row["branch"], *[""] * 6])
-        marks = ["yes" if row[t] else "." for t in tags]
-        rows.append([f"  {row['name']}", *marks, f"{row['default lr']:g}", row["paper"].removeprefix("arXiv ")])
-    table = tabled(
-        "The tree of methods", ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"],
-        rows,
-    )  # fmt: skip
-    emit(found, as_json, table)
+    for branch, mine in groupby(found, key=itemgetter("branch")):
+        rows.append([branch, *[""] * 6])
+        for row in mine:
+            marks = ["yes" if row[t] else "." for t in tags]
+            rows.append([f"  {row['name']}", *marks, f"{row['default lr']:g}", row["paper"].removeprefix("arXiv ")])
+    columns = ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"]
+    emit(found, as_json, tabled("The tree of methods", columns, rows))
 
 
 @app.command()
@@ -165,7 +162,7 @@ def _folder(path: Path) -> ConfigError:
 
 @app.command("eval")
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
+    run_folder: RunFolder,
     overrides: Scoring = None,
     against: Annotated[str, typer.Option(help="What to compare with: base.")] = "base",
     split: Annotated[str, typer.Option(help="train, valid or test; empty: test if there is one.")] = "",
@@ -187,7 +184,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
+    run_folder: RunFolder,
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
     quantized: Annotated[
         Literal["refuse", "dequantize", "requantize"],
@@ -203,7 +200,7 @@ def merge(
 
 @app.command("export")
 def export_run(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")],
+    run_folder: RunFolder,
     out: Annotated[Path, typer.Argument(help="Where to write.")],
     to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
     as_json: Json = False,

@@ -136,6 +136,16 @@ def unmerge(model: nn.Module) -> None:
     record.turn_on(names)
 
 
+@contextlib.contextmanager
+def merged(model: nn.Module, quantized: Packing = "refuse") -> Iterator[None]:
+    """Inside, the active adapters are folded into the weights; MergeError as for `merge`."""
+    merge(model, quantized)
+    try:
+        yield
+    finally:
+        unmerge(model)
+
+
 def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, how: str = "effects") -> Adapter:
     """Make a new adapter from a weighted sum of others and switch it on.
 

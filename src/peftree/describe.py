@@ -64,11 +64,6 @@ NEEDS = {
 }
 
 
-def legend() -> list[str]:
-    """Return what the marks of the tree mean, one per line: states first, then what rows need."""
-    return [f"{mark}: {meaning}" for mark, meaning in (STATES | NEEDS).items()]
-
-
 def equation(cls: type[Method]) -> str:
     """Return the equation of a method: line 1 of its file, or what its recipe says."""
     recipe = cls.__doc__ or ""

@@ -46,13 +46,8 @@ def _package(name: str) -> Finding:
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if not missing:
-        return Finding(f"extra {name}", "installed")
-    return Finding(
-        f"extra {name}",
-        f"without {', '.join(missing)}",
-        f"pip install 'peftree[{name}]' if you need it",
-    )
+    state, advice = f"without {', '.join(missing)}", f"pip install 'peftree[{name}]' if you need it"
+    return Finding(f"extra {name}", state, advice) if missing else Finding(f"extra {name}", "installed")
 
 
 def _threads() -> Finding:
@@ -81,9 +76,7 @@ def _cache() -> Finding:
 
 
 def _device() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("device", torch.cuda.get_device_name(0))
-    return Finding("device", "CPU only")
+    return Finding("device", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only")
 
 
 def _works() -> Finding:
@@ -91,14 +84,12 @@ def _works() -> Finding:
     try:
         error = _round_trip()
     except (PeftreeError, RuntimeError, OSError, ImportError) as failure:
-        return Finding(
-            "end to end",
-            f"{type(failure).__name__}: {failure}",
-            "report this with the lines above",
-            True,
-        )
-    state = "adapt, train, save, load: equal" if error == 0 else f"outputs differ by {error:.1e}"
-    return Finding("end to end", state, "report this with the lines above" if error else "", bool(error))
+        state = f"{type(failure).__name__}: {failure}"
+    else:
+        if error == 0:
+            return Finding("end to end", "adapt, train, save, load: equal")
+        state = f"outputs differ by {error:.1e}"
+    return Finding("end to end", state, "report this with the lines above", failed=True)
 
 
 def _round_trip() -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftree import registry
 from peftree import sites as site_tree
@@ -19,6 +19,18 @@ from peftree.sites import Site
 
 Entries = list[tuple[str, Site, Delta]]
 """Key, site and delta of every place of an adapter, in model order."""
+
+
+def states(entries: Entries) -> dict[str, Tensor]:
+    """Return the tensors of `entries`, each once, by `path/part_role/tensor`."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, _, delta in entries:
+        for name, tensor in delta.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                out[f"{key}/{name}"] = tensor
+    return out
 
 
 def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tuple[Entries, bool]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 
 from peftree.catalogue import BRANCHES, Branch
 from peftree.errors import ConfigError, MethodError, did_you_mean
 from peftree.files import load_module
 from peftree.methods.contract import Fusion, Method, Recipe, Tags, Union
-from peftree.strict import explain
+from peftree.strict import Strict, explain
 
 _HOME = Path(__file__).parent / "methods"
 _FOLDERS: list[Path] = []
@@ -43,8 +43,7 @@ def methods() -> dict[str, type[Method]]:
         _add(found, _checked(point.load(), point.value), Path(point.value))
     for path in recipes:
         _add(found, _from_recipe(path, found), path)
-    order = {b: i for i, b in enumerate(BRANCHES)}
-    return dict(sorted(found.items(), key=lambda kv: (order[kv[1].tags.branch], kv[0])))
+    return dict(sorted(found.items(), key=lambda kv: (BRANCHES.index(kv[1].tags.branch), kv[0])))
 
 
 def register_folder(folder: str | Path) -> None:
@@ -90,10 +89,8 @@ def make(name: str, fields: dict[str, Any]) -> Method:
 
 def _add(found: dict[str, type[Method]], cls: type[Method], path: Path) -> None:
     if cls.name in found:
-        raise MethodError(
-            f"{path}: the name '{cls.name}' is taken by {found[cls.name].__module__}.",
-            "Rename one of them.",
-        )
+        taken = found[cls.name].__module__
+        raise MethodError(f"{path}: the name '{cls.name}' is taken by {taken}.", "Rename one of them.")
     found[cls.name] = cls
 
 
@@ -108,10 +105,8 @@ def _from_file(path: Path) -> type[Method]:
         if issubclass(c, Method) and c.__module__ == module.__name__
     ]  # fmt: skip
     if len(classes) != 1:
-        raise MethodError(
-            f"{path} defines {len(classes)} methods.",
-            "A method file defines exactly one Method class.",
-        )
+        what = f"{path} defines {len(classes)} methods."
+        raise MethodError(what, "A method file defines exactly one Method class.")
     cls = classes[0]
     cls.name = cls.name or path.stem
     return _checked(cls, str(path), path.parent.name)
@@ -120,10 +115,7 @@ def _from_file(path: Path) -> type[Method]:
 def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
     """Return `cls` if it meets the contract's static part."""
     if not (inspect.isclass(cls) and issubclass(cls, Method)):
-        raise MethodError(
-            f"{where} gives {cls!r}, not a Method class.",
-            "Point the entry point at a Method class.",
-        )
+        raise MethodError(f"{where} gives {cls!r}, not a Method class.", "Point the entry point at a Method class.")
     problems = []
     if "tags" not in vars(cls) or not isinstance(cls.tags, Tags):
         problems.append("it declares no `tags = Tags(...)`")
@@ -142,10 +134,9 @@ def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:
     return cls
 
 
-class _Recipe(BaseModel):
+class _Recipe(Strict):
     """The schema of a recipe file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     about: str = Field(description="the equation")
     paper: str
     base: str | None = None

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftree.errors import ConfigError, did_you_mean
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 12
+
+
+class Strict(BaseModel):
+    """Values that do not change, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_yaml(path: str | Path, lines: dict[str, str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def run(submit: cluster.Submit, folder: Path, behaviours: list[str], jobs: int =
 
 @pytest.mark.slow
 def test_submitit_does_cells_once_and_records_what_fails(tmp_path: Path) -> None:
-    submit = cluster.slurm(tmp_path / "logs", cluster="local")
+    submit = cluster.slurm(tmp_path / "logs", {}, cluster="local")
     records = tmp_path / "records"
     statuses, said = run(submit, records, ["work", "raise", "work"])
     assert statuses == ["ok", "failed", "ok"]
@@ -75,13 +75,13 @@ def test_what_is_at_work_is_called_off_when_interrupted(tmp_path: Path) -> None:
 
 def test_slurm_without_slurm_or_with_a_wrong_option(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="submitit"):
-        cluster.slurm(tmp_path, cluster="slurm")
+        cluster.slurm(tmp_path, {}, cluster="slurm")
     with pytest.raises(ConfigError, match="wrong_option"):
         cluster.slurm(tmp_path, {"wrong_option": 1}, cluster="local")
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, call in (("submitit", lambda: cluster.slurm(tmp_path)), ("ray", cluster.ray)):
+    for name, call in (("submitit", lambda: cluster.slurm(tmp_path, {})), ("ray", lambda: cluster.ray("auto"))):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=r"peftree\[cluster\]"):
             call()
@@ -112,4 +112,4 @@ def test_ray_does_cells_and_records_what_fails(tmp_path: Path) -> None:
 def test_no_ray_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match="Ray at 'auto'"):
-        cluster.ray()
+        cluster.ray("auto")

@@ -342,11 +342,11 @@ def test_every_rule_has_a_source_and_a_case() -> None:
     assert found and all(r.source.startswith(("arXiv ", "Schulman")) for r in found)
     known = set(registry.methods())
     assert all(set(r.when.methods) <= known for r in found)
-    said = [r.rule for r in rules.apply(rules.Case(("ia3",), "vision", "understanding", 100))]
+    said = [r.rule for r in rules.apply(("ia3",), "vision", "understanding", 100)]
     assert len(said) == 1 and said[0].startswith("Tune the learning rate")
     rank = [r for r in found if r.rule.startswith("Raise the rank")]
-    assert rank[0] in rules.apply(rules.Case(("lora",), "language", "generation", 50_000))
-    assert rank[0] not in rules.apply(rules.Case(("lora",), "language", "generation", 500))
+    assert rank[0] in rules.apply(("lora",), "language", "generation", 50_000)
+    assert rank[0] not in rules.apply(("lora",), "language", "generation", 500)
 
 
 def test_forgetting_is_shown_beside_full_fine_tuning() -> None:

@@ -96,7 +96,7 @@ def test_a_probe_measures_on_the_users_rows_and_goes_on_where_it_was(
     console.print(render_probe(again))
     text = console.export_text()
     assert "on 24 validation rows" in text and "best" in text and "one seed each" in text
-    json.dumps(again.to_dict(), default=str)
+    json.dumps(dataclasses.asdict(again), default=str)
 
 
 def test_rounds_share_the_time_and_drop_candidates_where_there_is_little() -> None:

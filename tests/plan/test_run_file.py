@@ -104,7 +104,8 @@ def test_the_tokenizer_of_a_packaged_model_counts(tmp_path: Path, monkeypatch: p
         words.save_pretrained(folder)
 
     monkeypatch.setenv("PEFTREE_CACHE", str(tmp_path / "cache"))
-    packaged = models.DemoModel("", "", "", 0, "", (), convert)
+    monkeypatch.setitem(models.CONVERTERS, "tiny", convert)
+    packaged = models.DemoModel("", "", 0, "", "tiny")
     monkeypatch.setitem(models.MODELS, "tiny-packaged", packaged)
     rows = tiny.write_csv(tmp_path / "rows.csv", [("good " * 9 + "film", "a"), ("bad " * 4, "b")] * 4)
     asked, said = show.with_data(read_settings(Request, None, ["model=tiny-packaged", f"data={rows}"]))

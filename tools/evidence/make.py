@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tools.evidence import regret
@@ -20,6 +19,7 @@ from tools.evidence.published import SUITES, published
 
 from peftree.advise.rank import Evidence
 from peftree.advise.table import FOLDER, Table, read_table
+from peftree.files import atomic_write
 from peftree.runs.read import read_results
 
 HERE = Path(__file__).parents[2]
@@ -40,6 +40,15 @@ def from_clone(clone: Path) -> Table:
         names = git("ls-tree", "-r", "--name-only", "HEAD", f"method_comparison/{suite}/results/").split("\n")
         results[suite] = [json.loads(git("show", f"HEAD:{name}")) for name in names if name.endswith(".json")]
     return published(git("rev-parse", "HEAD").strip(), results)
+
+
+def written(table: Table) -> str:
+    """Return a table as JSON, one result per line."""
+    plain = table.model_dump(mode="json", exclude_defaults=True)
+    contexts = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in plain["contexts"].items())
+    results = ",\n".join(f"  {json.dumps(row)}" for row in plain["results"])
+    start = f'{{\n "origin": {json.dumps(table.origin)},\n "contexts": {{\n{contexts}\n }},\n'
+    return start + f' "results": [\n{results}\n ]\n}}\n'
 
 
 def percent(value: float | None) -> str:
@@ -94,14 +103,12 @@ def main() -> int:
     if told.check:
         stale = current(PAGE.read_text("utf-8")) != PAGE.read_text("utf-8")
         if PACK.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                fresh = study(read_results(PACK)).write(Path(folder) / "study.json").read_text("utf-8")
-            stale |= not STUDY.exists() or fresh != STUDY.read_text("utf-8")
+            stale |= not STUDY.exists() or written(study(read_results(PACK))) != STUDY.read_text("utf-8")
         return int(stale)
     if told.peft:
-        from_clone(told.peft).write(PEFT)
+        atomic_write(PEFT, written(from_clone(told.peft)))
     if told.study.exists():
-        study(read_results(told.study)).write(STUDY)
+        atomic_write(STUDY, written(study(read_results(told.study))))
     PAGE.write_text(current(PAGE.read_text("utf-8")), "utf-8")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from pydantic import Field
@@ -14,7 +14,7 @@ from peftree.advise.candidates import Candidate, candidates
 from peftree.advise.cost import Cost, Setting
 from peftree.advise.measures import Forgetting, Rate, forgetting, rate, step_time
 from peftree.advise.rank import Estimate, Evidence, Query, against, shown
-from peftree.advise.rules import Case, Rule, apply
+from peftree.advise.rules import Rule, apply
 from peftree.advise.serve import Serving, serving
 from peftree.advise.settings import run_settings
 from peftree.advise.situation import DataProfile, ModelProfile, data_profile, model_profile
@@ -175,9 +175,9 @@ def advise(asked: Asked, told: Told = lambda _: None) -> Advice:
     )  # fmt: skip
     taken = {j.candidate.label for j in chosen} | set(misfits)
     others = tuple(j for j in [*ordered(kept, asked.goal), *below] if j.candidate.label not in taken)
-    case = Case(tuple(j.candidate.method for j in chosen), data.modality, data.kind, data.rows)
+    rules = apply([j.candidate.method for j in chosen], data.modality, data.kind, data.rows)
     return Advice(
-        asked, model, data, how, recommended, misfits, others, tuple(apply(case)),
+        asked, model, data, how, recommended, misfits, others, rules,
         (*left_open(asked), *notes(recommended, evidence, query)), tuple(t.origin for t in evidence.tables),
     )  # fmt: skip
 
@@ -251,7 +251,7 @@ def _fitting(
             continue
         planned.append(cost)
         if cost.fits:
-            found.append(_with(one, cost))
+            found.append(replace(one, cost=cost))
         else:
             misfits[one.candidate.label] = f"takes at least {costs.size(cost.plan.expected)}"
     if asked.goal == "memory":
@@ -260,15 +260,11 @@ def _fitting(
     chosen = found[: asked.top]
     for one in chosen:
         told(f"looking for the largest batch of {one.candidate.label}")
-    return [_with(j, costs.with_largest(_costed(j), asked.memory)) for j in chosen], misfits, planned
+    return [replace(j, cost=costs.with_largest(_costed(j), asked.memory)) for j in chosen], misfits, planned
 
 
 def _leanness(cost: Cost) -> tuple[bool, int, int]:
     return cost.checkpointing, -cost.batch, cost.plan.expected
-
-
-def _with(judged: Judged, cost: Cost) -> Judged:
-    return Judged(**{**{n: getattr(judged, n) for n in Judged.__dataclass_fields__}, "cost": cost})
 
 
 def _costed(judged: Judged) -> Cost:
@@ -304,19 +300,13 @@ def reasons(judged: Judged, goal: str, evidence: Evidence) -> tuple[str, ...]:
             said.append(f"against full fine-tuning {gap:+.2f} [{low:+.2f}, {high:+.2f}] in the same units")
         if not e.exact:
             said.append("these exact settings were not measured: the figure rests on other settings of the method")
-        said.append(f"nearest evidence: {_nearest(e, evidence)}")
+        c = evidence.contexts[e.measured[0]]
+        said.append(f"nearest evidence: {e.measured[0]} ({c.model}, {c.modality} {c.kind}, tier {c.tier})")
     if goal == "speed" and judged.time is None:
         said.append("the time of its step was not measured; operations do not predict it")
     if judged.forgets is not None:
         said.append(f"forgets more than {judged.forgets.place:.0%} of the methods measured with it")
     return tuple(said)
-
-
-def _nearest(estimate: Estimate, evidence: Evidence) -> str:
-    contexts = {row.task: context for row, context in evidence.rows()}
-    task = estimate.measured[0]
-    c = contexts[task]
-    return f"{task} ({c.model}, {c.modality} {c.kind}, tier {c.tier})"
 
 
 def left_open(asked: Asked) -> list[str]:

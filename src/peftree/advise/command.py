@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 from peftree.errors import ConfigError
 
 if TYPE_CHECKING:
-    from peftree.advise.advice import Advice, Asked
+    from peftree.advise.advice import Advice
     from peftree.advise.probe import Probed
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -64,33 +66,32 @@ def advise(
     if not asked.memory:
         raise ConfigError("Advice needs a budget.", "Add --memory 24GB.")
     silent = quiet or as_json
-    with _status(silent) as told:
+    with _progress(silent) as told:
         advice = give(asked, told)
-    probed = _probe(asked, advice, spend, out, silent) if spend else None
+    probed = None
+    if spend:
+        from peftree.advise.probe import probe as measure
+
+        with _progress(silent) as told:
+            probed = measure(asked, advice, spend, out, told)
     written = _write(write, advice, probed) if write is not None else []
     if as_json:
-        found = advice.to_dict() | {"written": written, "probe": probed.to_dict() if probed else None}
+        found = advice.to_dict() | {"written": written, "probe": asdict(probed) if probed else None}
         typer.echo(json.dumps(found, indent=2, default=str))
     else:
         _print(advice, probed, written)
 
 
-def _status(silent: bool) -> Any:
-    """Return a context that gives a function for progress: it shows a line with what is being worked on."""
-    if silent:
-        return nullcontext(lambda _: None)
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[str], None]]:
+    """Show a line that disappears at the end, with the elapsed time; yield a function that changes its text."""
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from peftree.advise.progress import line
-
-    return line(Console(stderr=True))
-
-
-def _probe(asked: Asked, advice: Advice, spend: float, out: Path, silent: bool) -> Probed:
-    from peftree.advise.probe import probe
-
-    with _status(silent) as told:
-        return probe(asked, advice, spend, out, told)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
+        shown = bar.add_task("")
+        yield lambda words: bar.update(shown, description=words)
 
 
 def _write(folder: Path, advice: Advice, probed: Probed | None) -> list[str]:

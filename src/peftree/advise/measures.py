@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftree.advise.rank import Evidence, Query, average, likeness, nearness
-from peftree.advise.table import Context, Measured
+from peftree.advise.table import Measured
 
 GOOD = 0.9  # a rate that nobody searched for counts only if the run did this well
 
@@ -42,7 +42,6 @@ def _rows(evidence: Evidence, query: Query, method: str, fields: dict[str, Any])
 
 def forgetting(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) -> Forgetting | None:
     """Return what `method` forgot if that was measured, or None."""
-    contexts = _contexts(evidence)
     all_rows: dict[str, list[Measured]] = {}
     for row, _ in evidence.rows():
         if row.forgets is not None:
@@ -56,7 +55,7 @@ def forgetting(evidence: Evidence, query: Query, method: str, fields: dict[str, 
             below = sum(o < row.forgets for o in others) + 0.5 * sum(o == row.forgets for o in others)
             places.append((below / len(others), near))
         full = next((r.forgets for r in all_rows[row.task] if r.method == "full"), None)
-        figures.append((row.task, contexts[row.task].forgetting, row.forgets, full))
+        figures.append((row.task, evidence.contexts[row.task].forgetting, row.forgets, full))
     place = average(places)
     return None if place is None else Forgetting(place, tuple(figures))
 
@@ -73,15 +72,10 @@ def rate(evidence: Evidence, query: Query, method: str, fields: dict[str, Any]) 
 
     The default counts as one task of weight 1: few or far tasks do not move the rate far.
     """
-    contexts = _contexts(evidence)
     pairs = []
     for row, near in _rows(evidence, query, method, fields):
-        searched = contexts[row.task].source == "our benchmark"
+        searched = evidence.contexts[row.task].source == "our benchmark"
         if row.times and (searched or (row.relative or 0) >= GOOD):
             pairs.append((math.log(row.times), near))
     mean = average([*pairs, (0.0, 1.0)])
     return Rate(math.exp(mean), len(pairs)) if pairs and mean is not None else None
-
-
-def _contexts(evidence: Evidence) -> dict[str, Context]:
-    return {row.task: context for row, context in evidence.rows()}

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peftree.advise.subset import Subset, write_subset
 from peftree.bench import intervals
 from peftree.bench.grouping import sample
 from peftree.bench.pool import Cell, finished, run_cells
+from peftree.bench.run import PRELOAD
 from peftree.catalogue import task_facts
 from peftree.data.thinning import rows_of
 from peftree.errors import ConfigError, PeftreeError
@@ -38,7 +39,6 @@ THIRD = 3
 PASSES = 3  # over the rows, at most
 SAFE = 0.9  # of the time that is left is given out
 START = 1.0  # seconds of a process beside what its record counts
-PRELOAD = ("peftree.bench.cell",)
 # Settings of a run that its record says by itself, or that its score does not depend on.
 _APART = (
     *("model", "data", "task", "method", "lr", "output", "quiet", "eval_every", "save_every", "log_every", "threads"),
@@ -97,11 +97,7 @@ class Probed:
     tried: tuple[Tried, ...]
     spent: float
     runs: int
-    notes: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data."""
-        return asdict(self)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +220,7 @@ class _Runner:
         job = {"facts": facts, "config": config, "records": str(self.out / "records")}
         return Cell(facts, "peftree.bench.cell:work", job)
 
-    def run(self, arm: Arm, steps: int, *, base: bool = False, limit: float = math.inf) -> RunRecord | None:
+    def run(self, arm: Arm, steps: int, *, base: bool = False) -> RunRecord | None:
         """Return the record of a run, done now or earlier; None if there is no time for it."""
         cell, records = self.cell(arm, steps, base), self.out / "records"
         left = self.spend - self.spent
@@ -235,9 +231,8 @@ class _Runner:
             self.told(f"{arm.candidate.label}: {steps} steps; about {left:.0f} s left")
             began = time.monotonic()
             (done,) = run_cells(
-                [cell], records, threads=THREADS, timeout=min(max(left, 1.0), limit), preload=PRELOAD,
-                console=Console(quiet=True),
-            )  # fmt: skip
+                [cell], records, threads=THREADS, timeout=max(left, 1.0), preload=PRELOAD, console=Console(quiet=True)
+            )
             self.spent += time.monotonic() - began
         else:
             self.spent += done.seconds
@@ -354,7 +349,7 @@ def _tried(arm: Arm, record: RunRecord, best: RunRecord | None) -> Tried:
     if one is None or record.score is None or best is None:
         why = (record.error.strip().splitlines() or ["it did not finish"])[-1]
         return Tried(arm.candidate, run, why, steps, lr, verdict=record.status, seconds=record.seconds)
-    interval = intervals.mean_interval(one.matrix, exponential=one.exponential)
+    interval = one.interval
     verdict = "best" if record is best else "fewer steps"
     top = sample([best])
     if record is not best and top is not None and best.steps == record.steps:

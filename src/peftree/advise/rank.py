@@ -146,6 +146,11 @@ class Evidence:
                     yield row, context
 
     @cached_property
+    def contexts(self) -> dict[str, Context]:
+        """The tasks that have results, by name."""
+        return {row.task: context for row, context in self.rows()}
+
+    @cached_property
     def points(self) -> tuple[_Point, ...]:
         """The relative scores; a run that diverged counts as no gain."""
         return tuple(_Point(r, c, *_believed(r)) for r, c in self.rows() if r.relative is not None)

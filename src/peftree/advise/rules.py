@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from peftree.strict import Strict
 
 RULES = Path(__file__).with_name("rules.yaml")
 
 
-class _When(BaseModel):
+class _When(Strict):
     """Where a rule applies; empty: everywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     methods: tuple[str, ...] = ()
     modality: tuple[str, ...] = ()
     kind: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 1 << 62)
 
 
-class Rule(BaseModel):
+class Rule(Strict):
     """One rule."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rule: str = Field(min_length=1)
     source: str = Field(min_length=1)
     when: _When
-
-
-@dataclass(frozen=True)
-class Case:
-    """The case that rules are matched against."""
-
-    methods: tuple[str, ...]
-    modality: str
-    kind: str
-    rows: int
 
 
 @cache
@@ -49,15 +39,15 @@ def rules() -> tuple[Rule, ...]:
     return tuple(Rule.model_validate(item) for item in found)
 
 
-def apply(case: Case) -> list[Rule]:
-    """Return the rules that apply to a case."""
-    return [r for r in rules() if _holds(r.when, case)]
+def apply(methods: Collection[str], modality: str, kind: str, rows: int) -> tuple[Rule, ...]:
+    """Return the rules that apply to methods, a kind of task and a number of training rows."""
 
+    def holds(when: _When) -> bool:
+        return (
+            (not when.methods or bool({*when.methods} & {*methods}))
+            and modality in (when.modality or (modality,))
+            and kind in (when.kind or (kind,))
+            and when.rows[0] <= rows <= when.rows[1]
+        )
 
-def _holds(when: _When, case: Case) -> bool:
-    return (
-        (not when.methods or bool(set(when.methods) & set(case.methods)))
-        and (not when.modality or case.modality in when.modality)
-        and (not when.kind or case.kind in when.kind)
-        and when.rows[0] <= case.rows <= when.rows[1]
-    )
+    return tuple(rule for rule in rules() if holds(rule.when))

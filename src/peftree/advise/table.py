@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import Field, FiniteFloat, JsonValue, ValidationError
 
 from peftree.catalogue import Kind, Modality
 from peftree.errors import DataError
-from peftree.files import atomic_write, read_json
-from peftree.strict import explain
+from peftree.files import read_json
+from peftree.strict import Strict, explain
 
 FOLDER = Path(__file__).with_name("evidence")
 Number = FiniteFloat | None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Context(_Strict):
+class Context(Strict):
     """A task on which methods were compared.
 
     Attributes:
@@ -47,7 +42,7 @@ class Context(_Strict):
     forgetting: str = ""
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """The result of one method on one task.
 
     Attributes:
@@ -82,7 +77,7 @@ class Measured(_Strict):
         return key(self.method, self.fields)
 
 
-class Table(_Strict):
+class Table(Strict):
     """One source's evidence.
 
     Attributes:
@@ -94,14 +89,6 @@ class Table(_Strict):
     origin: str
     contexts: dict[str, Context]
     results: tuple[Measured, ...]
-
-    def write(self, path: Path) -> Path:
-        """Write the table as JSON, one result per line, atomically."""
-        plain = self.model_dump(mode="json", exclude_defaults=True)
-        contexts = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in plain["contexts"].items())
-        results = ",\n".join(f"  {json.dumps(row)}" for row in plain["results"])
-        text = f'{{\n "origin": {json.dumps(self.origin)},\n "contexts": {{\n{contexts}\n }},\n'
-        return atomic_write(path, text + f' "results": [\n{results}\n ]\n}}\n')
 
 
 def key(method: str, fields: dict[str, Any]) -> str:

@@ -16,8 +16,6 @@ from typing import Any
 DUAL_WIDTH = 256  # of the space in which images and texts are compared
 IMAGE = "<image>"
 SIDE = 56  # pixels: 16 patches of 14
-# Of the 30 layers of SmolLM2: general text then has 9.9 nats a token (whole 5.9, the first eight 23.6).
-EIGHT = (0, 1, *range(24, 30))
 
 
 def dual(vision: Path, text: Path, folder: Path) -> None:

@@ -179,27 +179,23 @@ def _spread(rows: Sequence[Row], label: Callable[[Row], Hashable], rng: random.R
 
 def _joined(rows: Sequence[Row], keys: Callable[[Row], Iterable[Hashable]]) -> list[list[Row]]:
     """Return the rows in groups: two rows with a common key are in the same group."""
-    parent = list(range(len(rows)))
+    from scipy.cluster.hierarchy import DisjointSet
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    first: dict[Hashable, int] = {}
+    joined, first = DisjointSet(range(len(rows))), dict[Hashable, int]()
     for i, row in enumerate(rows):
         for key in keys(row):
-            parent[root(i)] = root(first.setdefault(key, i))
+            joined.merge(i, first.setdefault(key, i))
     groups: dict[int, list[Row]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(root(i), []).append(row)
+        groups.setdefault(joined[i], []).append(row)
     return list(groups.values())
 
 
-def _table(path: Path, header: tuple[str, str], rows: Iterable[tuple[Any, Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    path.write_text(text.getvalue(), "utf-8")
+def _tables(folder: Path, header: tuple[str, str], splits: Mapping[str, Iterable[tuple[Any, Any]]]) -> None:
+    for split, rows in splits.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        (folder / f"{split}.csv").write_text(text.getvalue(), "utf-8")
 
 
 def _lines(path: Path, names: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
@@ -210,12 +206,11 @@ def _lines(path: Path, names: tuple[str, str], rows: Iterable[tuple[str, str]]) 
 def _ratings(domain: str, folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:
     rows = vader(domain, quiet=True)
     if options["task"] == "text-classification":
-        for split, chosen in stratified(binary(rows, options["margin"]), lambda row: row[1], sizes, rng).items():
-            _table(folder / f"{split}.csv", ("text", "label"), chosen)
+        labelled = binary(rows, options["margin"])
+        _tables(folder, ("text", "label"), stratified(labelled, lambda row: row[1], sizes, rng))
     elif options["task"] == "text-regression":
         rated = unique((row.text, row.score) for row in rows if row.text)
-        for split, ratings in stratified(rated, lambda row: round(row[1]), sizes, rng).items():
-            _table(folder / f"{split}.csv", ("text", "score"), ratings)
+        _tables(folder, ("text", "score"), stratified(rated, lambda row: round(row[1]), sizes, rng))
     else:
         known = ("text-classification", "text-regression")
         raise DataError(f"{domain}: task: {options['task']!r} is not one of its tasks.", f"Use {' or '.join(known)}.")
@@ -238,8 +233,7 @@ def _classes(folder: Path, rows: list[tuple[str, str]], sizes: Sizes, rng: rando
         if not rare:
             break
         rows = [row for row in rows if row[1] not in rare]
-    for split, chosen in splits.items():
-        _table(folder / f"{split}.csv", ("text", "label"), chosen)
+    _tables(folder, ("text", "label"), splits)
 
 
 def _definitions(folder: Path, sizes: Sizes, rng: random.Random, options: Mapping[str, Any]) -> None:

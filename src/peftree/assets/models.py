@@ -10,17 +10,21 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from peftree.assets.composed import EIGHT, dual, llava
+import yaml
+from pydantic import TypeAdapter
+
+from peftree.assets.composed import dual, llava
 from peftree.assets.fetch import cache_root, ensure, intact, make_folder
 from peftree.assets.table import ASSETS
 from peftree.errors import AssetError, did_you_mean
 
+HERE = Path(__file__).parent
 FORMAT = 1  # raised when a converter's output changes: cached folders are then made again
 
 
@@ -42,7 +46,9 @@ def model_folder(name: str, quiet: bool = False) -> Path:
         else:
             sources = [ensure(asset, quiet) for asset in asset_names(model)]
             label = f"converting {name} to a transformers folder"
-        make_folder(target, key, lambda folder: model.convert(*sources, folder), label, quiet)
+        make_folder(
+            target, key, lambda folder: CONVERTERS[model.convert](*sources, folder, **model.options), label, quiet
+        )
     return target
 
 
@@ -86,17 +92,18 @@ def describe(name: str) -> dict[str, str | int]:
 class DemoModel:
     """A demo model: its `role`, class, size and remarks, and how `asset`, or its `parts`, become its folder.
 
-    `convert` gets the asset's folder, or the folders of the parts in order, and then the new folder.
+    The converter gets the asset's folder, or the folders of the parts in order, then the new folder and `options`.
     """
 
-    asset: str
     role: str
     architecture: str
     parameters: int
     note: str
-    needs: tuple[str, ...]
-    convert: Callable[..., None]
+    convert: str
+    asset: str = ""
     parts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _known(name: str) -> DemoModel:
@@ -181,122 +188,27 @@ def _dinov2(source: Path, folder: Path, blocks: int = 12) -> None:
     dropped = tuple(f"encoder.layer.{block}." for block in range(blocks, 12))
     kept = {key: np.ascontiguousarray(array) for key, array in tensors.items() if not key.startswith(dropped)}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    _write_config(folder, {**_DINOV2_CONFIG, "num_hidden_layers": blocks})
-    _write_json(folder / "preprocessor_config.json", _DINOV2_PROCESSOR)
-
-
-_DINOV2_CONFIG: dict[str, object] = {
-    "architectures": ["Dinov2Model"],
-    "model_type": "dinov2",
-    "hidden_size": 384,
-    "num_attention_heads": 6,
-    "patch_size": 14,
-    "image_size": 518,
-}
-_DINOV2_PROCESSOR: dict[str, object] = {
-    "image_processor_type": "BitImageProcessor",
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "resample": 3,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "do_convert_rgb": True,
-}
+    config = json.loads((HERE / "dinov2_small" / "config.json").read_text())
+    _write_config(folder, {**config, "num_hidden_layers": blocks})
+    shutil.copyfile(HERE / "dinov2_small" / "preprocessor_config.json", folder / "preprocessor_config.json")
 
 
 def _dit(folder: Path) -> None:
     """Trained by this project; it is part of the package."""
-    for file in (Path(__file__).parent / "dit_fashion").iterdir():
+    for file in (HERE / "dit_fashion").iterdir():
         shutil.copyfile(file, folder / file.name)
 
 
 def _write_config(folder: Path, config: dict[str, object]) -> None:
     # Named dtype: from_pretrained then gives float32 whatever the precision on disk.
-    config = {key: value for key, value in config.items() if key != "torch_dtype"}
-    _write_json(folder / "config.json", {**config, "dtype": "float32"})
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
+CONVERTERS: dict[str, Callable[..., None]] = {
+    "smollm2": _smollm2, "minilm": _minilm, "dinov2": _dinov2, "dual": dual, "llava": llava, "dit": _dit,
+}  # fmt: skip
 MODELS: dict[str, DemoModel] = {
-    "smollm2-135m": DemoModel(
-        "smollm2-135m",
-        "decoder",
-        "LlamaForCausalLM",
-        134_515_008,
-        "Dequantised from 4 bits: an approximation of the original weights. The pad token is the "
-        "end-of-turn token: mask labels by the attention mask, not by the pad token.",
-        ("gguf",),
-        _smollm2,
-    ),
-    "minilm-l6": DemoModel(
-        "minilm-l6",
-        "encoder",
-        "BertModel",
-        22_713_216,
-        "Its weights as published, float32.",
-        (),
-        _minilm,
-    ),
-    "dinov2-small": DemoModel(
-        "dinov2-small",
-        "vision",
-        "Dinov2Model",
-        22_056_576,
-        "Its author tuned it for saliency, which changed the last block.",
-        ("onnx",),
-        _dinov2,
-    ),
-    "dinov2-small-9": DemoModel(
-        "dinov2-small",
-        "vision",
-        "Dinov2Model",
-        16_730_880,
-        "The first nine of the twelve blocks: without the last, changed by the saliency tuning.",
-        ("onnx",),
-        partial(_dinov2, blocks=9),
-    ),
-    "dual-minilm-dinov2": DemoModel(
-        "",
-        "vision-language, retrieval",
-        "VisionTextDualEncoderModel",
-        39_640_705,
-        "Two pretrained encoders; the projections into the common space are new and drawn when it is loaded.",
-        ("onnx",),
-        dual,
-        ("dinov2-small-9", "minilm-l6"),
-    ),
-    "llava-smollm2-dinov2": DemoModel(
-        "",
-        "vision-language, captioning",
-        "LlavaForConditionalGeneration",
-        151_800_576,
-        "A pretrained vision encoder and decoder; the projector is new and drawn when it is loaded.",
-        ("onnx", "gguf"),
-        llava,
-        ("dinov2-small-9", "smollm2-135m"),
-    ),
-    "llava-smollm2-8-dinov2": DemoModel(
-        "",
-        "vision-language, captioning",
-        "LlavaForConditionalGeneration",
-        73_918_464,
-        "As llava-smollm2-dinov2 with the first 2 and last 6 of 30 decoder layers: fast, and a poor language model, "
-        "9.9 nats a token on general text where the whole has 5.9.",
-        ("onnx", "gguf"),
-        partial(llava, kept=EIGHT),
-        ("dinov2-small-9", "smollm2-135m"),
-    ),
-    "dit-fashion": DemoModel(
-        "",
-        "image generator",
-        "DiffusionTransformer",
-        758_064,
-        "A small diffusion transformer trained by this project on eight of the ten classes of Fashion-MNIST; "
-        "no pretrained model. See the page on image generation.",
-        (),
-        _dit,
-    ),
+    name: TypeAdapter(DemoModel).validate_python(entry)
+    for name, entry in yaml.safe_load((HERE / "models.yaml").read_text("utf-8")).items()
 }

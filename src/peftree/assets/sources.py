@@ -39,6 +39,7 @@ _LEXNAMES = (
     "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
 )
 LEXNAMES = tuple(_LEXNAMES.split())
+PARTS = ("noun", "verb", "adj", "adv")  # of speech
 FASHION_CLASSES = (
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle-boot"),
@@ -205,17 +206,13 @@ def wordnet_definitions(parts: Sequence[str] = ("noun", "verb"), quiet: bool = F
     return [parse_synset(line)[0] for line in _synset_lines(parts, quiet)]
 
 
-def wordnet_examples(
-    parts: Sequence[str] = ("noun", "verb", "adj", "adv"), least: int = 6, quiet: bool = False
-) -> list[str]:
-    """Return the unique example sentences of at least `least` words: general text for retention."""
-    return [text for text, _ in labelled_examples(parts, least, quiet)]
+def wordnet_examples(quiet: bool = False) -> list[str]:
+    """Return the unique example sentences of six words or more: general text for retention."""
+    return [text for text, _ in labelled_examples(quiet=quiet)]
 
 
-def labelled_examples(
-    parts: Sequence[str] = ("noun", "verb", "adj", "adv"), least: int = 6, quiet: bool = False
-) -> list[tuple[str, str]]:
-    """Return the sentences of `wordnet_examples`, each with the lexicographer class that it first comes with."""
+def labelled_examples(parts: Sequence[str] = PARTS, least: int = 6, quiet: bool = False) -> list[tuple[str, str]]:
+    """Return the example sentences of at least `least` words, each with the class that it first comes with."""
     found: dict[str, str] = {}
     for line in _synset_lines(parts, quiet):
         row, texts = parse_synset(line)
@@ -229,11 +226,8 @@ def _synset_lines(parts: Sequence[str], quiet: bool) -> list[str]:
     folder = ensure("wordnet", quiet) / "usr" / "share" / "wordnet"
     lines: list[str] = []
     for part in parts:
-        if part not in ("noun", "verb", "adj", "adv"):
-            raise DataError(
-                f"WordNet has no part of speech '{part}'.",
-                did_you_mean(part, ("noun", "verb", "adj", "adv")),
-            )
+        if part not in PARTS:
+            raise DataError(f"WordNet has no part of speech '{part}'.", did_you_mean(part, PARTS))
         text = (folder / f"data.{part}").read_text("latin-1")
         lines += [line for line in text.splitlines() if not line.startswith("  ")]
     return lines

@@ -6,7 +6,6 @@ machine, queue or process does to a job becomes that cell's failed record, as on
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from peftree.bench.pool import Cell, finished, run_cells
+from peftree.bench.pool import Cell, Runner, finished, run_cells
 from peftree.errors import ConfigError, DataError
 from peftree.runs.read import read_record
 from peftree.runs.record import RunRecord, file_name
 
 POLL = 0.5  # seconds between two looks at the jobs
+TIMEOUT = 3600.0  # seconds of a cell
 
 
 class Job(NamedTuple):
@@ -34,22 +34,18 @@ class Job(NamedTuple):
 Submit = Callable[[Cell, Path], Job]
 
 
-def perform(cell: Cell, records: str, timeout: float) -> str:
+def perform(cell: Cell, records: str) -> str:
     """Do one cell on the machine where this is called; return the record's status."""
-    quiet = Console(file=io.StringIO())
-    return run_cells([cell], records, timeout=timeout, console=quiet)[0].status
+    return run_cells([cell], records, timeout=TIMEOUT, console=Console(quiet=True))[0].status
 
 
-def slurm(
-    logs: Path, options: Mapping[str, Any] | None = None, *, cluster: str = "slurm", timeout: float = 3600.0
-) -> Submit:
+def slurm(logs: Path, options: Mapping[str, Any], *, cluster: str = "slurm") -> Submit:
     """Return a callable that submits a cell as a Slurm job.
 
     Args:
         logs: shared folder for submitit's scripts and logs.
         options: submitit's parameters, such as `slurm_partition`, `mem_gb`, `cpus_per_task`.
         cluster: `slurm`; `local` for processes on this machine.
-        timeout: seconds per cell.
 
     Raises:
         ConfigError: submitit is not installed, Slurm is not available, or an option is unknown.
@@ -60,25 +56,24 @@ def slurm(
         raise ConfigError("Running on Slurm needs submitit.", "Run: pip install 'peftree[cluster]'") from None
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-        executor.update_parameters(**{"timeout_min": int(timeout // 60) + 5, "name": "peftree", **(options or {})})
+        executor.update_parameters(**{"timeout_min": int(TIMEOUT // 60) + 5, "name": "peftree", **options})
     except (RuntimeError, TypeError, NameError, AssertionError) as error:
         raise ConfigError(
             f"submitit: {str(error).strip().rstrip('.')}.", "Check the options, and that Slurm is available."
         ) from None
 
     def submit(cell: Cell, records: Path) -> Job:
-        job: Any = executor.submit(perform, cell, str(records), timeout)
+        job: Any = executor.submit(perform, cell, str(records))
         return Job(job.done, job.result, job.cancel)
 
     return submit
 
 
-def ray(address: str = "auto", *, timeout: float = 3600.0) -> Submit:
+def ray(address: str) -> Submit:
     """Return a callable that submits a cell as a Ray task of one processor and the memory it is expected to take.
 
     Args:
         address: the address of a cluster; `auto` for the one that this machine belongs to; `local` starts one here.
-        timeout: seconds per cell.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
@@ -95,7 +90,7 @@ def ray(address: str = "auto", *, timeout: float = 3600.0) -> Submit:
     remote: Any = library.remote(num_cpus=1, max_retries=0)(perform)
 
     def submit(cell: Cell, records: Path) -> Job:
-        task = remote.options(memory=int(cell.memory)).remote(cell, str(records), timeout)
+        task = remote.options(memory=int(cell.memory)).remote(cell, str(records))
         return Job(
             lambda: bool(library.wait([task], timeout=0)[0]),
             lambda: library.get(task),
@@ -105,13 +100,7 @@ def ray(address: str = "auto", *, timeout: float = 3600.0) -> Submit:
     return submit
 
 
-def runner(
-    submit: Submit,
-    *,
-    jobs: int = 64,
-    console: Console | None = None,
-    describe: Callable[[RunRecord], str] = lambda r: f"{r.task}, {r.method}, seed {r.seed}: {r.status}",
-) -> Callable[[Sequence[Cell], Path, float], list[RunRecord]]:
+def runner(submit: Submit, *, jobs: int = 64, console: Console | None = None) -> Runner:
     """Return a runner of cells for `run_suite` that submits them, `jobs` at a time.
 
     Cells that are already settled are not submitted. Ctrl-C cancels the running jobs.
@@ -130,7 +119,9 @@ def runner(
                 for cell, job in [pair for pair in working if pair[1].done()]:
                     working.remove((cell, job))
                     found[cell.key] = _settled(cell, job, records)
-                    said.print(f"{len(found)}/{len(cells)}  {describe(found[cell.key])}", markup=False, highlight=False)
+                    r = found[cell.key]
+                    line = f"{r.task}, {r.method}, seed {r.seed}: {r.status}"
+                    said.print(f"{len(found)}/{len(cells)}  {line}", markup=False, highlight=False)
                 time.sleep(POLL if working else 0)
         except BaseException:
             for _, job in working:
@@ -148,17 +139,9 @@ def _settled(cell: Cell, job: Job, records: Path) -> RunRecord:
         job.wait()
     except Exception as failure:  # noqa: BLE001  whatever a scheduler raises says why the job failed
         error = f"The job failed: {type(failure).__name__}: {str(failure)[:2000]}"
-    record = finished(cell, records)
-    if record is None:
-        record = _failed(cell, records) or RunRecord(
-            **cell.facts, status="failed", error=error, started=datetime.now(UTC)
-        )
-        record.write(records)
-    return record
-
-
-def _failed(cell: Cell, records: Path) -> RunRecord | None:
     try:
         return read_record(records / file_name(cell.key))
     except DataError:
-        return None
+        record = RunRecord(**cell.facts, status="failed", error=error, started=datetime.now(UTC))
+        record.write(records)
+        return record

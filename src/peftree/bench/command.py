@@ -19,6 +19,7 @@ from peftree.files import atomic_write
 from peftree.runs.read import PATTERN, read_packed, read_records, read_results
 from peftree.runs.record import RunRecord, file_name
 
+WORKERS = 2  # of a run, for the time left
 PLAN = ("task", "model", "methods", "runs", "hours", "GiB")  # what 80 columns have room for; JSON holds all
 
 
@@ -87,7 +88,7 @@ def run(
         raise SystemExit(1)
 
 
-def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2) -> dict[str, Any]:
+def status(suite: Suite, out: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the progress of a suite: per task, per method, and the hours left at the pace measured so far.
 
     Raises:
@@ -97,7 +98,7 @@ def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2
     folder = out / "records"
     there = read_records(folder) if folder.is_dir() and any(folder.glob(PATTERN)) else []
     found = [s for s in states(suite, there) if not only or s.task in only]
-    left = seconds_left(suite, found, _pace(suite, there)) / workers
+    left = seconds_left(suite, found, _pace(suite, there)) / WORKERS
     rows = [
         {
             "task": s.task, "method": s.method, "trials": f"{s.trials}/{s.trials_wanted}",
@@ -110,7 +111,7 @@ def status(suite: Suite, out: Path, only: tuple[str, ...] = (), workers: int = 2
     tasks = [_progress(name, [s for s in found if s.task == name]) for name in only or suite.tasks]
     return {
         "suite": suite.suite, "done": wanted - sum(s.missing for s in found), "runs": wanted,
-        "hours left": left / 3600, "workers": workers, "tasks": tasks, "methods": rows,
+        "hours left": left / 3600, "workers": WORKERS, "tasks": tasks, "methods": rows,
     }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 from peftree.bench.intervals import LEVEL, Array
 from peftree.errors import DataError
 
+DRAWS = 1000  # resamples of the trials, for the band
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -39,24 +41,13 @@ def expected_maximum(scores: ArrayLike, largest: int) -> Array:
     return out
 
 
-def expected(
-    scores: ArrayLike,
-    seconds: float = 0.0,
-    *,
-    higher_is_better: bool = True,
-    level: float = LEVEL,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Expected:
+def expected(scores: ArrayLike, seconds: float = 0.0, *, higher_is_better: bool = True) -> Expected:
     """Return the curve up to half of the trials, where the estimate is still steady.
 
     Args:
         scores: one per trial; a diverged trial has the worst score, not none.
         seconds: the mean time of a trial; B trials are taken to need B times as long.
         higher_is_better: else the expected minimum is returned.
-        level: the level of the percentile bootstrap over trials.
-        draws: number of resamples.
-        seed: the seed of the resampling.
 
     Raises:
         DataError: there are fewer than 2 trials, or a score is not finite.
@@ -66,8 +57,8 @@ def expected(
         raise DataError(f"{values.size} trials give no expected maximum.", "Give at least 2 finite scores.")
     sign = 1.0 if higher_is_better else -1.0
     largest = values.size // 2
-    resampled = np.random.default_rng(seed).choice(sign * values, (draws, values.size))
-    tail = (1 - level) / 2
+    resampled = np.random.default_rng(0).choice(sign * values, (DRAWS, values.size))
+    tail = (1 - LEVEL) / 2
     bands = sign * np.quantile(expected_maximum(resampled, largest), [tail, 1 - tail], axis=0)
     centre = sign * expected_maximum(sign * values, largest)
     return Expected(

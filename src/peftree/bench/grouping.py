@@ -10,7 +10,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from peftree.bench.intervals import Array
+from peftree.bench.intervals import Array, Interval, mean_interval
 from peftree.errors import PeftreeError
 from peftree.runs.record import RunRecord
 
@@ -36,6 +36,11 @@ class Sample:
         if items > 1:
             return "seeds and items" if seeds > 1 else "items only (one seed)"
         return "seeds only" if seeds > 1 else "nothing (one seed, no items)"
+
+    @property
+    def interval(self) -> Interval:
+        """The interval of the score."""
+        return mean_interval(self.matrix, exponential=self.exponential)
 
     def only(self, seeds: Sequence[int]) -> Array:
         """Return the rows of `seeds`, in that order."""

@@ -1,24 +1,13 @@
-"""Intervals for scores measured over seeds and test items: t over crossed effects, and a bootstrap.
+"""Intervals for scores measured over seeds and test items: t over crossed effects, and a bootstrap over items.
 
 Every sample is a matrix ``[seeds, items]``: row = one trained model, column = one test item. The
 items are the same for every seed, so seeds and items are crossed: both are random effects of one
-two-way layout (Searle, Casella and McCulloch 1992, chapter 4), and the bootstrap draws rows and
-columns independently (Owen 2007, "The pigeonhole bootstrap"). Tests: `peftree.bench.paired`.
+two-way layout (Searle, Casella and McCulloch 1992, chapter 4). Tests: `peftree.bench.paired`.
 
 Simulated coverage of the 95 % intervals, 4000 rounds each over 15 cases with 100 items: standard
 deviation of items 0, 0.5 or 3 times that of the rest, of seeds ("spread") 0 to 4 times the standard
-error without them. The lowest values are those of spread 4:
-
-=====  =====================  =========================
-seeds  t, crossed effects     bootstrap, seeds x items
-=====  =====================  =========================
-2      84-97 %                77 % (spread 4)
-3      90-97 %                85 %
-5      93-97 % (items 0: 92)  90 %
-10     94-97 %                94 %
-=====  =====================  =========================
-
-So several seeds get the t interval, and one seed, where only items vary, the bootstrap.
+error without them. The lowest values are those of spread 4: 84-97 % from 2 seeds, 90-97 % from 3, 93-97 %
+from 5 (items 0: 92) and 94-97 % from 10. One seed, where only items vary, gets the bootstrap.
 """
 
 from __future__ import annotations
@@ -39,7 +28,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[..., Array]
 Verdict = Literal["no difference shown", "higher", "lower"]
 Retained = Literal["yes", "no", "not shown"]
-LEVEL = 0.95
+LEVEL, POWER, KEPT = 0.95, 0.8, 0.9
 
 
 @dataclass(frozen=True)
@@ -59,53 +48,30 @@ class Interval:
         """Whether the interval is finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    @property
-    def half_width(self) -> float:
-        """Half the distance between the ends."""
-        return (self.high - self.low) / 2
 
-
-def bootstrap(
-    samples: Sequence[ArrayLike],
-    statistic: Statistic,
-    *,
-    level: float = LEVEL,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Return the percentile interval of ``statistic(mean_1, mean_2, ...)`` over seeds x items.
-
-    All samples have one shape ``[seeds, items]`` and are resampled together, so the interval of a
-    difference is a paired one. Deviations between seeds are scaled by ``sqrt(S / (S - 1))``
-    before resampling, which makes their resampled variance unbiased (Davison and Hinkley 1997,
-    section 3.8). With few seeds and a large variance between them the interval is still too
-    short, see the table above.
-
-    One seed: the interval covers items only. One item (or a score without items): Student's t
-    over the seeds. One of both: no interval (infinite ends).
+def bootstrap(samples: Sequence[Array], statistic: Statistic) -> Interval:
+    """Return the percentile interval of ``statistic(mean_1, mean_2, ...)`` over the items of one seed.
 
     Args:
-        samples: matrices ``[seeds, items]`` of one shape.
+        samples: matrices ``[1, items]``, resampled together, so that the interval of a difference is a paired one.
         statistic: takes as many arrays as there are samples, works elementwise.
-        level: nominal coverage.
-        draws: number of resamples.
-        seed: the seed of the resampling; the same seed gives the same interval.
-
-    Raises:
-        DataError: a sample is empty, not finite, or has another shape than the first.
     """
-    found = matrices(samples)
-    items = found[0].shape[1]
-    value = float(statistic(*(matrix.mean() for matrix in found)))
-    if items == 1:
-        return _student(value, statistic(*(matrix[:, 0] for matrix in found)), level)
-    means = [_resampled_means(_expand(matrix), draws, seed) for matrix in found]
-    tail = (1 - level) / 2
+    items = samples[0].shape[1]
+    value = float(statistic(*(matrix.mean() for matrix in samples)))
+    means = [_counts(items) @ matrix.T / items for matrix in samples]
+    tail = (1 - LEVEL) / 2
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         low, high = np.quantile(statistic(*means), [tail, 1 - tail])
     if not (np.isfinite(low) and np.isfinite(high)):
         return Interval(value, -math.inf, math.inf)
     return Interval(value, min(float(low), value), max(float(high), value))
+
+
+@functools.lru_cache(maxsize=4)
+def _counts(items: int, draws: int = 2000) -> NDArray[np.float32]:
+    """Return how often each item occurs in each resample; the same for every sample of this size."""
+    rng = np.random.default_rng([0, items])
+    return np.stack([np.bincount(rng.integers(0, items, items), minlength=items) for _ in range(draws)]).astype("f4")
 
 
 def spread(matrix: Array) -> tuple[float, float]:
@@ -132,7 +98,7 @@ def spread(matrix: Array) -> tuple[float, float]:
     return math.sqrt(total / (seeds * items)), df
 
 
-def mean_interval(sample: ArrayLike, *, exponential: bool = False, level: float = LEVEL, seed: int = 0) -> Interval:
+def mean_interval(sample: ArrayLike, *, exponential: bool = False) -> Interval:
     """Return the mean of a sample ``[seeds, items]``, or its ``exp``, with its interval.
 
     If all values lie in 0..1, the interval is made on the logit scale, so its ends do too. If
@@ -142,22 +108,20 @@ def mean_interval(sample: ArrayLike, *, exponential: bool = False, level: float 
     first, mean = matrix.flat[0], float(matrix.mean())
     part = not exponential and matrix.min() >= 0 and matrix.max() <= 1 and matrix.shape[1] > 1
     if part and first in (0.0, 1.0) and bool((matrix == first).all()):
-        return wilson(int(first) * matrix.shape[1], matrix.shape[1], level=level)
+        return wilson(int(first) * matrix.shape[1], matrix.shape[1])
     if matrix.shape[0] == 1 and matrix.shape[1] > 1:
-        return bootstrap([matrix], np.exp if exponential else np.positive, level=level, seed=seed)
+        return bootstrap([matrix], np.exp if exponential else np.positive)
     error, df = spread(matrix)
     if exponential:
-        return Interval(_exp(mean), *(_exp(end) for end in _ends(mean, error, df, level)))
+        return Interval(_exp(mean), *(_exp(end) for end in _ends(mean, error, df)))
     if part and 0 < mean < 1:
-        ends = _ends(math.log(mean / (1 - mean)), error / (mean * (1 - mean)), df, level)
+        ends = _ends(math.log(mean / (1 - mean)), error / (mean * (1 - mean)), df)
         low, high = (float(1 / (1 + np.exp(-end))) for end in ends)
         return Interval(mean, min(low, mean), max(high, mean))
-    return Interval(mean, *_ends(mean, error, df, level))
+    return Interval(mean, *_ends(mean, error, df))
 
 
-def difference(
-    sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False, level: float = LEVEL, seed: int = 0
-) -> Interval:
+def difference(sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False) -> Interval:
     """Return sample minus reference, paired on the same seeds and items, with its interval.
 
     With `exponential`, it is the difference of ``exp(mean)`` (perplexities from losses), by the delta method.
@@ -169,40 +133,32 @@ def difference(
             out: Array = np.exp(left) - np.exp(right) if exponential else left - right
             return out
 
-        return bootstrap(pair, minus, level=level, seed=seed)
+        return bootstrap(pair, minus)
     first, second = (_linear(matrix, exponential) for matrix in pair)
     gap = first - second
-    return Interval(float(gap.mean()), *_ends(float(gap.mean()), *spread(gap), level))
+    return Interval(float(gap.mean()), *_ends(float(gap.mean()), *spread(gap)))
 
 
-def detectable(
-    sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False, level: float = LEVEL, power: float = 0.8
-) -> float:
-    """Return the smallest true difference that this comparison would show with probability `power`.
+def detectable(sample: ArrayLike, reference: ArrayLike, *, exponential: bool = False) -> float:
+    """Return the smallest true difference that this comparison would show with 80 % power.
 
-    ``(t(1 - alpha/2) + t(power)) * error`` with the paired difference's standard error and degrees
-    of freedom (`spread`), `alpha` being ``1 - level``: 2.8 errors where there are many of both.
+    ``(t(0.975) + t(0.8)) * error`` with the paired difference's standard error and degrees of
+    freedom (`spread`): 2.8 errors where there are many of both.
     """
     first, second = (_linear(matrix, exponential) for matrix in matrices([sample, reference]))
     error, df = spread(first - second)
-    return float(stats.t.ppf((1 + level) / 2, df) + stats.t.ppf(power, df)) * error
+    return float(stats.t.ppf((1 + LEVEL) / 2, df) + stats.t.ppf(POWER, df)) * error
 
 
 def relative_score(
-    sample: ArrayLike,
-    baseline: ArrayLike,
-    full: ArrayLike,
-    *,
-    exponential: bool = False,
-    level: float = LEVEL,
-    seed: int = 0,
+    sample: ArrayLike, baseline: ArrayLike, full: ArrayLike, *, exponential: bool = False
 ) -> Interval | None:
     """Return ``(m - b) / (f - b)``: the part of full fine-tuning's gain that the method reaches.
 
     Several seeds: Fieller's interval (1954), all r that a t test of ``(m - b) - r (f - b) = 0``
     does not reject. None if the interval of ``f - b`` contains 0: there is no gain to take a part of.
     """
-    gain = difference(full, baseline, exponential=exponential, level=level, seed=seed)
+    gain = difference(full, baseline, exponential=exponential)
     if not gain.known or gain.holds(0.0):
         return None
     m, b, f = matrices([sample, baseline, full])
@@ -213,12 +169,12 @@ def relative_score(
             out: Array = (m - b) / (f - b)
             return out
 
-        return bootstrap([m, b, f], part, level=level, seed=seed)
+        return bootstrap([m, b, f], part)
     m, b, f = (_linear(matrix, exponential) for matrix in (m, b, f))
-    return _fieller(m - b, f - b, level)
+    return _fieller(m - b, f - b)
 
 
-def _fieller(above: Array, below: Array, level: float) -> Interval:
+def _fieller(above: Array, below: Array) -> Interval:
     """Return the ratio of two paired means with Fieller's interval."""
     n, d = float(above.mean()), float(below.mean())
     ratio = n / d
@@ -227,7 +183,7 @@ def _fieller(above: Array, below: Array, level: float) -> Interval:
         return Interval(ratio, -math.inf, math.inf)
     if error <= 1e-12 * abs(d):
         return Interval(ratio, ratio, ratio)
-    squared = float(stats.t.ppf((1 + level) / 2, df)) ** 2
+    squared = float(stats.t.ppf((1 + LEVEL) / 2, df)) ** 2
 
     def excess(r: float) -> float:
         one, _ = spread(above - r * below)
@@ -245,15 +201,15 @@ def _root(excess: Callable[[float], float], inside: float, step: float) -> float
     return math.copysign(math.inf, step)
 
 
-def retained(relative: Interval | None, share: float = 0.9) -> Retained:
-    """Say whether at least `share` of full fine-tuning's gain is kept: "yes", "no" or "not shown".
+def retained(relative: Interval | None) -> Retained:
+    """Say whether at least 90 % of full fine-tuning's gain is kept: "yes", "no" or "not shown".
 
-    "yes" only if the interval's lower end reaches `share`, "no" only if its upper end stays below;
+    "yes" only if the interval's lower end reaches 0.9, "no" only if its upper end stays below;
     "not shown" otherwise, and if full fine-tuning's own gain is not shown (`relative` is then None).
     """
     if relative is None or not relative.known:
         return "not shown"
-    return "yes" if relative.low >= share else "no" if relative.high < share else "not shown"
+    return "yes" if relative.low >= KEPT else "no" if relative.high < KEPT else "not shown"
 
 
 def verdict(interval: Interval) -> Verdict:
@@ -263,7 +219,7 @@ def verdict(interval: Interval) -> Verdict:
     return "higher" if interval.low > 0 else "lower"
 
 
-def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
+def wilson(successes: int, trials: int) -> Interval:
     """Return a proportion with Wilson's score interval (Wilson 1927).
 
     Raises:
@@ -271,7 +227,7 @@ def wilson(successes: int, trials: int, *, level: float = LEVEL) -> Interval:
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"{successes} of {trials} is not a proportion.", "Give 0 <= k <= n, n > 0.")
-    p, found = successes / trials, stats.binomtest(successes, trials).proportion_ci(level, "wilson")
+    p, found = successes / trials, stats.binomtest(successes, trials).proportion_ci(LEVEL, "wilson")
     return Interval(p, min(p, float(found.low)), max(p, float(found.high)))
 
 
@@ -310,42 +266,7 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _ends(centre: float, error: float, df: float, level: float) -> tuple[float, float]:
+def _ends(centre: float, error: float, df: float) -> tuple[float, float]:
     """Return the ends of Student's interval."""
-    half = float(stats.t.ppf((1 + level) / 2, df)) * error
+    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
     return centre - half, centre + half
-
-
-def _expand(matrix: Array) -> Array:
-    """Scale the seeds' deviations from the grand mean by ``sqrt(S / (S - 1))``."""
-    seeds = matrix.shape[0]
-    if seeds == 1:
-        return matrix
-    by_seed = matrix.mean(axis=1, keepdims=True)
-    out: Array = matrix + (math.sqrt(seeds / (seeds - 1)) - 1) * (by_seed - matrix.mean())
-    return out
-
-
-def _resampled_means(matrix: Array, draws: int, seed: int) -> Array:
-    """Return `draws` means of `matrix` with rows and columns drawn with replacement."""
-    seeds, items = matrix.shape
-    by_seed = _counts(items, draws, seed) @ matrix.T / items
-    means: Array = (by_seed * _counts(seeds, draws, seed + 1)).sum(axis=1) / seeds
-    return means
-
-
-@functools.lru_cache(maxsize=4)
-def _counts(size: int, draws: int, seed: int) -> NDArray[np.float32]:
-    """Return how often each of `size` elements occurs in each of `draws` resamples."""
-    rng = np.random.default_rng([seed, size])
-    out = np.empty((draws, size), dtype=np.float32)
-    for row in range(draws):
-        out[row] = np.bincount(rng.integers(0, size, size), minlength=size)
-    return out
-
-
-def _student(value: float, by_seed: Array, level: float) -> Interval:
-    """Return Student's t interval around `value` from one number per seed."""
-    if not np.isfinite(by_seed).all():
-        return Interval(value, -math.inf, math.inf)
-    return Interval(value, *_ends(value, *spread(np.reshape(by_seed, (-1, 1))), level))

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -63,6 +63,10 @@ class Cell:
     def key(self) -> str:
         """The content address of the cell's record."""
         return run_key(self.facts)
+
+
+Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
+"""Does cells, given the folder of records and the seconds expected after them."""
 
 
 @dataclass
@@ -167,8 +171,7 @@ def run_cells(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _context().set_forkserver_preload(list(preload))
-    limits = _Limits(workers, threads, memory, timeout, later)
-    pool = _Pool(folder, limits, console or Console(stderr=True))
+    pool = _Pool(folder, workers, threads, memory, timeout, later, console or Console(stderr=True))
     try:
         with _exported(_settings(threads)):
             return pool.work(cells)
@@ -224,28 +227,23 @@ def _line(record: RunRecord) -> str:
     return f"{start} {record.metric} {record.score:.4g}, {record.seconds:.0f} s{memory}"
 
 
-@dataclass(frozen=True)
-class _Limits:
+@dataclass
+class _Pool:
+    """The state of one call of `run_cells`, whose arguments come first."""
+
+    folder: Path
     workers: int
     threads: int
     memory: float
     timeout: float
-    later: float = 0.0
-
-
-class _Pool:
-    """The state of one call of `run_cells`."""
-
-    def __init__(self, folder: Path, limits: _Limits, console: Console) -> None:
-        self.folder = folder
-        self.limits = limits
-        self.console = console
-        self.outputs = tempfile.TemporaryDirectory()
-        self.waiting: list[Cell] = []
-        self.running: list[_Child] = []
-        self.took: list[tuple[float, float]] = []
-        self.records: dict[str, RunRecord] = {}
-        self.total = 0
+    later: float
+    console: Console
+    outputs: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
+    waiting: list[Cell] = field(default_factory=list)
+    running: list[_Child] = field(default_factory=list)
+    took: list[tuple[float, float]] = field(default_factory=list)
+    records: dict[str, RunRecord] = field(default_factory=dict)
+    total: int = 0
 
     def work(self, cells: Sequence[Cell]) -> list[RunRecord]:
         """Run until every cell has a record."""
@@ -281,7 +279,7 @@ class _Pool:
     def _start(self) -> None:
         """Start waiting cells, in their order, while there is room."""
         for cell in list(self.waiting):
-            if len(self.running) >= self.limits.workers:
+            if len(self.running) >= self.workers:
                 return
             if not self._fits(cell) or (lock := self._lock(cell)) is None:
                 continue
@@ -295,7 +293,7 @@ class _Pool:
 
     def _fits(self, cell: Cell) -> bool:
         held = sum(child.cell.memory for child in self.running)
-        return not self.running or held + cell.memory <= self.limits.memory
+        return not self.running or held + cell.memory <= self.memory
 
     def _lock(self, cell: Cell) -> FileLock | None:
         """Return the cell's lock, or None while another runner does the cell."""
@@ -312,11 +310,8 @@ class _Pool:
         (self.folder / file_name(cell.key)).unlink(missing_ok=True)  # failed or damaged
         output = Path(self.outputs.name, cell.key)
         output.touch()
-        process = _context().Process(
-            target=_child,
-            args=(cell.target, dict(cell.job), str(output), self.limits.threads),
-            daemon=True,
-        )
+        args = (cell.target, dict(cell.job), str(output), self.threads)
+        process = _context().Process(target=_child, args=args, daemon=True)
         process.start()
         return _Child(cell, process, output, lock, time.monotonic(), datetime.now(UTC))
 
@@ -324,7 +319,7 @@ class _Pool:
         """Collect the processes that ended, and end those that hang."""
         for child in list(self.running):
             code = child.process.exitcode
-            if code is None and child.age < self.limits.timeout:
+            if code is None and child.age < self.timeout:
                 continue
             self.running.remove(child)
             if code is None:
@@ -342,7 +337,7 @@ class _Pool:
     def _failure(self, child: _Child, code: int | None) -> RunRecord:
         said = child.output.read_text("utf-8", "replace").strip()[-TAIL:]
         if code is None:
-            why = f"It took longer than {self.limits.timeout:g} s and was stopped."
+            why = f"It took longer than {self.timeout:g} s and was stopped."
         elif code < 0:
             why = f"It was ended by {signal.Signals(-code).name}."
             why += " Memory may have run out." if -code == signal.SIGKILL else ""
@@ -350,29 +345,22 @@ class _Pool:
             why = "It ended without writing its record."
         else:
             why = f"It ended with code {code}." if not said else ""
-        return RunRecord(
-            **child.cell.facts,
-            status="failed",
-            error="\n".join(filter(None, (said, why))),
-            started=child.started,
-        )
+        error = "\n".join(filter(None, (said, why)))
+        return RunRecord(**child.cell.facts, status="failed", error=error, started=child.started)
 
     def _done(self, cell: Cell, record: RunRecord) -> None:
         self.records[cell.key] = record
         number = f"{len(self.records):>{len(str(self.total))}}/{self.total}"
         style = "red" if record.status == "failed" else ""
-        self.console.print(
-            f"{number}  {_line(record)}", style=style, markup=False, highlight=False,
-            soft_wrap=True,
-        )  # fmt: skip
+        self.console.print(f"{number}  {_line(record)}", style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, bar: Progress, shown: TaskID) -> None:
         left = time_left(
             [cell.seconds for cell in self.waiting],
             [(child.cell.seconds, child.age) for child in self.running],
             self.took,
-            self.limits.workers,
-            self.limits.later,
+            self.workers,
+            self.later,
         )
         now = ", ".join(str(child.cell.facts["method"]) for child in self.running)
         text = f"{len(self.records)}/{self.total} runs, about {_clock(left)} left ({now})"

@@ -33,7 +33,7 @@ class Ranks:
     groups: tuple[tuple[int, int], ...]
 
 
-def mean_ranks(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Ranks:
+def mean_ranks(scores: Mapping[str, Sequence[float]]) -> Ranks:
     """Return the mean ranks of methods from their scores on the same tasks; higher scores are better.
 
     Ties share their mean rank. ``critical = q sqrt(k (k + 1) / (6 N))`` with q the studentized
@@ -51,20 +51,20 @@ def mean_ranks(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Ra
     ranks = stats.rankdata(-table, axis=1)
     means = ranks.mean(axis=0)
     order = sorted(range(k), key=lambda index: (means[index], names[index]))
-    critical = critical_difference(k, n, alpha)
+    critical = critical_difference(k, n)
     ordered = [float(means[index]) for index in order]
     return Ranks(
         tuple(names[i] for i in order), tuple(ordered), n, _friedman(ranks), critical, _groups(ordered, critical)
     )
 
 
-def critical_difference(methods: int, tasks: int, alpha: float = 0.05) -> float:
-    """Return Nemenyi's critical difference of two mean ranks.
+def critical_difference(methods: int, tasks: int) -> float:
+    """Return Nemenyi's critical difference of two mean ranks, at level .05.
 
     >>> round(critical_difference(4, 14), 2)  # the worked example of Demsar 2006, section 3.2.3
     1.25
     """
-    q = float(stats.studentized_range.ppf(1 - alpha, methods, math.inf)) / math.sqrt(2)
+    q = float(stats.studentized_range.ppf(0.95, methods, math.inf)) / math.sqrt(2)
     return q * math.sqrt(methods * (methods + 1) / (6 * tasks))
 
 

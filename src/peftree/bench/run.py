@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from peftree import registry
-from peftree.bench.pool import Cell, run_cells
-from peftree.bench.sources import Material, gather
+from peftree.bench.pool import Cell, Runner, run_cells
+from peftree.bench.sources import SPLITS, Material, gather
 from peftree.bench.suite import Entry, Suite, SuiteTask
 from peftree.errors import AssetError, ConfigError, PeftreeError, did_you_mean
 from peftree.files import atomic_write
@@ -26,7 +26,6 @@ GIB = 2**30
 _FREE = ("eval_batch_size", "log_every", "threads", "save_every", "keep")
 # What every run imports; done once, before runs are forked.
 PRELOAD = ("peftree.bench.cell",)
-Runner = Callable[[Sequence[Cell], Path, float], list[RunRecord]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Planned:
         """
         draws = self.suite.protocol.draws(self.name, self.suite.trials(self.name))
         return [
-            self._cell(entry, "trial", self._rate(entry, times), TRIAL_SEED + trial)
+            self._cell(entry, "trial", rate(entry, self.suite.methods[entry], times), TRIAL_SEED + trial)
             for trial, times in enumerate(draws)
             for entry in entries
         ]
@@ -88,27 +87,22 @@ class Planned:
         seeds = range(self.suite.protocol.seeds)
         return [self._cell(entry, "final", rates[entry], seed) for seed in seeds for entry in entries]
 
-    def _rate(self, entry: str, times: float) -> float:
-        return rate(entry, self._entry(entry), times)
-
-    def _entry(self, entry: str) -> Entry:
-        return self.suite.methods[entry]
-
     def _chosen(self, entry: str, tried: Sequence[RunRecord]) -> float:
         """Return the rate of the best trial; among equal ones, and if all diverged, the lowest."""
+        chosen = self.suite.methods[entry]
         if not self.suite.protocol.trials:
-            return self._rate(entry, self._entry(entry).times)
-        method, fields = _identity(entry, self._entry(entry))
+            return rate(entry, chosen, chosen.times)
+        method, fields = _identity(entry, chosen)
         mine = [r for r in tried if r.method == method and completed(r) == fields and r.learning_rate]
         sign = -1.0 if self.task.facts.higher_is_better else 1.0
         done = [(sign * r.score, r.learning_rate) for r in mine if r.score is not None and r.learning_rate]
         if done:
             return min(done)[1]
         known = [r.learning_rate for r in mine if r.learning_rate]
-        return min(known) if known else self._rate(entry, 1.0)
+        return min(known) if known else rate(entry, chosen, 1.0)
 
     def _cell(self, entry: str, phase: Literal["trial", "final"], rate: float, seed: int) -> Cell:
-        chosen, task, data = self._entry(entry), self.task, self.material.data
+        chosen, task, data = self.suite.methods[entry], self.task, self.material.data
         method = registry.make(chosen.method or entry, chosen.fields)
         source = {"train": data.split("train"), "valid": data.split("valid"), "share": task.share}
         source["label_noise"] = task.label_noise
@@ -155,14 +149,10 @@ class Planned:
         probed = seed < (self.suite.protocol.probe_seeds or self.suite.protocol.seeds)
         general = material.general
 
-        def data(name: str) -> dict[str, dict[str, str]]:
-            found = material.shifted if name == "shifted" else material.stages
-            splits = ("test",) if name == "shifted" else ("train", "valid", "test")
-            return {key: {split: files.split(split) for split in splits} for key, files in found.items()}
-
         return {
-            "probes": self.task.probes if probed else {}, "shifted": data("shifted"), "stages": data("stages"),
-            "general": general.split("train") if general else None,
+            "probes": self.task.probes if probed else {}, "general": general.split("train") if general else None,
+            "shifted": {name: {"test": files.split("test")} for name, files in material.shifted.items()},
+            "stages": {name: {each: files.split(each) for each in SPLITS} for name, files in material.stages.items()},
         }  # fmt: skip
 
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from peftree.catalogue import TaskFacts, task_facts
 from peftree.errors import ConfigError, did_you_mean
 from peftree.probes import check as check_probes
 from peftree.settings import RunConfig, TaskName
-from peftree.strict import explain, read_yaml
+from peftree.strict import Strict, explain, read_yaml
 
 SUITES = Path(__file__).with_name("suites")
 DECADES = 2.5  # the least width of a search for the learning rate
@@ -30,11 +30,7 @@ NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 OWN = ("model", "data", "task", "method", "adapter", "output", "lr", "seed", "resume", "quiet", "base_score")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(_Strict):
+class Source(Strict):
     """Where rows come from: a packaged data set, or your own files."""
 
     source: str = Field("files", description="a packaged data set, or 'files'")
@@ -51,7 +47,7 @@ class Source(_Strict):
         return self
 
 
-class Entry(_Strict):
+class Entry(Strict):
     """A method in a suite; several entries may be the same method with different fields."""
 
     method: str = Field("", description="the method's name; none: the entry's")
@@ -62,7 +58,7 @@ class Entry(_Strict):
     named: bool = Field(False, description="only for tasks that name it in their methods")
 
 
-class SuiteTask(_Strict):
+class SuiteTask(Strict):
     """A task: model, data, and the same budget for every method."""
 
     task: TaskName = Field(description="the kind of task, as in `RunConfig`")
@@ -106,7 +102,7 @@ class SuiteTask(_Strict):
         return value
 
 
-class Protocol(_Strict):
+class Protocol(Strict):
     """The rules of a fair comparison."""
 
     trials: int = Field(ge=0, le=1000, description="random learning rates that every method tries on every task")
@@ -142,7 +138,7 @@ class Protocol(_Strict):
         return [math.exp(each) for each in drawn]
 
 
-class Suite(_Strict):
+class Suite(Strict):
     """A whole suite."""
 
     suite: str = Field(pattern=NAME)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftree.adapter import disabled
-from peftree.compose import merge, unmerge
+from peftree.compose import merged
 from peftree.errors import MergeError
 from peftree.evaluate.quality import evaluating
 
 Batch = Mapping[str, Any]
 _LEAST = 3
+_STATES: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
+    "off": disabled, "on": nullcontext, "merged": merged,
+}  # fmt: skip
 
 
 def timed(model: nn.Module, one: Batch, many: Batch, rounds: int, seconds: float) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def timed(model: nn.Module, one: Batch, many: Batch, rounds: int, seconds: float
     """
     names, why = ["off", "on"], None
     try:
-        with _state(model, "merged"):
+        with merged(model):
             names.append("merged")
     except MergeError as error:
         why = error.what
@@ -39,22 +42,6 @@ def timed(model: nn.Module, one: Batch, many: Batch, rounds: int, seconds: float
         "batch": {**_figures(taken["batch"]), "rows": rows}, "rounds": len(taken["one"]["off"]),
         "threads": torch.get_num_threads(), "clock": clock, "why_not_merged": why,
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _state(model: nn.Module, name: str) -> Iterator[None]:
-    """Inside, the adapter of `model` is off, on or merged."""
-    if name == "off":
-        with disabled(model):
-            yield
-    elif name == "merged":
-        merge(model)
-        try:
-            yield
-        finally:
-            unmerge(model)
-    else:
-        yield
 
 
 def _rounds(
@@ -68,7 +55,7 @@ def _rounds(
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            with _state(model, name), evaluating(model):
+            with _STATES[name](model), evaluating(model):
                 model(**batches["one"])  # fills caches after the change of state
                 for key, batch in batches.items():
                     seconds[key][name].append(_seconds(model, batch))

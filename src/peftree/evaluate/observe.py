@@ -92,7 +92,8 @@ def routing(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasure
         `entropy`: of the mean probabilities over `log N`, 1 if even; `confidence`: mean largest probability of a
         token; `experts`, `routers`.
     """
-    routers = [m for m in _modules(subject.adapter) if isinstance(m, TokenRouter)]
+    inside = {id(m): m for d in subject.adapter.deltas.values() for m in d.modules()}  # each once
+    routers = [m for m in inside.values() if isinstance(m, TokenRouter)]
     if not routers:
         return Unmeasured(why=f"{subject.adapter.method.name} routes no tokens.")
     found = [np.concatenate(p) for p in _watched(subject, rows, routers) if p]
@@ -145,11 +146,6 @@ def gates(subject: Subject, rows: Sequence[Row]) -> dict[str, Any] | Unmeasured:
     return {
         part: {"mean": float(np.mean(v)), "low": min(v), "high": max(v), "places": len(v)} for part, v in found.items()
     }
-
-
-def _modules(adapter: Adapter) -> list[nn.Module]:
-    """Return every module inside the adapter's deltas, each once."""
-    return list({id(m): m for d in adapter.deltas.values() for m in d.modules()}.values())
 
 
 def _watched(subject: Subject, rows: Sequence[Row], modules: Sequence[nn.Module]) -> list[list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,19 +75,25 @@ def classify(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     Raises:
         TrainError: there are no items, or a logit is not finite.
     """
-    predicted: list[int] = []
-    wanted: list[int] = []
-    with evaluating(model):
-        for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            logits = model(**inputs).logits.float()
-            _check_finite(logits)
-            predicted += logits.argmax(-1).tolist()
-            wanted += batch["labels"].tolist()
-    _check_count(wanted)
+    predicted, wanted = _answers(model, batches, lambda logits: logits.argmax(-1))
     right = np.asarray(predicted) == np.asarray(wanted)
     values = {"accuracy": float(right.mean()), "macro_f1": macro_f1(predicted, wanted)}
     return Scores("accuracy", tuple(right.astype(float).tolist()), values, constant=_commonest(wanted))
+
+
+def _answers(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], read: Callable[[Tensor], Tensor]
+) -> tuple[list[Any], list[Any]]:
+    """Return what `read` makes of the logits `[batch, outputs]` of all items, and their labels."""
+    found, wanted = list[Any](), list[Any]()
+    with evaluating(model):
+        for batch in batches:
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+            _check_finite(logits)
+            found += read(logits).tolist()
+            wanted += batch["labels"].tolist()
+    _check_count(wanted)
+    return found, wanted
 
 
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
@@ -133,16 +139,7 @@ def regress(model: nn.Module, batches: Iterable[Mapping[str, Any]], mean: float 
     """
     from scipy.stats import rankdata  # takes 40 MB, which no other task should pay
 
-    predicted: list[float] = []
-    wanted: list[float] = []
-    with evaluating(model):
-        for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            outputs = model(**inputs).logits[:, 0].float()
-            _check_finite(outputs)
-            predicted += outputs.tolist()
-            wanted += batch["labels"].tolist()
-    _check_count(wanted)
+    predicted, wanted = _answers(model, batches, lambda logits: logits[:, 0])
     p, w = np.asarray(predicted) * std + mean, np.asarray(wanted) * std + mean
     errors = np.abs(p - w)
     values = {

@@ -31,13 +31,9 @@ WIDTH = 64
 
 def amount(size: float) -> str:
     """Return bytes in words: 14.3 GiB, 812 MiB."""
-    return (
-        f"{size / GIB:.2f} GiB"
-        if size >= GIB
-        else f"{size / MIB:.0f} MiB"
-        if size >= 10 * MIB
-        else f"{size / 1024:.0f} KiB"
-    )
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / MIB:.0f} MiB" if size >= 10 * MIB else f"{size / 1024:.0f} KiB"
 
 
 @dataclass(frozen=True)
@@ -198,13 +194,8 @@ def print_table(asked: Request, as_json: bool) -> None:
         cells = [vars(cell) for name in bar for cell in fit.table(asked, [name], fit.BATCHES, lengths)]
         typer.echo(json.dumps(cells, indent=2))
         return
-    shown = Table(
-        title=f"{asked.model}: expected GiB",
-        box=None,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    title = f"{asked.model}: expected GiB"
+    shown = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("method", no_wrap=True)
     shown.add_column("trained", justify="right", no_wrap=True)
     for batch, length in ((b, n) for n in lengths for b in fit.BATCHES):

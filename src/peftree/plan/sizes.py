@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -96,16 +96,15 @@ def derived(seen: Sequence[Seen], batch: int, length: int) -> Timeline | None:
     rows, tokens = ([one.batch for one in seen], [one.length for one in seen])
     if len(seen) < 2 or not (min(rows) <= batch <= max(rows) and min(tokens) <= length <= max(tokens)):
         return None
-    known: dict[tuple[tuple[int, ...], ...], int] = {}
+    readings = _Readings([(one.batch, one.length) for one in seen], batch, length)
     size: list[int] = []
     shape: list[tuple[int, ...]] = []
-    at = [(one.batch, one.length) for one in seen]
     for sizes, shapes in zip(
         zip(*(one.line.size for one in seen), strict=True), zip(*(one.line.shape for one in seen), strict=True),
         strict=True,
     ):  # fmt: skip
-        dims = _dims(shapes, at, batch, length, known)
-        bytes_ = _bytes(sizes, shapes, dims, at, batch, length, known)
+        dims = readings.dims(shapes)
+        bytes_ = readings.bytes(sizes, shapes, dims)
         if bytes_ < 0:
             return None
         size.append(bytes_)
@@ -115,49 +114,50 @@ def derived(seen: Sequence[Seen], batch: int, length: int) -> Timeline | None:
     return replace(base, change=change, size=size, shape=shape)
 
 
-Known = dict[tuple[tuple[int, ...], ...], int]
-At = Sequence[tuple[int, int]]
+@dataclass(frozen=True)
+class _Readings:
+    """What numbers seen `at` some sizes (rows, tokens) are at another size."""
 
+    at: Sequence[tuple[int, int]]
+    batch: int
+    length: int
+    known: dict[tuple[int, ...], int] = field(default_factory=dict)
 
-def _dims(shapes: Sequence[tuple[int, ...]], at: At, batch: int, length: int, known: Known) -> tuple[int, ...] | None:
-    """Return the shape at a size; None if a dimension has no reading or several."""
-    if len({len(shape) for shape in shapes}) != 1:
-        return None
-    found = tuple(_value(values, at, batch, length, known) for values in zip(*shapes, strict=True))
-    return None if -1 in found else found
+    def dims(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """Return the shape; None if a dimension has no reading or several."""
+        if len({len(shape) for shape in shapes}) != 1:
+            return None
+        found = tuple(map(self.value, zip(*shapes, strict=True)))
+        return None if -1 in found else found
 
+    def bytes(self, sizes: tuple[int, ...], shapes: Sequence[tuple[int, ...]], dims: tuple[int, ...] | None) -> int:
+        """Return the bytes: those of the shape if it fills its storage, else derived from the bytes alone."""
+        counts = [math.prod(shape) for shape in shapes]
+        items = {size / count if count else 0.0 for size, count in zip(sizes, counts, strict=True)}
+        if dims is not None and len(items) == 1:
+            return round(items.pop() * math.prod(dims))
+        return self.value(sizes)
 
-def _bytes(
-    sizes: tuple[int, ...], shapes: Sequence[tuple[int, ...]], dims: tuple[int, ...] | None, at: At, batch: int,
-    length: int, known: Known,
-) -> int:  # fmt: skip
-    """Return the bytes at a size: those of the shape if it fills its storage, else derived from the bytes alone."""
-    counts = [math.prod(shape) for shape in shapes]
-    items = {size / count if count else 0.0 for size, count in zip(sizes, counts, strict=True)}
-    if dims is not None and len(items) == 1:
-        return round(items.pop() * math.prod(dims))
-    return _value(sizes, at, batch, length, known)
+    def value(self, values: tuple[int, ...]) -> int:
+        """Return the number; -1 if it has no reading or several."""
+        if len(set(values)) == 1 and values[0] < 2:
+            return values[0]
+        if values not in self.known:
+            found = set(self._possible(values))
+            self.known[values] = found.pop() if len(found) == 1 else -1
+        return self.known[values]
 
-
-def _value(values: tuple[int, ...], at: At, batch: int, length: int, known: Known) -> int:
-    if len(set(values)) == 1 and values[0] < 2:
-        return values[0]
-    if (values,) not in known:
-        found = set(_readings(values, at, batch, length))
-        known[(values,)] = found.pop() if len(found) == 1 else -1
-    return known[(values,)]
-
-
-def _readings(values: tuple[int, ...], at: At, batch: int, length: int) -> Iterator[int]:
-    """Yield what each reading that fits all `values` gives for the requested size."""
-    if len(set(values)) == 1:
-        yield values[0]
-    for unit in ((1, 0), (0, 1), (1, 1), (1, 2), (0, 2)):
-        of = [b ** unit[0] * n ** unit[1] for b, n in at]
-        times = {value / one for value, one in zip(values, of, strict=True)}
-        if len(times) == 1 and values[0] % of[0] == 0:
-            yield values[0] // of[0] * batch ** unit[0] * length ** unit[1]
-    if len({value - n for value, (_, n) in zip(values, at, strict=True)}) == 1:
-        yield values[0] - at[0][1] + length
-    if len({value / b - n for value, (b, n) in zip(values, at, strict=True)}) == 1 and values[0] % at[0][0] == 0:
-        yield (values[0] // at[0][0] - at[0][1] + length) * batch
+    def _possible(self, values: tuple[int, ...]) -> Iterator[int]:
+        """Yield what each reading that fits all `values` gives for the requested size."""
+        at, batch, length = self.at, self.batch, self.length
+        if len(set(values)) == 1:
+            yield values[0]
+        for unit in ((1, 0), (0, 1), (1, 1), (1, 2), (0, 2)):
+            of = [b ** unit[0] * n ** unit[1] for b, n in at]
+            times = {value / one for value, one in zip(values, of, strict=True)}
+            if len(times) == 1 and values[0] % of[0] == 0:
+                yield values[0] // of[0] * batch ** unit[0] * length ** unit[1]
+        if len({value - n for value, (_, n) in zip(values, at, strict=True)}) == 1:
+            yield values[0] - at[0][1] + length
+        if len({value / b - n for value, (b, n) in zip(values, at, strict=True)}) == 1 and values[0] % at[0][0] == 0:
+            yield (values[0] // at[0][0] - at[0][1] + length) * batch

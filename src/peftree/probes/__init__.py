@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from peftree.errors import AdapterError, ConfigError, did_you_mean
 from peftree.evaluate.subject import Result, Subject, Unmeasured
 from peftree.files import load_module
-from peftree.strict import explain
+from peftree.strict import Strict, explain
 from peftree.table import Cell, Head
 
 _FOLDERS = [Path(__file__).parent]
@@ -37,10 +37,9 @@ class Sheet:
     anchor: str = ""  # its place on the page; the probe's name by default
 
 
-class Probe(BaseModel):
+class Probe(Strict):
     """One probe; its fields are its settings. Heavy imports go inside `measure`, so the rest is read without them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]  # what suites and records call it
     tasks: ClassVar[tuple[str, ...]] = ()  # those it applies to, none meaning all
     result: ClassVar[type[Result]]  # what it finds

@@ -116,13 +116,17 @@ def _named(groups: dict[str, list[RunRecord]]) -> dict[str, list[RunRecord]]:
     return out
 
 
+def _means(groups: dict[str, list[RunRecord]]) -> dict[str, float]:
+    """Return the mean score of the finished runs of each label that has any."""
+    scores = {
+        label: [r.score for r in runs if r.status == "ok" and r.score is not None] for label, runs in groups.items()
+    }
+    return {label: sum(each) / len(each) for label, each in scores.items() if each}
+
+
 def _full(groups: dict[str, list[RunRecord]]) -> tuple[str | None, list[str]]:
     """Return the label of the full fine-tuning to compare with, and what to note about it."""
-    means: dict[str, float] = {}
-    for label, runs in groups.items():
-        scores = [r.score for r in runs if r.score is not None and r.status == "ok"]
-        if runs[0].method == FULL and scores:
-            means[label] = sum(scores) / len(scores)
+    means = {label: mean for label, mean in _means(groups).items() if groups[label][0].method == FULL}
     if not means:
         return None, [f"No finished run of {FULL}: differences and relative scores are not shown."]
     higher = next(iter(groups.values()))[0].higher_is_better
@@ -147,11 +151,8 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]], found: 
     seeds = sorted({row.seeds for row in done})
     if seeds and seeds[0] < FEW_SEEDS:
         span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        effect = (
-            "cover the test items only"
-            if seeds[-1] == 1
-            else ("are wide for that reason, and from 2 or 3 seeds may still be too short")
-        )
+        wide = "are wide for that reason, and from 2 or 3 seeds may still be too short"
+        effect = "cover the test items only" if seeds[-1] == 1 else wide
         notes.append(
             f"{span} seed{'s' if seeds[-1] > 1 else ''} a method: too few to know the variance between seeds well; "
             f"the intervals {effect}."
@@ -190,11 +191,7 @@ def _beside_one_answer(records: list[RunRecord], groups: dict[str, list[RunRecor
     if not known:
         return []
     constant, higher = sum(known) / len(known), records[0].higher_is_better
-    scores = {
-        label: [r.score for r in runs if r.status == "ok" and r.score is not None] for label, runs in groups.items()
-    }
-    means = {label: sum(each) / len(each) for label, each in scores.items() if each}
-    weak = [label for label, mean in means.items() if (mean <= constant if higher else mean >= constant)]
+    weak = [label for label, mean in _means(groups).items() if (mean <= constant if higher else mean >= constant)]
     said = f"One answer for all items (their commonest, or their mean) scores {constant:.4g}"
     return [f"{said}; no better: {join(weak)}." if weak else f"{said}."]
 
@@ -278,11 +275,7 @@ def _environments(records: list[RunRecord]) -> tuple[Environment, ...]:
     return tuple(Environment(each, runs) for each, runs in counted.most_common())
 
 
-def _summary(
-    records: list[RunRecord],
-    tasks: tuple[Task, ...],
-    environments: tuple[Environment, ...],
-) -> str:
+def _summary(records: list[RunRecord], tasks: tuple[Task, ...], environments: tuple[Environment, ...]) -> str:
     """Return the first paragraph: what was run, where, and what failed."""
     methods = {r.method for r in records}
     branches = [b for b in BRANCHES if b != "reference" and any(r.branch == b for r in records)]
@@ -301,16 +294,12 @@ def _summary(
     here = dict(environments[0].facts)
     known = [f"{k} {here[k]}" for k in ("peftree", "torch", "transformers", "python") if k in here]
     machine = here.get("machine", NONE)
-    threads = f", {plural(int(here['threads']), 'thread')}" if _whole(here, "threads") else ""
+    threads = f", {plural(int(here['threads']), 'thread')}" if here.get("threads", "").isdecimal() else ""
     if known or machine != NONE:
         parts.append(f"Measured on {machine}{threads}, with {join(known) or 'unstated versions'}.")
     if len(environments) > 1:
         parts.append(f"{len(environments)} environments are mixed: see below.")
     return " ".join(parts)
-
-
-def _whole(here: dict[str, str], key: str) -> bool:
-    return here.get(key, "").isdecimal()
 
 
 def _outcomes(records: list[RunRecord]) -> str:

@@ -14,8 +14,7 @@ from peftree.bench import intervals, paired
 from peftree.bench.grouping import FULL, HEAD_ONLY, Sample, aligned, sample
 from peftree.bench.intervals import Interval
 from peftree.report.data import Curve, Origin, Row
-from peftree.report.probes import probes
-from peftree.report.shift import shifted, stages
+from peftree.report.probes import probes, shifted, stages
 from peftree.runs.record import Costs, RunRecord
 from peftree.text import clean
 
@@ -106,7 +105,6 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
     first = done[0] if done else records[0]
     total = first.total_parameters
     count = first.trainable_parameters
-    found = probes(done, timed)
     return Row(
         label=label,
         method=clean(first.method, limit=80),
@@ -119,20 +117,15 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
         trainable=count,
         share=count / total if count is not None and total else None,
         sites=first.sites,
-        score=score_interval(one) if one else None,
+        score=one.interval if one else None,
         verdict="reference" if first.method == FULL and done else "" if done else records[0].status,
         costs=costs(timed),
         curves=tuple(Curve(r.seed, r.curve) for r in done if r.curve),
         reason="" if done else clean((records[0].error.strip().splitlines() or [""])[-1], limit=200),
-        probes=found,
+        probes=probes(done, timed),
         values=_values(done),
         stages=stages(done),
     )
-
-
-def score_interval(one: Sample) -> Interval:
-    """Return the interval of the score."""
-    return intervals.mean_interval(one.matrix, exponential=one.exponential)
 
 
 def settings(record: RunRecord) -> str:

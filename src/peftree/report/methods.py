@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from peftree import text
 from peftree.catalogue import BRANCHES
@@ -14,23 +14,14 @@ from peftree.table import Cell, Head, Line, Table
 SHOWN = ("score", "difference", "verdict", "relative", "trainable", "peak")
 
 
-@dataclass(frozen=True)
-class Section:
-    """A method with its table: one line per task and setting, or why it has none."""
-
-    method: str
-    branch: str
-    table: Table
-
-
-def sections(report: Report) -> list[Section]:
-    """Return the methods in the order of the taxonomy, each with its results on every task."""
+def sections(report: Report) -> list[tuple[str, Table]]:
+    """Return branch and table of each method in the order of the taxonomy: a line per task and setting."""
     found: dict[str, list[tuple[Task, Row]]] = {}
     for task in report.tasks:
         for row in task.rows:
             found.setdefault(row.method, []).append((task, row))
     order = sorted(found, key=lambda method: (BRANCHES.index(found[method][0][1].branch), method))
-    return [Section(method, found[method][0][1].branch, _table(method, found[method])) for method in order]
+    return [(found[method][0][1].branch, _table(method, found[method])) for method in order]
 
 
 def _table(method: str, rows: list[tuple[Task, Row]]) -> Table:
@@ -39,11 +30,7 @@ def _table(method: str, rows: list[tuple[Task, Row]]) -> Table:
     lines = []
     for task, row in rows:
         first = Cell(task.name, row.label if row.label != method else task.metric, task.name, href=f"#{task.anchor}")
-        cells = [_bare(column.cell(task, row)) for column in columns]
+        cells = [replace(column.cell(task, row), href="") for column in columns]
         lines.append(Line((first, *cells)))
     caption = f"{method}: {text.plural(len(rows), 'result')}. The runs of each are listed under its task in Records."
     return Table(tables.method_anchor(method), method, caption, tuple(heads), tuple(lines))
-
-
-def _bare(cell: Cell) -> Cell:
-    return Cell(cell.main, cell.sub, cell.key, cell.css)

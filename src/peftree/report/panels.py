@@ -219,20 +219,6 @@ def severities(task: Task, name: str) -> Panels | None:
     )
 
 
-def sheet(group: Panels, columns: int = 4) -> Markup:
-    """Return all panels of a group as one figure, for a page that shows files."""
-    gap, head = 8.0, 20.0
-    wide, high = WIDTH + gap, HEIGHT + gap
-    body = [group.shared, f'<text class="t" x="0" y="12">{escape(group.title)}</text>']
-    for index, panel in enumerate(group.panels):
-        x, y = num(wide * (index % columns)), num(head + high * (index // columns))
-        place = f'x="{x}" y="{y}" width="{num(WIDTH)}" height="{num(HEIGHT)}"'
-        body.append(panel.replace("<svg", Markup(f"<svg {place}"), 1))
-    rows = -(-len(group.panels) // columns)
-    across = wide * min(columns, len(group.panels))
-    return svg.document(across, head + high * rows, group.title, group.caption, body)
-
-
 def thin(steps: list[float], values: list[float], points: int) -> list[Point]:
     """Return at most `points` means over neighbouring values; the first and last are kept."""
     if len(steps) <= points:

@@ -8,8 +8,8 @@ from peftree import text
 from peftree.evaluate.subject import UNMEASURED, Unmeasured
 from peftree.probes import Scale, Sheet, probes
 from peftree.report.data import Row, Task
-from peftree.report.tables import interval, row_table
-from peftree.table import NOTHING, Cell, Head, Table, number
+from peftree.report.tables import measured, row_table
+from peftree.table import Cell, Head, Table, number
 
 
 def probed(task: Task) -> list[Table | None]:
@@ -38,13 +38,8 @@ def shift(task: Task) -> Table | None:
         cells = [number(row.score.value if row.score else None, task.decimals)]
         for name in names:
             one = by_name.get(name)
-            if one is None:
-                cells += [NOTHING, NOTHING]
-                continue
-            cells.append(number(one.score.value, task.decimals, sub=interval(one.score, task.decimals)))
-            gap = one.difference
-            ends = interval(gap, task.decimals, signed=True) if gap else ""
-            cells.append(number(gap.value if gap else None, task.decimals, signed=True, sub=ends))
+            cells.append(measured(one.score if one else None, task.decimals))
+            cells.append(measured(one.difference if one else None, task.decimals, signed=True))
         return cells
 
     heads = [Head("Own test set")]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 from markupsafe import Markup
 
@@ -103,17 +101,6 @@ def marker(branch: str, x: float, y: float, *, solid: bool = True) -> str:
     """Return the symbol of a branch, defined once per page by `symbols`; hollow ones are off the Pareto front."""
     css = f"m b-{branch}{'' if solid else ' hollow'}"
     return f'<use class="{css}" href="#s-{branch}" x="{num(x)}" y="{num(y)}"/>'
-
-
-def file(drawn: str) -> str:
-    """Return a figure as a standalone SVG file, with styles and symbols inside."""
-    size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
-    assert size is not None
-    style = Path(__file__).with_name("figure.css").read_text("utf-8")
-    fonts = 'font-family="system-ui, Segoe UI, Liberation Sans, Arial, sans-serif"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}" {fonts}'
-    head, title, rest = str(drawn).removeprefix("<svg").partition("</title>")
-    return f"{start}{head}{title}<style>{style}</style>{symbols()}{rest}\n"
 
 
 def symbols() -> Markup:

@@ -11,7 +11,7 @@ from peftree import text
 from peftree.bench.intervals import Interval
 from peftree.evaluate.subject import Unmeasured
 from peftree.report.data import Overview, Report, Row, Task
-from peftree.table import Cell, Head, Line, Table
+from peftree.table import NOTHING, Cell, Head, Line, Table, number
 
 NAME = Head("Method", numeric=False)
 
@@ -38,28 +38,17 @@ def _ended(row: Row) -> str:
     return {"inapplicable": "not applicable"}.get(word := ends.pop(), word) if len(ends) == 1 else "without a score"
 
 
-def _branch(_: Task, row: Row) -> Cell:
-    return Cell(row.branch, "", row.branch, "branch")
-
-
 def _trainable(_: Task, row: Row) -> Cell:
     share = text.percent(row.share) if row.share is not None else ""
     return Cell(text.count(row.trainable), share, row.trainable)
 
 
 def _score(task: Task, row: Row) -> Cell:
-    if row.score is None:
-        return Cell(row.verdict or "failed")
-    ends = interval(row.score, task.decimals)
-    return Cell(text.score(row.score.value, task.decimals), ends, row.score.value)
+    return Cell(row.verdict or "failed") if row.score is None else measured(row.score, task.decimals)
 
 
 def _difference(task: Task, row: Row) -> Cell:
-    gap = row.difference
-    if gap is None:
-        return Cell(text.NONE)
-    value = text.score(gap.value, task.decimals, signed=True)
-    return Cell(value, interval(gap, task.decimals, signed=True), gap.value)
+    return measured(row.difference, task.decimals, signed=True)
 
 
 def _verdict(_: Task, row: Row) -> Cell:
@@ -96,14 +85,11 @@ def _train(_: Task, row: Row) -> Cell:
     return Cell(text.seconds(row.costs.train_seconds), step, row.costs.train_seconds)
 
 
-def _disk(_: Task, row: Row) -> Cell:
-    return Cell(text.size(row.costs.adapter_bytes), "", row.costs.adapter_bytes)
-
-
 COLUMNS = (
     Column("method", "Method", "The method, with its settings where several were run; all are under Records.", _method,
            numeric=False),
-    Column("branch", "Branch", "Its branch of the taxonomy.", _branch, numeric=False),
+    Column("branch", "Branch", "Its branch of the taxonomy.",
+           lambda _, row: Cell(row.branch, "", row.branch, "branch"), numeric=False),
     Column("trainable", "Trainable", "Trainable parameters, and their share of all.", _trainable),
     Column("score", "Score", "Mean over seeds and test items, with its 95 % interval.", _score),
     Column("difference", "Against full", "Score minus full fine-tuning's on the same seeds and "
@@ -118,7 +104,8 @@ COLUMNS = (
            "and its share of full fine-tuning's.", _peak),
     Column("train", "Train time", "Time spent training (median over seeds), and the median "
            "step.", _train),
-    Column("disk", "On disk", "Bytes of what is saved for one task.", _disk),
+    Column("disk", "On disk", "Bytes of what is saved for one task.",
+           lambda _, row: Cell(text.size(row.costs.adapter_bytes), "", row.costs.adapter_bytes)),
 )  # fmt: skip
 
 
@@ -192,8 +179,8 @@ def overview_table(overview: Overview, report: Report) -> Table:
         "stands in brackets."
     )
     title = f"Overview: {overview.suite}"
-    number = report.overviews.index(overview) + 1
-    return Table(f"overview-{number}", title, caption, tuple(heads), tuple(lines), overview.notes, "overview")
+    place = report.overviews.index(overview) + 1
+    return Table(f"overview-{place}", title, caption, tuple(heads), tuple(lines), overview.notes, "overview")
 
 
 def _standing(task: Task, row: Row | None) -> Cell:
@@ -228,6 +215,13 @@ def row_table(
     if not lines:
         return None
     return Table(f"{task.anchor}-{name}", title, caption, (NAME, *heads), tuple(lines), tuple(notes))
+
+
+def measured(found: Interval | None, decimals: int, *, signed: bool = False) -> Cell:
+    """Return a cell with a figure and its interval, a dash for None."""
+    if found is None:
+        return NOTHING
+    return number(found.value, decimals, signed=signed, sub=interval(found, decimals, signed=signed))
 
 
 def interval(ends: Interval | None, decimals: int, *, signed: bool = False) -> str:

@@ -23,12 +23,26 @@ def tables(task: Task) -> list[Table]:
     return [table for table in found if table is not None]
 
 
-def _size(value: float | None) -> Cell:
-    return Cell(text.size(value), "", value)
-
-
-def _time(value: float | None) -> Cell:
-    return Cell(text.seconds(value), "", value)
+# Fields of a run's costs, as columns.
+MEMORY = {
+    "rss_after_load_bytes": Head(
+        "After load", "Resident memory once the model is loaded: weights, interpreter and libraries."
+    ),
+    "gradient_bytes": Head("Gradients", "Bytes of the gradients."),
+    "optimizer_bytes": Head("Optimizer", "Bytes of the optimizer's state."),
+    "saved_for_backward_bytes": Head("For backward", "Bytes saved for the backward pass."),
+    "rest_bytes": Head(
+        "Rest", "Peak minus the four before; what is not alive at the same time makes it smaller, never below 0."
+    ),
+    "peak_rss_bytes": Head("Peak", "Peak resident memory of the process."),
+    "allocator_peak_bytes": Head("Allocator", "Peak of the allocator within a training step, above its start."),
+}
+TIME = {
+    "setup_seconds": Head("Set-up"),
+    "train_seconds": Head("Train"),
+    "eval_seconds": Head("Evaluate"),
+    "cpu_seconds": Head("Processor", "Processor time of the whole run."),
+}
 
 
 def memory(task: Task) -> Table | None:
@@ -38,27 +52,9 @@ def memory(task: Task) -> Table | None:
         c = row.costs
         if c.gradient_bytes is None and c.optimizer_bytes is None and c.allocator_peak_bytes is None:
             return None
-        parts = (
-            c.rss_after_load_bytes,
-            c.gradient_bytes,
-            c.optimizer_bytes,
-            c.saved_for_backward_bytes,
-            c.rest_bytes,
-            c.peak_rss_bytes,
-            c.allocator_peak_bytes,
-        )
-        return [_size(part) for part in parts]
+        return [Cell(text.size(part), "", part) for part in (getattr(c, name) for name in MEMORY)]
 
-    heads = [
-        Head("After load", "Resident memory once the model is loaded: weights, interpreter and libraries."),
-        Head("Gradients", "Bytes of the gradients."),
-        Head("Optimizer", "Bytes of the optimizer's state."),
-        Head("For backward", "Bytes saved for the backward pass."),
-        Head("Rest", "Peak minus the four before; what is not alive at the same time makes it smaller, never below 0."),
-        Head("Peak", "Peak resident memory of the process."),
-        Head("Allocator", "Peak of the allocator within a training step, above its start."),
-    ]
-    return row_table(task, "memory", "Memory, part by part", "Medians over the seeds.", heads, fill)
+    return row_table(task, "memory", "Memory, part by part", "Medians over the seeds.", [*MEMORY.values()], fill)
 
 
 def time(task: Task) -> Table | None:
@@ -69,15 +65,9 @@ def time(task: Task) -> Table | None:
         if c.throughput is None:
             return None
         rate = Cell(f"{text.count(c.throughput)} {c.throughput_unit}", "", c.throughput)
-        return [*(_time(part) for part in (c.setup_seconds, c.train_seconds, c.eval_seconds, c.cpu_seconds)), rate]
+        return [*(Cell(text.seconds(part), "", part) for part in (getattr(c, name) for name in TIME)), rate]
 
-    heads = [
-        Head("Set-up"),
-        Head("Train"),
-        Head("Evaluate"),
-        Head("Processor", "Processor time of the whole run."),
-        Head("Throughput", "Of training."),
-    ]
+    heads = [*TIME.values(), Head("Throughput", "Of training.")]
     return row_table(task, "time", "Time", "Medians over the seeds.", heads, fill)
 
 
@@ -85,10 +75,7 @@ def tuned(task: Task) -> Table | None:
     """The trials of every method."""
     if not task.tuning:
         return None
-    lines = []
-    for one in task.tuning:
-        first = Cell(one.label, "", one.label)
-        lines.append(Line((first, *_tuned(task, one))))
+    lines = tuple(Line((Cell(one.label, "", one.label), *_tuned(task, one))) for one in task.tuning)
     heads = (
         NAME,
         Head("Trials", "Random learning rates tried, scored on validation rows."),
@@ -106,7 +93,7 @@ def tuned(task: Task) -> Table | None:
         f"{task.metric} on validation rows. Expected best scores by the unbiased estimator of Tang et al. (2020); "
         "diverged trials count as the worst seen."
     )
-    return Table(f"{task.anchor}-tuning", "Tuning", caption, heads, tuple(lines))
+    return Table(f"{task.anchor}-tuning", "Tuning", caption, heads, lines)
 
 
 def _tuned(task: Task, one: Tuning) -> list[Cell]:

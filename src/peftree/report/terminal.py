@@ -28,6 +28,10 @@ LEFT = ("Method", "Branch", "Verdict")
 BY_NAME = {column.name: column for column in COLUMNS}
 
 
+def _table(show_lines: bool = False) -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_lines=show_lines)
+
+
 class TaskTable:
     """A task's table: one line per method if the terminal is wide enough, else stacked cells."""
 
@@ -43,7 +47,7 @@ class TaskTable:
         yield Text(direction(self.task), style="dim")
 
     def _wide(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table = _table()
         for column in COLUMNS:
             title = Text(heading(column, self.task))
             table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
@@ -53,8 +57,7 @@ class TaskTable:
         return table
 
     def _narrow(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        table.show_lines = True
+        table = _table(show_lines=True)
         for title, names in NARROW.items():
             shown = heading(BY_NAME[names[0]], self.task) if title == "Score" else title
             side: Literal["left", "right"] = "left" if title in LEFT else "right"
@@ -88,7 +91,7 @@ def _overview(overview: Overview, report: Report) -> list[RenderableType]:
     """Return the overview without its task columns, which the tables below hold."""
     whole = overview_table(overview, report)
     few = len(whole.heads) - len(overview.tasks)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = _table()
     for head in whole.heads[:few]:
         table.add_column(Text(head.title), justify="right" if head.numeric else "left", overflow="fold")
     for line in whole.lines:

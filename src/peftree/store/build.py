@@ -14,7 +14,7 @@ from peftree.deltas.packed import hollow
 from peftree.deltas.place import read
 from peftree.errors import StoreError
 from peftree.graft import Hub
-from peftree.making import Entries
+from peftree.making import Entries, states
 from peftree.making import build as built
 from peftree.methods.contract import Method
 from peftree.sites import Site
@@ -42,45 +42,22 @@ class Draft:
         return states(self.keyed)
 
 
-def states(entries: Entries) -> dict[str, Tensor]:
-    """Return the tensors of `entries`, each once, by `path/part_role/tensor`."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, _, delta in entries:
-        for name, tensor in delta.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                out[f"{key}/{name}"] = tensor
-    return out
-
-
-def expected(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes | None = None) -> Draft:
-    """Build the adapter's deltas on the meta device: shapes without values, so fields may ask for any size.
+def drafted(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes) -> Draft:
+    """Build the adapter's deltas; the model is only read.
 
     Args:
+        model: the base; `abstract` of it gives shapes without values, so fields may ask for any size.
         given: the keys and shapes in a file. If they are those of the trained form that the method leaves
             after its `post_hoc` (a folded prefix, merged experts), the draft takes that form; tensors whose
             sizes training decides (`Delta.elastic`) get the sizes in the file.
     """
-    return _finished(_draft(abstract(model), method, head, seed), given)
-
-
-def real(model: nn.Module, method: Method, head: bool, seed: int, given: Shapes) -> Draft:
-    """Build the adapter's deltas with values; the model is only read."""
-    return _finished(_draft(model, method, head, seed), given)
-
-
-def _draft(model: nn.Module, method: Method, head: bool, seed: int) -> Draft:
     entries, with_head = built(model, method, head, seed)
-    return Draft(method, entries, with_head, seed)
-
-
-def _finished(draft: Draft, given: Shapes | None) -> Draft:
-    if given is not None and set(draft.state()) != set(given):
+    draft = Draft(method, entries, with_head, seed)
+    if set(draft.state()) != set(given):
         with torch.no_grad():
             draft.method.post_hoc({key: delta for key, _, delta in draft.keyed})
-    for key, _, delta in draft.keyed if given else ():
-        named = {name: (given or {}).get(f"{key}/{name}") for name in delta.elastic}
+    for key, _, delta in draft.keyed:
+        named = {name: given.get(f"{key}/{name}") for name in delta.elastic}
         sizes = {n: tuple(s) for n, s in named.items() if s is not None and len(s) == getattr(delta, n).dim()}
         if any(tuple(getattr(delta, n).shape) != s for n, s in sizes.items()):
             delta.resize(sizes)

@@ -9,8 +9,6 @@ fresh task head, whose random start is not part of the pretrained model; an adap
 The weights of a quantised base are compared by values sampled from them, since another device may round one
 differently. A base that is quantised in another way, or not at all, can agree no better than it was rounded: it is
 accepted, with a warning, if everything that is not quantised is the same and the samples are near.
-
-Files of format 1 hold up to eight sampled values per tensor instead of digests, and are compared by those.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from peftree import sites as site_tree
@@ -31,9 +29,11 @@ from peftree.deltas.packed import dense, form_of, hollow, is_packed
 from peftree.errors import PeftreeWarning, StoreError
 from peftree.sites.parts import inside, join, modules_of
 from peftree.store.digest import SIZE, digests
+from peftree.strict import Strict
 
-PER_TENSOR, TENSORS = 8, 1024
+TENSORS = 1024  # beyond, tensors are digested in groups
 ROUNDED = (torch.bfloat16, torch.float16)
+SAMPLES = 8  # values of a packed weight
 SAME, NEAR = 0.05, 0.5  # relative distance of the samples of a weight: packed in the same way, or in another
 ESSENTIALS = (
     "model_type", "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "num_hidden_layers", "num_layers", "n_layer",
@@ -44,7 +44,7 @@ ESSENTIALS = (
 Scalar = bool | int | float | str | None
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Strict):
     """What is recorded about a base model; see the docstring of this module.
 
     Attributes:
@@ -54,20 +54,17 @@ class Fingerprint(BaseModel):
         shapes: SHA-256 of the names and shapes of all parameters.
         dtype: the dtype of its first parameter.
         digests: base64 of the digests, one for each group of tensors; a group is one tensor unless there are very many.
-        samples: in format 1, base64 of little-endian float32 values, tensor by tensor.
         quantized: how the base's weights are packed; empty if they are not.
         packed: for each packed weight, base64 of little-endian float32 samples of what it stands for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     model: Annotated[str, Field(max_length=200)]
     config: dict[str, Scalar]
     parameters: int
     tensors: int
     shapes: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     dtype: Annotated[str, Field(max_length=40)]
-    digests: Annotated[str, Field(max_length=1 << 17)] = ""
-    samples: Annotated[str, Field(max_length=1 << 17)] = ""
+    digests: Annotated[str, Field(max_length=1 << 17)]
     quantized: Annotated[str, Field(max_length=40)] = ""
     packed: Annotated[dict[str, Annotated[str, Field(max_length=64)]], Field(max_length=1 << 16)] = {}
 
@@ -110,8 +107,7 @@ def difference(saved: Fingerprint, model: nn.Module) -> str:
             f"its base has {saved.parameters:,} parameters in {saved.tensors:,} tensors, this model "
             f"{here.parameters:,} in {here.tensors:,}, or names or shapes differ"
         )
-    check = _values if saved.digests else _sampled_values
-    return check(saved, here, list(_base(model)))
+    return _values(saved, here, list(_base(model)))
 
 
 Named = list[tuple[str, Tensor]]
@@ -155,31 +151,11 @@ def _packed_values(saved: Fingerprint, here: Fingerprint, named: dict[str, Tenso
     return ""
 
 
-def _sampled_values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
-    """Compare the samples that format 1 holds, tensor by tensor."""
-    chosen = [group[0] for group in _groups(named)]
-    raw = _decode(saved.samples)
-    if len(raw) != 4 * sum(min(PER_TENSOR, p.numel()) for _, p in chosen):
-        return "its record of the base's values has the wrong length"
-    was, at = torch.frombuffer(raw or bytearray(4), dtype=torch.float32), 0
-    for name, p in chosen:
-        now = _sample(p)
-        if not _same(was[at : at + len(now)], now, cast=saved.dtype != here.dtype):
-            return f"the values of {name} are not those of its base"
-        at += len(now)
-    return ""
-
-
 def _decode(text: str) -> bytearray:
     try:
         return bytearray(base64.b64decode(text, validate=True))
     except ValueError:
         raise StoreError("The manifest's record of the base is damaged.", "Fetch the adapter again.") from None
-
-
-def _same(was: Tensor, now: Tensor, cast: bool) -> bool:
-    kinds = (torch.float32, *(ROUNDED if cast else ()))
-    return any(torch.equal(was.to(dtype), now.to(dtype)) for dtype in kinds)
 
 
 def _class_name(model: nn.Module) -> str:
@@ -201,6 +177,13 @@ def _sampled(module: nn.Module, key: str) -> str:
     """Return samples of what a packed weight stands for, as base64."""
     values = _sample(dense(module, module._parameters[key]))  # type: ignore[arg-type]
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+
+
+def _sample(p: Tensor) -> Tensor:
+    count = min(SAMPLES, p.numel())
+    rank = torch.arange(count, device=p.device)
+    at = (2 * rank + 1) * p.numel() // max(1, 2 * count)
+    return p.reshape(-1)[at].to(torch.float32).cpu()
 
 
 def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -241,13 +224,6 @@ def _digest(group: Named, rounded: Sequence[torch.dtype], packed: Container[str]
     """
     parts = [digests(torch.empty(0) if p.is_meta or name in packed else p, rounded) for name, p in group]
     return b"".join(hashlib.sha256(b"".join(column)).digest()[:SIZE] for column in zip(*parts, strict=True))
-
-
-def _sample(p: Tensor) -> Tensor:
-    count = min(PER_TENSOR, p.numel())
-    rank = torch.arange(count, device=p.device)
-    at = (2 * rank + 1) * p.numel() // max(1, 2 * count)
-    return p.reshape(-1)[at].to(torch.float32).cpu()
 
 
 def _essentials(model: nn.Module) -> dict[str, Scalar]:

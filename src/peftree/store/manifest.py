@@ -17,9 +17,9 @@ from peftree.files import read_json, sha256
 from peftree.methods.contract import Method
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.tensors import NAMES, Entry
-from peftree.strict import explain
+from peftree.strict import Strict, explain
 
-FORMAT = 2  # 1: sampled values of the base instead of digests
+FORMAT = 2
 LIMIT = 1 << 22
 _ADVICE = "The file is damaged, or not peftree's; fetch or save the adapter again."
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -33,7 +33,7 @@ class Stored(BaseModel):
     dtype: str
 
 
-class Manifest(BaseModel):
+class Manifest(Strict):
     """Everything about a saved adapter that its tensors do not tell.
 
     Attributes:
@@ -53,8 +53,7 @@ class Manifest(BaseModel):
         base: the base model it was made for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Annotated[int, Field(ge=1)]
+    format: Annotated[int, Field(ge=FORMAT)]
     peftree: str
     layout: Literal["native", "peft"]
     name: str

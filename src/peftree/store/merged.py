@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftree import adapter as adapters
-from peftree import compose
 from peftree.adapter import Adapter
-from peftree.compose import Packing
+from peftree.compose import Packing, merged
 from peftree.deltas.packed import keep_gradients, stored
 from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
@@ -76,7 +75,7 @@ def _merged(adapter: Adapter, folder: Path, quantized: Packing) -> Path:
     try:
         with _alone(adapter):
             wanted = _probe(model)
-            with _folded(model, quantized):
+            with merged(model, quantized):
                 plain = unpacked(model) if quantized == "dequantize" else build.bare(model)
                 wanted = wanted if quantized == "refuse" else _probe(plain)  # what is quantised rounds activations too
                 _write(plain, stage)
@@ -106,15 +105,6 @@ def _alone(adapter: Adapter) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         adapters.switch(model, before)
-
-
-@contextlib.contextmanager
-def _folded(model: nn.Module, quantized: Packing) -> Iterator[None]:
-    compose.merge(model, quantized)
-    try:
-        yield
-    finally:
-        compose.unmerge(model)
 
 
 def _write(plain: Any, stage: Path) -> None:

@@ -19,10 +19,10 @@ from peftree.store.manifest import Manifest, check_tensors, describe, method_of,
 from peftree.store.tensors import Entry, header, pack, view
 
 
-def files(adapter: Adapter, kept: dict[str, Any] | None = None) -> dict[str, bytes]:
+def files(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of an adapter in the native format, by name."""
     weights = pack(adapter.state())
-    manifest = describe(adapter, "native", header(bytearray(weights), NATIVE), sha256(weights), kept=kept)
+    manifest = describe(adapter, "native", header(bytearray(weights), NATIVE), sha256(weights))
     return {NATIVE: weights, MANIFEST: manifest.text()}
 
 
@@ -73,8 +73,8 @@ def check_base(manifest: Manifest, model: nn.Module, folder: Path, allow_other_b
 def drafted(model: nn.Module, method: Any, head: bool, seed: int, path: Path, tensors: dict[str, Tensor]) -> Draft:
     """Compare the file with what the method has on this model, by shapes alone; then build it and fill it."""
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    wanted = {n: t.shape for n, t in build.expected(model, method, head, seed, shapes).state().items()}
-    build.compare(str(path), wanted, shapes)
-    draft = build.real(model, method, head, seed, shapes)
+    expected = build.drafted(build.abstract(model), method, head, seed, shapes)
+    build.compare(str(path), {n: t.shape for n, t in expected.state().items()}, shapes)
+    draft = build.drafted(model, method, head, seed, shapes)
     build.fill(model, draft, tensors, str(path))
     return draft

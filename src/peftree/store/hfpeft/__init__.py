@@ -24,11 +24,11 @@ from peftree.store.folder import CONFIG, MANIFEST, PEFT
 from peftree.store.hfpeft import fresh, moved, whole
 from peftree.store.hfpeft.adalora import AdaLora
 from peftree.store.hfpeft.declared import declared
-from peftree.store.hfpeft.dialect import Dialect, View
+from peftree.store.hfpeft.dialect import Dialect, View, exactly
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, decoded, encoded, head_links
 from peftree.store.hfpeft.lora import Dora, Lora, LoraFields
 from peftree.store.hfpeft.scales import Ia3, Norms
-from peftree.store.hfpeft.schema import Common, kept, parse
+from peftree.store.hfpeft.schema import Common, parse
 from peftree.store.hfpeft.spectral import Fourier, Oft, Vera
 from peftree.store.hfpeft.tokens import Adaption, Prefix, Prompt, PTuning
 from peftree.store.manifest import describe, method_of, read_manifest
@@ -102,15 +102,11 @@ def _config(dialect: Dialect[Any], adapter: Adapter, work: Work, own: dict[str, 
     model = work.view.model
     base = model.__dict__.get("config")
     name = getattr(base, "_name_or_path", None)
-    heads = [site.path for _, site, _ in work.heads]
     shared = {
-        "peft_type": dialect.peft_type,
-        "task_type": _task(model, bool(heads)),
-        "base_model_name_or_path": name or None,
-        "inference_mode": True,
-    }
-    made = dialect.schema.model_validate(shared | own)
-    written: dict[str, Any] = made.model_dump(exclude_unset=True)
+        "peft_type": dialect.peft_type, "task_type": _task(model, bool(work.heads)),
+        "base_model_name_or_path": name or None, "inference_mode": True,
+    }  # fmt: skip
+    written: dict[str, Any] = dialect.schema.model_validate(shared | own).model_dump(exclude_unset=True)
     return _KEPT.get(adapter, {}) | written
 
 
@@ -159,14 +155,12 @@ def read(
     dialect = _dialect(raw, where)
     entries = _renamed(entries, dialect.root, PREFIX)
     config = parse(dialect.schema, raw, where)
-    try:
+    with exactly(where):
         if manifest is None:
             method, head, entries = _foreign(dialect, config, model, where, data, entries)
         else:
             method, head = method_of(manifest, folder / MANIFEST), manifest.head
         main = whole.split(method)[1]
-    except InexpressibleError as error:
-        raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
     if not dialect.writes(main):
         raise StoreError(f"{where} is for {dialect.peft_type}, not for {method.name}.", "Fetch the adapter again.")
     name = name if name is not None else manifest.name if manifest else "default"
@@ -175,13 +169,11 @@ def read(
         native.check_base(manifest, model, folder, allow_other_base)
     seed = manifest.seed if manifest else 0
     foreign = config if manifest is None else None
-    try:
+    with exactly(where):
         draft = _drafted(dialect, model, method, head, seed, path, data, entries, foreign)
-    except InexpressibleError as error:
-        raise StoreError(f"{where}: {error.reason}.", "Load this adapter with peft.") from None
     if manifest is not None:
         _restore(draft, manifest.rest, dialect.rest, folder / MANIFEST)
-    return name, draft, manifest.kept if manifest else kept(config)
+    return name, draft, manifest.kept if manifest else config.model_extra or {}
 
 
 def _dialect(raw: Mapping[str, Any], where: Path) -> Dialect[Any]:
@@ -256,7 +248,8 @@ def _drafted(
     config: Common | None,
 ) -> Draft:
     """Compare the file with the links' tensors, by shapes alone; then build the adapter and fill it."""
-    draft = build.expected(model, method, head, seed, {})  # their files hold the form that post_hoc leaves
+    # No shapes: their files hold the form that post_hoc leaves.
+    draft = build.drafted(build.abstract(model), method, head, seed, {})
     work = Work(dialect, model, method, draft.keyed, config)
     # A foreign file has the trained values alone of a start that is taken out of the base.
     derived = dialect.derived if config is not None else ()
@@ -267,7 +260,7 @@ def _drafted(
     entries = {n: e for n, e in entries.items() if n not in extra}
     given = {n: e.shape for n, e in entries.items()}
     build.compare(str(path), shapes, given)
-    draft = build.real(model, method, head, seed, {n: t.shape for n, t in draft.state().items()})
+    draft = build.drafted(model, method, head, seed, {n: t.shape for n, t in draft.state().items()})
     tensors = {n: view(data, n, e) for n, e in entries.items()}
     work = Work(dialect, model, method, draft.keyed, config)
     _check_extras(dialect.known(work.view), extra, path)

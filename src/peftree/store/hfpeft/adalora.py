@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -45,26 +45,19 @@ class AdaLora(AtModules[AdaLoraFields]):
     schema = AdaLoraFields
     ours: ClassVar[tuple[str, ...]] = ("adalora",)
     rest: ClassVar[tuple[str, ...]] = ("alive",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    keys: ClassVar[Mapping[str, str]] = {
+        "init_r": "r", "target_r": "target_r", "lora_alpha": "alpha", "lora_dropout": "dropout", "deltaT": "interval",
+        "beta1": "beta", "orth_reg_weight": "orthogonal",
+    }  # fmt: skip
 
     def config(self, view: View) -> dict[str, Any]:
         """Return rank, scale and schedule."""
-        view.only("linear", "conv1d")
         fields: Any = view.method
         warmup, final = round(fields.warmup * STEPS), round(fields.final * STEPS)
         fits = warmup + final < STEPS
-        return self.targets(view) | transposes(view) | {
-            "init_r": fields.r,
-            "target_r": fields.target_r,
-            "lora_alpha": fields.alpha,
-            "lora_dropout": fields.dropout,
-            "tinit": warmup if fits else 0,
-            "tfinal": final if fits else 0,
-            "deltaT": fields.interval,
-            "beta1": fields.beta,
-            "beta2": fields.beta,
-            "orth_reg_weight": fields.orthogonal,
-            "total_step": STEPS,
-        }  # fmt: skip
+        schedule = {"tinit": warmup if fits else 0, "tfinal": final if fits else 0, "total_step": STEPS}
+        return super().config(view) | transposes(view) | schedule | {"beta2": fields.beta}
 
     def method(self, config: AdaLoraFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `adalora`; ranks that PEFT has cut off come back as triplets whose E is 0."""
@@ -72,16 +65,8 @@ class AdaLora(AtModules[AdaLoraFields]):
         shares = {"warmup": config.tinit / steps, "final": config.tfinal / steps} if steps else {}
         if any(share >= 1 for share in shares.values()):
             raise refuse(where, "tinit or tfinal is not below total_step", "Correct the file.")
-        return "adalora", shares | {
-            "sites": self.sites(config, model, where),
-            "r": config.init_r,
-            "target_r": config.target_r,
-            "alpha": config.lora_alpha,
-            "dropout": config.lora_dropout,
-            "interval": config.deltaT,
-            "beta": config.beta1,
-            "orthogonal": config.orth_reg_weight,
-        }
+        name, fields = super().method(config, model, where)
+        return name, fields | shares
 
     def links(self, view: View) -> list[Link]:
         """Q, E and P of the triplets that are left."""

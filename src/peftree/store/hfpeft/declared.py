@@ -11,8 +11,8 @@ from pydantic import create_model
 from torch import Tensor, nn
 
 from peftree import registry
+from peftree.making import states
 from peftree.methods.contract import Method, Peft
-from peftree.store.build import states
 from peftree.store.hfpeft.dialect import AtModules, View, refuse
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, Part, links_of, transposed
 from peftree.store.hfpeft.schema import Targeted
@@ -25,28 +25,27 @@ class Declared(AtModules[Any]):
 
     peft: ClassVar[Peft]
 
+    whole: ClassVar[bool] = True
+
     def config(self, view: View) -> dict[str, Any]:
         """Return the targets, the fields by PEFT's names, and the values that make it this method."""
-        view.only(*self.peft.kinds, whole=True)
-        fields = {key: self._theirs(key, getattr(view.method, name)) for key, name in self.peft.fields.items()}
-        return self.targets(view) | fields | dict(self.peft.fixed)
+        return super().config(view) | dict(self.peft.fixed)
 
     def method(self, config: Any, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return the method's name and fields."""
         for key, value in self.peft.fixed.items():
             if (found := getattr(config, key)) != value and not (found is None and not value):
                 raise refuse(where, f"{key}={str(found)[:80]!r} changes what an adapter computes; use {value!r}")
-        fields = {name: self._ours(key, getattr(config, key), where) for key, name in self.peft.fields.items()}
-        return self.ours[0], {"sites": self.sites(config, model, where)} | fields
+        return super().method(config, model, where)
 
-    def _theirs(self, key: str, value: Any) -> Any:
+    def theirs(self, key: str, value: Any) -> Any:
         """Return PEFT's value for one of ours."""
         known = self.peft.values.get(key, {})
         if isinstance(value, str) and known and value not in known:
             raise InexpressibleError(f"{self.peft.fields[key]}={value} has no {key} there")
         return known.get(value, value)
 
-    def _ours(self, key: str, value: Any, where: Path) -> Any:
+    def mine(self, key: str, value: Any, where: Path) -> Any:
         """Return our value for one of PEFT's."""
         if value is None:
             raise refuse(where, f"{key}=None changes what an adapter computes but does not say how")
@@ -58,7 +57,7 @@ class Declared(AtModules[Any]):
 
     def links(self, view: View) -> list[Link]:
         """Return the links of every site's tensors, by name, and of those that the sites share."""
-        view.only(*self.peft.kinds, whole=True)
+        view.only(*self.kinds, whole=self.whole)
         mine = {theirs: ours for theirs, ours in self.peft.tensors.items() if not theirs.startswith(WHOLE)}
         ends = {theirs: ours.removesuffix(".T") for theirs, ours in mine.items()}
         turned = {theirs for theirs, ours in mine.items() if ours.endswith(".T")}
@@ -99,4 +98,5 @@ def _made(method: type[Method]) -> Declared:
     keys |= {k: (Any, value) for k, value in peft.fixed.items()}
     schema = create_model(f"{method.__name__}Fields", __base__=Targeted, **keys)
     facts = {"peft": peft, "peft_type": peft.type, "ours": (method.name,), "schema": schema}
+    facts |= {"kinds": peft.kinds, "keys": peft.fields}
     return cast("Declared", type(f"{method.__name__}InPeft", (Declared,), facts)())

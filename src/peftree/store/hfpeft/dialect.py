@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,9 @@ from peftree.making import Entries
 from peftree.methods.bysite import Meaning
 from peftree.methods.contract import Method
 from peftree.sites import Site
-from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link
+from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, Part, links_of
 from peftree.store.hfpeft.names import query, shortest, targeted
-from peftree.store.hfpeft.schema import Common, S, Targeted
+from peftree.store.hfpeft.schema import Common, S
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,44 @@ class Dialect(ABC, Generic[S]):
 
 
 class AtModules(Dialect[S]):
-    """A PEFT method that sits at modules named by `target_modules`."""
+    """A PEFT method that sits at modules named by `target_modules`.
 
-    def targets(self, view: View) -> dict[str, Any]:
-        """Return the key that says where it goes."""
-        return {"target_modules": shortest(view.model, view.paths)}
+    Attributes:
+        kinds: the kinds of sites that PEFT can put it at; `whole`: but not at a slice of a fused projection.
+        keys: our field by the key of PEFT's config that means the same.
+        parts: how PEFT's tensors at a module are made of ours.
+    """
 
-    def sites(self, config: Targeted, model: nn.Module, where: Path) -> str:
+    kinds: ClassVar[tuple[str, ...]]
+    whole: ClassVar[bool] = False
+    keys: ClassVar[Mapping[str, str]] = {}
+    parts: ClassVar[tuple[Part, ...]] = ()
+
+    def config(self, view: View) -> dict[str, Any]:
+        """Return the modules that it sits at, and the fields by PEFT's names."""
+        view.only(*self.kinds, whole=self.whole)
+        fields = {key: self.theirs(key, getattr(view.method, name)) for key, name in self.keys.items()}
+        return {"target_modules": shortest(view.model, view.paths)} | fields
+
+    def method(self, config: S, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
+        """Return our method at the modules that a config targets, with its fields."""
+        fields = {name: self.mine(key, getattr(config, key), where) for key, name in self.keys.items()}
+        return self.ours[0], {"sites": self.sites(config, model, where)} | fields
+
+    def links(self, view: View) -> list[Link]:
+        """Return the links of every site's tensors."""
+        view.only(*self.kinds, whole=self.whole)
+        return links_of(view.entries, lambda _: self.parts)
+
+    def theirs(self, key: str, value: Any) -> Any:
+        """Return PEFT's value for one of ours."""
+        return value
+
+    def mine(self, key: str, value: Any, where: Path) -> Any:
+        """Return our value for one of PEFT's."""
+        return value
+
+    def sites(self, config: Any, model: nn.Module, where: Path) -> str:
         """Return our request for the modules that a config targets."""
         return query(model, targeted(model, config, where), where)
 
@@ -149,4 +181,10 @@ def refuse(where: Path, what: str, fix: str = "Load this adapter with peft.") ->
     return StoreError(f"{where}: {what}.", fix)
 
 
-__all__ = ["AtModules", "Common", "Dialect", "View", "refuse", "transposes"]
+@contextmanager
+def exactly(where: Path) -> Iterator[None]:
+    """Inside, what has no exact form is refused with the place of the config."""
+    try:
+        yield
+    except InexpressibleError as error:
+        raise refuse(where, error.reason) from None

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from peftree.errors import StoreError
-from peftree.making import Entries
-from peftree.store.build import states
+from peftree.making import Entries, states
 
 PREFIX = "base_model.model."
 

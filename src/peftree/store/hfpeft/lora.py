@@ -19,7 +19,7 @@ from peftree.sites import Site
 from peftree.sites.parts import modules_of
 from peftree.store.hfpeft.dialect import AtModules, View, refuse, transposes
 from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of, reshaped, transposed
-from peftree.store.hfpeft.names import compact, matches, query, shortest, targeted
+from peftree.store.hfpeft.names import compact, matches, query, shortest, targeted, usual
 from peftree.store.hfpeft.pattern import valued
 from peftree.store.hfpeft.schema import Targeted
 
@@ -80,8 +80,7 @@ class Low(AtModules[LoraFields]):
         sites = query(model, paths, where) if paths and not terms else " ".join(every)
         found: dict[str, Any] = {"sites": sites, "dropout": config.lora_dropout}
         for name, values in (("r", ranks), ("alpha", alphas)):
-            common = max(dict.fromkeys(values.values()), key=list(values.values()).count)
-            rest = {p: v for p, v in values.items() if v != common}
+            common, rest = usual(values)
             found[name] = {"*": common} | {" ".join(n): v for n, v in compact(model, rest, every)}
         return found
 
@@ -106,8 +105,7 @@ class Low(AtModules[LoraFields]):
         mixed = len(stable) > 1
         alphas = {n: f.alpha * (f.r**0.5 if mixed and f.rank_stabilized else 1.0) for n, f in fields.items()}
         for one, more, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
-            common: Any = max(dict.fromkeys(values.values()), key=list(values.values()).count)
-            rest = {n: v for n, v in values.items() if v != common}
+            common, rest = usual(values)
             found[one] = common
             if rest:
                 found[more] = {name: v for names, v in compact(view.model, rest, every) for name in names}
@@ -227,25 +225,15 @@ def _expert_parts(turned: bool, depth: int, members: Entries) -> Sequence[Part]:
         raise InexpressibleError(f"{members[0][1].path} has parts of a fused projection that is transposed in PEFT")
     first, second = ("B", "A") if turned else ("A", "B")
     return [
-        Part(f"{before}lora_A.weight", (first,), None, _flat, partial(_unflat, n, r)),
-        Part(f"{before}lora_B.weight", (second,), 0, _mixed, partial(_unmixed, n, r)),
-    ]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].flatten(0, 1)
-
-
-def _unflat(n: int, r: int, tensor: Tensor) -> Sequence[Tensor]:
-    return [tensor.reshape(n, r, -1)]
-
-
-def _mixed(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].permute(2, 1, 0).flatten(1)
-
-
-def _unmixed(n: int, r: int, tensor: Tensor) -> Sequence[Tensor]:
-    return [tensor.reshape(-1, r, n).permute(2, 1, 0)]
+        Part(
+            f"{before}lora_A.weight", (first,), None,
+            lambda t: t[0].flatten(0, 1), lambda t: [t.reshape(n, r, -1)],
+        ),
+        Part(
+            f"{before}lora_B.weight", (second,), 0,
+            lambda t: t[0].permute(2, 1, 0).flatten(1), lambda t: [t.reshape(-1, r, n).permute(2, 1, 0)],
+        ),
+    ]  # fmt: skip
 
 
 def check_start(config: LoraFields, where: Path) -> str:

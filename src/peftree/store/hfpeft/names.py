@@ -70,8 +70,8 @@ def targeted(model: nn.Module, config: Targeted, where: Path) -> list[str]:
     chosen = [n for n in chosen if not any(matches(p, s) for p in _parents(n) for s in saved)]
     chosen = [n for n in chosen if not any(matches(n, e) for e in excluded)]
     if config.layers_to_transform is not None and config.layers_to_transform != []:
-        exact = config.target_modules or ()
-        layers = _numbers(config.layers_to_transform)
+        exact, given = config.target_modules or (), config.layers_to_transform
+        layers = [given] if isinstance(given, int) else given
         chosen = [n for n in chosen if n in exact or _layer(n, config, where) in layers]
     if not chosen:
         raise StoreError(
@@ -149,13 +149,10 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def _numbers(value: int | list[int]) -> list[int]:
-    return [value] if isinstance(value, int) else value
-
-
 def _layer(name: str, config: Targeted, where: Path) -> int | None:
     """Return the layer number in a module's name, by PEFT's rule: the first number after a name."""
-    patterns = _layer_patterns(config, where)
+    given = config.layers_pattern
+    patterns = literal([given] if isinstance(given, str) and given else given or None, "layers_pattern", where)
     parts = name.split(".")
     for i in range(1, len(parts) - 1):
         known = parts[i - 1] in patterns if patterns else i >= 2
@@ -164,9 +161,10 @@ def _layer(name: str, config: Targeted, where: Path) -> int | None:
     return None
 
 
-def _layer_patterns(config: Targeted, where: Path) -> list[str]:
-    pattern = config.layers_pattern
-    return literal([pattern] if isinstance(pattern, str) and pattern else pattern or None, "layers_pattern", where)
+def usual(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
+    """Return the commonest of the values by path, and the others."""
+    common = max(dict.fromkeys(values.values()), key=list(values.values()).count)
+    return common, {path: value for path, value in values.items() if value != common}
 
 
 def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> list[tuple[list[str], T]]:

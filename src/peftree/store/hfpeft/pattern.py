@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 from peftree.store.hfpeft.links import InexpressibleError
 
@@ -52,7 +53,7 @@ def ways(key: str) -> list[tuple[bool, Way]]:
             at = match.end()
             sign, count, group = match.groups()
             options.append([_steps(key, g) for g in group.split("|")] if group is not None else [[_step(sign, count)]])
-        if len(found) + _count(options) > _WAYS:
+        if len(found) + prod(map(len, options)) > _WAYS:
             raise _strange(key)
         found += [(anchored, [step for piece in choice for step in piece]) for choice in product(*options)]
     return found
@@ -70,15 +71,10 @@ def _split(key: str) -> list[str]:
     return parts
 
 
-def _count(options: list[list[list[Step]]]) -> int:
-    total = 1
-    for option in options:
-        total *= len(option)
-    return total
-
-
 def _steps(key: str, text: str) -> list[Step]:
-    ((_, way),) = ways(text) if text and "^" not in text and "$" not in text else _refuse(key)
+    if not text or "^" in text or "$" in text:
+        raise _strange(key)
+    ((_, way),) = ways(text)
     return list(way)
 
 
@@ -101,10 +97,6 @@ def _step(sign: str, count: str) -> Step:
 
 def _strange(key: str) -> InexpressibleError:
     return InexpressibleError(f"the pattern {key[:80]!r} is of a kind that is not supported here")
-
-
-def _refuse(key: str) -> list[tuple[bool, Way]]:
-    raise _strange(key)
 
 
 def matches(way: tuple[bool, Way], name: str) -> bool:

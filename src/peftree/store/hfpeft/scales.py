@@ -19,20 +19,17 @@ from peftree.store.hfpeft.names import literal, shortest, targeted
 from peftree.store.hfpeft.schema import Targeted
 
 
-class NormFields(Targeted):
-    """LN tuning's keys."""
-
-
-class Norms(AtModules[NormFields]):
+class Norms(AtModules[Targeted]):
     """LayerNorm tuning: PEFT keeps the trained parameters themselves, we keep their distance from the base."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
-    schema = NormFields
+    schema = Targeted
     ours: ClassVar[tuple[str, ...]] = ("layernorm",)
+    kinds: ClassVar[tuple[str, ...]] = ("norm",)
 
     def config(self, view: View) -> dict[str, Any]:
         """Return the targets; refuse values that would not come back as the same parameters, bit for bit."""
-        view.only("norm")
+        found = super().config(view)
         for _, site, delta in view.entries:
             base = read(view.model.get_submodule(site.path), site)
             for frozen, change in (
@@ -41,11 +38,7 @@ class Norms(AtModules[NormFields]):
             ):
                 if frozen is not None and change is not None and not _returns(frozen.float(), change.detach()):
                     raise InexpressibleError(f"the sum of base and change at {site.name} cannot be separated again")
-        return self.targets(view)
-
-    def method(self, config: NormFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
-        """Return `layernorm`."""
-        return "layernorm", {"sites": self.sites(config, model, where)}
+        return found
 
     def links(self, view: View) -> list[Link]:
         """Weight and bias of every norm."""
@@ -68,13 +61,7 @@ def _sum(theirs: str, ours: str, frozen: Tensor, offset: float) -> Part:
     def base(like: Tensor) -> Tensor:
         return frozen.detach().to(like.device, like.dtype)
 
-    return Part(
-        theirs,
-        (ours,),
-        None,
-        lambda t: (base(t[0]) + t[0]) - offset,
-        lambda t: [(t + offset) - base(t)],
-    )
+    return Part(theirs, (ours,), None, lambda t: (base(t[0]) + t[0]) - offset, lambda t: [(t + offset) - base(t)])
 
 
 class Ia3Fields(Targeted):
@@ -122,7 +109,7 @@ def _scale(view: View, members: Entries) -> Sequence[Part]:
     _, site, delta = members[0]
     if site.kind == "conv":
         return [_channels(view.model.get_submodule(site.path), site.path, isinstance(delta, ScaledInput))]
-    if isinstance(members[0][2], ScaledInput):
+    if isinstance(delta, ScaledInput):
         return [Part("ia3_l", ("scale",), None, lambda t: t[0].unsqueeze(0), lambda t: [t.squeeze(0)])]
     return [Part("ia3_l", ("scale",), 0, lambda t: t[0].unsqueeze(-1), lambda t: [t.squeeze(-1)])]
 

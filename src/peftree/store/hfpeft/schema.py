@@ -119,8 +119,3 @@ def _strange(schema: type[S], raw: dict[str, Any], path: Path) -> None:
             f"{', '.join(f'{k}={raw[k]!r}'[:120] for k in strange[:8])}.",
             stacklevel=2,
         )
-
-
-def kept(config: Common) -> dict[str, Any]:
-    """Return the keys of a file that its schema does not know."""
-    return dict(config.model_extra or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftree.store.hfpeft.dialect import AtModules, View, refuse, transposes
-from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of
-from peftree.store.hfpeft.names import compact, targeted
+from peftree.store.hfpeft.links import InexpressibleError, Part
+from peftree.store.hfpeft.names import compact, targeted, usual
 from peftree.store.hfpeft.pattern import valued
 from peftree.store.hfpeft.schema import Targeted
 
@@ -32,33 +33,16 @@ class Vera(AtModules[VeraFields]):
     peft_type: ClassVar[str] = "VERA"
     schema = VeraFields
     ours: ClassVar[tuple[str, ...]] = ("vera",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    whole: ClassVar[bool] = True
+    keys: ClassVar[Mapping[str, str]] = {
+        "r": "r", "projection_prng_key": "basis_seed", "vera_dropout": "dropout", "d_initial": "d_initial",
+    }  # fmt: skip
+    parts: ClassVar[tuple[Part, ...]] = (Part("vera_lambda_b", ("b",), 0), Part("vera_lambda_d", ("d",)))
 
     def config(self, view: View) -> dict[str, Any]:
         """Return rank and seed."""
-        view.only("linear", "conv1d", whole=True)
-        fields: Any = view.method
-        return self.targets(view) | transposes(view) | {
-            "r": fields.r,
-            "projection_prng_key": fields.basis_seed,
-            "save_projection": True,
-            "vera_dropout": fields.dropout,
-            "d_initial": fields.d_initial,
-        }  # fmt: skip
-
-    def method(self, config: VeraFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
-        """Return `vera`."""
-        return "vera", {
-            "sites": self.sites(config, model, where),
-            "r": config.r,
-            "basis_seed": config.projection_prng_key,
-            "dropout": config.vera_dropout,
-            "d_initial": config.d_initial,
-        }
-
-    def links(self, view: View) -> list[Link]:
-        """B and d of every site."""
-        view.only("linear", "conv1d", whole=True)
-        return links_of(view.entries, lambda _: [Part("vera_lambda_b", ("b",), 0), Part("vera_lambda_d", ("d",))])
+        return super().config(view) | transposes(view) | {"save_projection": True}
 
     def extras(self, view: View) -> dict[str, Tensor]:
         """The frozen matrices, shared by all sites."""
@@ -86,21 +70,21 @@ class Oft(AtModules[OftFields]):
     peft_type: ClassVar[str] = "OFT"
     schema = OftFields
     ours: ClassVar[tuple[str, ...]] = ("oft",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    keys: ClassVar[Mapping[str, str]] = {"r": "blocks", "block_share": "shared"}
+    parts: ClassVar[tuple[Part, ...]] = (Part("oft_R.weight", ("q",)),)
 
     def config(self, view: View) -> dict[str, Any]:
         """Return the width or number of the blocks and the form of the rotation."""
-        view.only("linear")
         fields: Any = view.method
         if fields.terms == 3:
             raise InexpressibleError("PEFT uses a series of four terms when asked for three")
-        return self.targets(view) | transposes(view) | {
-            "r": fields.blocks,
+        return super().config(view) | transposes(view) | {
             "oft_block_size": 0 if fields.blocks else fields.block,
             "use_cayley_neumann": fields.terms > 0,
             "num_cayley_neumann_terms": fields.terms or 5,
             "coft": fields.eps > 0,
             "eps": fields.eps or 6e-5,
-            "block_share": fields.shared,
             "module_dropout": 0.0,
         }  # fmt: skip
 
@@ -109,19 +93,12 @@ class Oft(AtModules[OftFields]):
         if (config.r == 0) == (config.oft_block_size == 0):
             raise refuse(where, "exactly one of r and oft_block_size must be 0", "Correct the file.")
         terms = {3: 4}.get(config.num_cayley_neumann_terms, config.num_cayley_neumann_terms)  # as PEFT's loop runs
-        return "oft", {
-            "sites": self.sites(config, model, where),
+        name, fields = super().method(config, model, where)
+        return name, fields | {
             "block": config.oft_block_size or 32,
-            "blocks": config.r,
             "terms": terms if config.use_cayley_neumann else 0,
             "eps": config.eps if config.coft else 0.0,
-            "shared": config.block_share,
         }
-
-    def links(self, view: View) -> list[Link]:
-        """The skew-symmetric entries of every block."""
-        view.only("linear")
-        return links_of(view.entries, lambda _: [Part("oft_R.weight", ("q",))])
 
 
 class FourierFields(Targeted):
@@ -141,24 +118,20 @@ class Fourier(AtModules[FourierFields]):
     schema = FourierFields
     ours: ClassVar[tuple[str, ...]] = ("fourierft",)
     sited: ClassVar[tuple[str, ...] | None] = ("n",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    whole: ClassVar[bool] = True
+    keys: ClassVar[Mapping[str, str]] = {"scaling": "alpha", "random_loc_seed": "basis_seed"}
+    parts: ClassVar[tuple[Part, ...]] = (Part("fourierft_spectrum", ("c",)),)
 
     def config(self, view: View) -> dict[str, Any]:
         """Return numbers, scale and seed."""
-        view.only("linear", "conv1d", whole=True)
-        fields: Any = view.method
+        found = super().config(view) | transposes(view)
         numbers = {site.path: int(view.at(site).n) for _, site, _ in view.entries}
         for _, site, _ in view.entries:
             if numbers[site.path] > site.in_features * site.out_features:
                 raise InexpressibleError(f"a weight has fewer than n={numbers[site.path]} entries")
-        common = max(dict.fromkeys(numbers.values()), key=list(numbers.values()).count)
-        rest = {path: n for path, n in numbers.items() if n != common}
-        return self.targets(view) | transposes(view) | {
-            "n_frequency": common,
-            "n_frequency_pattern": rest,
-            "scaling": fields.alpha,
-            "random_loc_seed": fields.basis_seed,
-            "init_weights": True,
-        }  # fmt: skip
+        common, rest = usual(numbers)
+        return found | {"n_frequency": common, "n_frequency_pattern": rest, "init_weights": True}
 
     def method(self, config: FourierFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `fourierft`."""
@@ -167,14 +140,6 @@ class Fourier(AtModules[FourierFields]):
         paths = targeted(model, config, where)
         numbers = {p: int(valued(config.n_frequency_pattern, p, config.n_frequency)) for p in paths}
         rest = {p: n for p, n in numbers.items() if n != config.n_frequency}
-        return "fourierft", {
-            "sites": self.sites(config, model, where),
-            "n": {"*": config.n_frequency} | {" ".join(names): n for names, n in compact(model, rest, paths)},
-            "alpha": config.scaling,
-            "basis_seed": config.random_loc_seed,
-        }
-
-    def links(self, view: View) -> list[Link]:
-        """The coefficients of every weight."""
-        view.only("linear", "conv1d", whole=True)
-        return links_of(view.entries, lambda _: [Part("fourierft_spectrum", ("c",))])
+        name, fields = super().method(config, model, where)
+        by_site = {" ".join(names): n for names, n in compact(model, rest, paths)}
+        return name, fields | {"n": {"*": config.n_frequency} | by_site}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftree import sites as site_tree
 from peftree.sites import Site
-from peftree.store.hfpeft.dialect import Dialect, View, refuse
-from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link
+from peftree.store.hfpeft.dialect import Dialect, View, exactly, refuse
+from peftree.store.hfpeft.links import InexpressibleError, Link, Part, links_of
 from peftree.store.hfpeft.schema import Common
 
 NAME = "prompt_embeddings"
@@ -79,17 +79,16 @@ def check_prefix(model: nn.Module) -> None:
         raise InexpressibleError("PEFT gives this classifier other inputs than its own forward does")
 
 
-def task(view: View, own: str) -> dict[str, Any]:
+def task(view: View) -> dict[str, Any]:
     """Return the keys that all of them write."""
+    own = task_of(view.model)
     return {"task_type": own, "num_transformer_submodules": 2 if own == "SEQ_2_SEQ_LM" else 1, "inference_mode": True}
 
 
 def doubled(view: View) -> bool:
     """Return whether the file also holds a decoder's tokens, which PEFT does not use."""
-    config = view.config
-    own = task_of(view.model)
-    given = config.num_transformer_submodules if isinstance(config, TokenFields) else None
-    return (given or (2 if own == "SEQ_2_SEQ_LM" else 1)) == 2
+    given = view.config.num_transformer_submodules if isinstance(view.config, TokenFields) else None
+    return (given or task(view)["num_transformer_submodules"]) == 2
 
 
 class Prompt(Dialect[TokenFields]):
@@ -105,9 +104,8 @@ class Prompt(Dialect[TokenFields]):
         stack = stack_of(view.model, None, False)
         if [site.path for _, site, _ in view.entries] != [stack.path]:
             raise InexpressibleError(f"PEFT has virtual tokens only in {stack.tower}:stack")
-        _, site, delta = view.entries[0]
-        tokens: Any = delta
-        return task(view, task_of(view.model)) | {
+        site, tokens = view.entries[0][1], cast("Any", view.entries[0][2])
+        return task(view) | {
             "num_virtual_tokens": tokens.length,
             "token_dim": site.entry or site.in_features,
             "num_layers": len(site.layers),
@@ -175,7 +173,7 @@ class Prefix(Dialect[PrefixFields]):
             raise InexpressibleError("its network is not yet folded in; call adapter.finish() after training")
         if not fields.shift:
             raise InexpressibleError("its text keeps its positions (shift=False)")
-        return task(view, task_of(view.model)) | {
+        return task(view) | {
             "num_virtual_tokens": fields.length,
             "token_dim": sites[0].kv_heads * sites[0].head_dim,
             "num_layers": len(sites),
@@ -211,12 +209,10 @@ def _at(model: nn.Module, stack: Site, role: str) -> str:
 
 def readable(model: nn.Module, config: TokenFields, where: Path, prefix: bool) -> Site:
     """Return the stack that gets a PEFT file's tokens; raise StoreError unless they mean the same on this model."""
-    try:
+    with exactly(where):
         if prefix:
             check_prefix(model)
         return stack_of(model, config.task_type, prefix)
-    except InexpressibleError as error:
-        raise refuse(where, error.reason) from None
 
 
 class AdaptionFields(Common):
@@ -250,10 +246,8 @@ class Adaption(Dialect[AdaptionFields]):
 
     def method(self, config: AdaptionFields, model: nn.Module, where: Path) -> tuple[str, dict[str, Any]]:
         """Return `llama_adapter` in the top layers."""
-        try:
+        with exactly(where):
             stack = check_llama(model)
-        except InexpressibleError as error:
-            raise refuse(where, error.reason) from None
         names = {s.path.rpartition(".")[2] for s in site_tree.resolve(model, "attn")}
         if config.adapter_layers > len(stack.layers) or {config.target_modules or "self_attn"} != names:
             raise refuse(where, f"this model has {len(stack.layers)} attention modules called {', '.join(names)}")
@@ -261,19 +255,8 @@ class Adaption(Dialect[AdaptionFields]):
 
     def links(self, view: View) -> list[Link]:
         """The prompt with a leading dimension of 1, and the gate."""
-        return [
-            link
-            for key, site, _ in view.entries
-            for link in (
-                Link(
-                    f"{PREFIX}{site.path}.adaption_prompt",
-                    (f"{key}/P",),
-                    lambda t: t[0][None],
-                    lambda t: [t.squeeze(0)],
-                ),
-                Link(f"{PREFIX}{site.path}.adaption_gate", (f"{key}/g",), lambda t: t[0], lambda t: [t]),
-            )
-        ]
+        prompt = Part("adaption_prompt", ("P",), None, lambda t: t[0][None], lambda t: [t.squeeze(0)])
+        return links_of(view.entries, lambda _: [prompt, Part("adaption_gate", ("g",))])
 
 
 def check_llama(model: nn.Module) -> Site:

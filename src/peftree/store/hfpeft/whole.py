@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from peftree import registry
 from peftree.errors import StoreError
-from peftree.making import Entries
+from peftree.making import Entries, states
 from peftree.methods.contract import Method, Recipe, Union
 from peftree.sites.parts import aliases_of, kind_of, modules_of
-from peftree.store.build import states
 from peftree.store.hfpeft.links import PREFIX, InexpressibleError, Link, Part, links_of
 from peftree.store.hfpeft.names import LETTERS, saved_modules, saved_paths
 from peftree.store.tensors import Entry, view
