@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -72,6 +73,43 @@ def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
     (trained / "report.html").unlink()
     text = shown("report", str(trained), "--html", str(trained / "report.html"))
     assert "lora" in text and (trained / "report.html").read_text("utf-8") == page
+
+
+def test_a_comparison_has_no_empty_rows(trained: Path) -> None:
+    found = json.loads(shown("eval", str(trained), "--json"))
+    assert found["no_better_than"] == "" or found["constant"] is None
+    rows = [line.split(None, 1) for line in shown("eval", str(trained), "-q").splitlines() if line.strip()]
+    named = [row[0] for row in rows[3:]]
+    assert named == [name for name, value in found.items() if value not in (None, "")]
+    assert all(len(row) == 2 and row[1].strip() != "None" for row in rows[3:])
+
+
+def test_the_folder_of_a_run_or_its_adapter_names_the_run(trained: Path, tmp_path: Path) -> None:
+    for command in (["eval", "--json"], ["plan", "--json"], ["advise", "--memory", "1GB", "--json"]):
+        name, *flags = command
+        by_file = shown(name, str(trained / "resolved.yaml"), *flags)
+        for folder in (trained, trained / "adapter"):
+            assert json.loads(shown(name, str(folder), *flags)) == json.loads(by_file)
+    shown("export", str(trained / "adapter"), str(tmp_path / "peft"))
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+
+
+def test_a_finished_run_says_so_before_anything_is_loaded(
+    trained: Path, refused: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftree.train.run.rows_of", lambda config: pytest.fail("rows were read"))
+    said = refused("train", str(trained / "resolved.yaml"), "resume=true", code=65)
+    assert "The run is finished: step 2 of 2. Raise epochs or steps to continue" in said
+
+
+def test_training_starts_without_the_report() -> None:
+    code = (
+        "import sys, peftree.train.run\n"
+        "peftree.train.run.run = lambda config: sys.exit(7 if 'peftree.report' in sys.modules else 0)\n"
+        "sys.argv = ['peftree', 'train', 'model=m', 'data=d.csv']\n"
+        "from peftree.cli import main\nmain()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_inspect_shows_shapes(encoder: str) -> None:

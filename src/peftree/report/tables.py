@@ -51,6 +51,8 @@ def _score(task: Task, row: Row) -> Cell:
     if row.score is None:
         return Cell(row.verdict or "failed")
     ends = interval(row.score, task.decimals)
+    if len(task.rows) == 1 and row.before is not None:  # with several methods there is the baseline to compare with
+        ends += f", base {text.score(row.before, task.decimals)}"
     return Cell(text.score(row.score.value, task.decimals), ends, row.score.value)
 
 
