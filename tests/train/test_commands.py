@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peftree.cli import app, main
+from peftree.evaluate.against import Comparison
 from peftree.settings import load_config
 from peftree.train.output import check_place, held
 
@@ -75,13 +78,18 @@ def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
     assert "lora" in text and (trained / "report.html").read_text("utf-8") == page
 
 
-def test_a_comparison_has_no_empty_rows(trained: Path) -> None:
-    found = json.loads(shown("eval", str(trained), "--json"))
-    assert found["no_better_than"] == "" or found["constant"] is None
-    rows = [line.split(None, 1) for line in shown("eval", str(trained), "-q").splitlines() if line.strip()]
-    named = [row[0] for row in rows[3:]]
-    assert named == [name for name, value in found.items() if value not in (None, "")]
-    assert all(len(row) == 2 and row[1].strip() != "None" for row in rows[3:])
+def test_a_comparison_has_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Comparison("perplexity", 3.0, 2.0, "log perplexity", -0.4, -0.5, -0.3, 4, 0, 0, "better", None, "")
+    monkeypatch.setattr("peftree.evaluate.against.against_base", lambda model, score: made)
+    opened = SimpleNamespace(task=SimpleNamespace(model=None))
+    monkeypatch.setattr("peftree.train.run.open_run", lambda *words, **more: opened)
+    assert json.loads(shown("eval", "run", "--json")) == dataclasses.asdict(made)
+    rows = [line.split(None, 1) for line in shown("eval", "run").splitlines() if line.strip()]
+    assert rows[0] == ["run"] and rows[1][0] == "what"
+    assert [row[0] for row in rows[3:]] == [
+        k for k in dataclasses.asdict(made) if k not in ("constant", "no_better_than")
+    ]
+    assert ["worse", "0"] in [[word.strip() for word in row] for row in rows]
 
 
 def test_the_folder_of_a_run_or_its_adapter_names_the_run(trained: Path, tmp_path: Path) -> None:
