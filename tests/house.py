@@ -64,7 +64,7 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3250,
+    "": 3270,
     "sites": 2050,
     "deltas": 850,
     "methods": 550,
@@ -74,7 +74,7 @@ ROOMS = {
     "tasks": 2000,
     "evaluate": 1400,
     "runs": 450,
-    "train": 2150,
+    "train": 2180,
     "plan": 3250,
     "assets": 1600,
     "probes": 850,
