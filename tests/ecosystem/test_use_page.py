@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from ecosystem.common import examples, saved
@@ -27,8 +26,8 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert done.exit_code == 0, done.output
     known: dict[str, Any] = {}
     assert run_blocks(PAGE, tmp_path, known) == 5
-    assert known["answer"].split()[:2] == ["was", "good"]  # what it was trained to say
-    mixed, base, written = known["mixed"], known["base"], known["written"]
-    assert not torch.equal(written[1], base[1])
-    width = min(mixed.shape[1], base.shape[1])
-    assert torch.equal(mixed[1, :width], base[1, :width]) and torch.equal(mixed[0, :width], written[0, :width])
+    texts = {
+        n: known["tokenizer"].batch_decode(known[n], skip_special_tokens=True) for n in ("mixed", "base", "written")
+    }
+    assert texts["mixed"] == [texts["written"][0], texts["base"][1]]  # without the padding behind the shorter answer
+    assert texts["written"][0] != texts["base"][0] and texts["written"][1] != texts["base"][1]

@@ -254,8 +254,9 @@ def _trainer(
         with clock("eval"):
             return task.score(items["valid"], config.eval_batch_size)
 
+    rows = len(items["train"])  # type: ignore[arg-type]
     return AdapterTrainer(
-        adapter, _arguments(config, task, len(items["train"])), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
+        adapter, _arguments(config, task, rows), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip
