@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 72, 10, 400, 50, 20, 6200, 6
+METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 72, 10, 400, 50, 20, 6230, 6
 PRIMITIVE = 18  # lines of code of the building blocks in deltas/ for each method file (decision 0012)
 VERBS = ("__init__", "combine", "place", "scene", "verbs")  # of deltas/, what the contract itself is made of
 DIALECTS = 2500  # lines of code of the foreign format, beside the core (decision 0007)
@@ -64,17 +64,17 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3250,
+    "": 3270,
     "sites": 2050,
     "deltas": 850,
     "methods": 550,
-    "graft": 3050,
+    "graft": 3085,
     "store": 4150,
     "data": 1150,
     "tasks": 2000,
     "evaluate": 1400,
     "runs": 450,
-    "train": 2150,
+    "train": 2180,
     "plan": 3250,
     "assets": 1450,
     "probes": 850,

@@ -141,6 +141,18 @@ def test_without_full_or_items_the_report_says_so() -> None:
         assert report.page.render(each) and report.to_json(each) and report.to_markdown(each)
 
 
+def test_a_single_methods_score_stands_beside_that_of_the_base(records: list[RunRecord]) -> None:
+    some = [r for r in records if r.metric == "accuracy" and r.method == "lora" and r.status == "ok"]
+    one = [r.model_copy(update={"base_score": 0.25}) for r in some if r.task == some[0].task]
+    built = report.build(one)
+    assert len(built.tasks[0].rows) == 1
+    for shown in (report.page.render(built), report.to_markdown(built)):
+        assert ", base 0.250" in shown
+    two = report.build([*one, *(r.model_copy(update={"method": "ia3"}) for r in one)])
+    assert len(two.tasks[0].rows) == 2 and ", base" not in report.to_markdown(two)
+    assert ", base" not in report.to_markdown(report.build([r.model_copy(update={"base_score": None}) for r in one]))
+
+
 @pytest.mark.parametrize(
     "change",
     [

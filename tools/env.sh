@@ -73,3 +73,6 @@ progress "installing torch" "${pip[@]}" $(cpu_index) torch hatchling editables
 progress "installing packages" "${pip[@]}" --no-build-isolation -e '.[cluster,data,demo,dev,test]'
 # Their models are tested; without what they ask for, torchvision above all, which has no build for this torch.
 progress "installing model libraries" "${pip[@]}" --no-deps diffusers sentence-transformers timm
+# Adapters are tested under them; named with all that they import, so that no pin moves and no other torch comes.
+progress "installing trainers" "${pip[@]}" --no-deps trl datasets dill multiprocess pandas xxhash \
+    pytorch-lightning lightning-utilities torchmetrics

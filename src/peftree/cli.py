@@ -129,7 +129,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter from run.yaml and key=value settings; writes the adapter, its metrics and a page."""
-    from peftree import report as reports
     from peftree.settings import load_config
     from peftree.train.run import run
 
@@ -137,12 +136,12 @@ def train(
         raise _folder(Path(config))
     path = None if "=" in config and not Path(config).exists() else Path(config)
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
-    settings = load_config(path, words)
-    result = run(settings)
+    result = run(settings := load_config(path, words))
+    from peftree import report as reports  # takes half a second, and training may fail
+
     page = reports.write(settings.output, Path(settings.output) / "report.html")
-    if as_json:
-        emit(result.metrics(), True)
-    elif not settings.quiet:
+    emit(result.metrics(), as_json)
+    if not settings.quiet:
         typer.echo(plain(f"The loss curve, scores and costs: {page}"), err=True)
 
 
@@ -179,7 +178,8 @@ def evaluate(
         raise ConfigError(f"--split {split} is unknown.", "Use train, valid or test.")
     opened = open_run(run_folder, overrides or [], progress=not (quiet or as_json))
     found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None)))
-    emit(found, as_json, tabled(str(run_folder), ["what", "value"], [[k, short(v)] for k, v in found.items()]))
+    rows = [[k, short(v)] for k, v in found.items() if v not in (None, "")]
+    emit(found, as_json, tabled(str(run_folder), ["what", "value"], rows))
 
 
 @app.command()

@@ -116,12 +116,18 @@ def unwritten(path: str | Path, error: OSError, advice: str = "What was there be
     )
 
 
-# What transformers and Hugging Face PEFT call it -> its name here.
+# What transformers, Hugging Face PEFT, TRL, LLaMA-Factory and axolotl call it -> its name here.
 ELSEWHERE = {
-    "gradient_accumulation_steps": "accumulation", "learning_rate": "lr", "logging_steps": "log_every",
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "lr_scheduler_type": "schedule", "max_steps": "steps",
-    "num_train_epochs": "epochs", "output_dir": "output", "per_device_eval_batch_size": "eval_batch_size",
-    "per_device_train_batch_size": "batch_size", "rank": "r", "target_modules": "sites", "warmup_steps": "warmup",
+    "activation_checkpointing": "gradient_checkpointing", "base_model": "model", "cutoff_len": "max_length",
+    "dataset": "data", "datasets": "data", "early_stopping_patience": "early_stopping", "eval_steps": "eval_every",
+    "finetuning_type": "method", "gradient_accumulation_steps": "accumulation", "learning_rate": "lr",
+    "logging_steps": "log_every", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "lora_rank": "r",
+    "lora_target": "sites", "lora_target_modules": "sites", "lr_scheduler": "schedule", "lr_scheduler_type": "schedule",
+    "max_seq_length": "max_length", "max_steps": "steps", "micro_batch_size": "batch_size",
+    "model_name_or_path": "model", "num_epochs": "epochs", "num_train_epochs": "epochs", "output_dir": "output",
+    "per_device_eval_batch_size": "eval_batch_size", "per_device_train_batch_size": "batch_size", "rank": "r",
+    "resume_from_checkpoint": "resume", "save_steps": "save_every", "save_total_limit": "keep",
+    "sequence_len": "max_length", "target_modules": "sites", "warmup_ratio": "warmup", "warmup_steps": "warmup",
 }  # fmt: skip
 
 # Names that Hugging Face PEFT, transformers and Unsloth have -> the call that does it here. `model` is the base model,
@@ -146,7 +152,9 @@ CALLS = {
     "disable_adapter": "with peftree.disabled(model): ...",
     "disable_adapters": "peftree.switch(model, None)",
     "enable_adapters": "peftree.switch(model, 'default')",
+    "enable_peft_hotswap": "adapter = peftree.load(model, folder, name='b'); peftree.switch(model, 'b')",
     "from_pretrained": "adapter = peftree.load(model, folder)",
+    "get_adapter_state_dict": "adapter.state()",
     "get_nb_trainable_parameters": "sum(p.numel() for p in adapter.parameters() if p.requires_grad)",
     "get_peft_model": "adapter = peftree.adapt(model, 'lora', r=16)",
     "get_peft_model_state_dict": "adapter.state()",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -138,7 +139,9 @@ class RunConfig(BaseModel):
     save_every: int | None = Field(None, ge=0, description="steps between checkpoints; none: each epoch; 0: never")
     keep: int = Field(2, ge=1, description="number of checkpoints to keep")
     early_stopping: int = Field(0, ge=0, description="stop after this many evaluations without a better one; 0: off")
-    log_every: int = Field(10, ge=1, description="steps between two points of the loss curve")
+    log_every: int | None = Field(
+        None, ge=1, description="steps between two points of the loss curve; none: at most 10, for 20 points or more"
+    )
     report_to: Annotated[tuple[Watcher, ...], BeforeValidator(_several)] = Field(
         (), description="trackers that also get the curves, separated by commas"
     )
@@ -166,6 +169,11 @@ class RunConfig(BaseModel):
         found = self._lines.get(key)
         return f"{found}: " if found else ""
 
+    def total_steps(self, rows: int) -> int:
+        """Return how many optimizer steps a run over `rows` training rows has, if nothing stops it."""
+        passes = -(-rows // self.batch_size)
+        return self.steps or math.ceil(self.epochs * max(-(-passes // self.accumulation), 1))
+
     def resolved(self, fields: Mapping[str, Any], lr: float) -> dict[str, Any]:
         """Return the configuration with the method's `fields` and rate filled in, as plain data."""
         plain = self.model_dump(mode="json")
@@ -173,6 +181,7 @@ class RunConfig(BaseModel):
 
 
 S = TypeVar("S", bound=RunConfig)
+SETTINGS = "resolved.yaml"  # in a run's folder
 DEFAULT_LENGTH = 256  # tokens of a row where none are named, or what the model takes
 # What settings were called before, or are elsewhere.
 RENAMED = {
@@ -227,8 +236,16 @@ def checked(kind: type[S], values: Mapping[str, Any], source: str = "run", lines
         raise ConfigError(*explain(error, kind, source, lines)) from None
 
 
+def run_of(path: str | Path) -> Path | None:
+    """Return the folder of a run, given that folder or its adapter's; None for any other path."""
+    folder = Path(path).parent if Path(path).name == "adapter" else Path(path)
+    return folder if (folder / SETTINGS).is_file() else None
+
+
 def spoken(first: str, others: Sequence[str], kind: type[BaseModel]) -> tuple[Path | None, list[str], dict[str, str]]:
     """Split the words of a command line into a run file (or None), `key=value` words, and a model named first.
+
+    A run's folder stands for the settings in it.
 
     Raises:
         ConfigError: the command has no such option; for the name of a setting, the message says how to write it.
@@ -242,6 +259,8 @@ def spoken(first: str, others: Sequence[str], kind: type[BaseModel]) -> tuple[Pa
             raise ConfigError(f"There is no option {word.partition('=')[0]}.", fix)
     if first.endswith((".yaml", ".yml")):
         return Path(first), list(others), {}
+    if run := run_of(first):
+        return run / SETTINGS, list(others), {}
     if "=" in first and not Path(first).exists():
         return None, [first, *others], {}
     return None, list(others), {"model": first}

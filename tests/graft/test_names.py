@@ -9,10 +9,11 @@ from typing import Any
 import peft
 import pytest
 import transformers as T
+from transformers.integrations.peft import PeftAdapterMixin
 
 import peftree
 import zoo
-from graft.helpers import far, put, run
+from graft.helpers import far, put, run, traces
 from peftree.errors import CALLS, AdapterError
 
 
@@ -79,12 +80,14 @@ def test_what_is_shown_counts_each_tensor_once(method: str, fields: Any, kept: i
     assert repr(adapter).endswith(said) and f"'a': {adapter!r}" in str(peftree.adapters(model))
 
 
-@pytest.mark.parametrize("name", ["set_adapter", "disable_adapters", "active_adapters"])
+@pytest.mark.parametrize("name", [name for name in vars(PeftAdapterMixin) if not name.startswith("_")])
 def test_transformers_own_calls_for_adapters_name_ours(name: str) -> None:
     model: Any = zoo.build("llama")
     put(model, "lora")
-    with pytest.raises(AdapterError, match=r"In peftree: peftree\."):
-        getattr(model, name)(*(["default"] if name == "set_adapter" else []))
+    before = traces(model)
+    with pytest.raises(AdapterError, match=rf"{name} is for adapters .* In peftree: (adapter = )?(peftree|adapter)\."):
+        getattr(model, name)("anything")
+    assert traces(model) == before and not model._hf_peft_config_loaded
     copy.deepcopy(model)
     peftree.detach(model)
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))

@@ -186,3 +186,51 @@ def test_the_whole_model_is_patched() -> None:
 
 def _again(function: Any) -> Any:
     return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+class _Head(torch.autograd.Function):
+    """A product that torch's own functions do not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x @ W.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, W = ctx.saved_tensors
+        return grad @ W, grad.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("loreft", {}), ("lora", {"sites": "lm_head attn.q"}), ("dora", {"sites": "lm_head"}), ("prompt_tuning", {})],
+)
+def test_a_patch_that_runs_parts_of_the_model(method: str, fields: dict[str, Any]) -> None:
+    """A fused head runs the stack without labels and takes the head's weight; the run is that of the whole model."""
+    model: Any = zoo.build("llama")
+    adapter = put(model, method, std=0.3, **fields)
+    batch = {k: v for k, v in zoo.batch("llama").items() if k != "labels"}
+    labels = batch["input_ids"].clone()
+    labels[:, :4] = -100
+    model.train()
+    want = model(**batch, labels=labels).logits
+    want.square().mean().backward()
+    gradients = [p.grad.clone() for p in adapter.parameters()]
+
+    def fused(self: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        x = self.model(**kwargs).last_hidden_state
+        out: Tensor = _Head.apply(x.to(self.lm_head.weight.dtype), self.lm_head.weight)
+        return out
+
+    model.forward = MethodType(functools.wraps(type(model).forward)(fused), model)
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    got = model(**batch, labels=labels)
+    assert torch.allclose(got, want, atol=1e-5)
+    got.square().mean().backward()
+    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
+        assert parameter.grad is not None and torch.allclose(parameter.grad, gradient, atol=1e-5)
+    assert not adapter.unused()
+    del model.forward
+    assert torch.allclose(model(**batch, labels=labels).logits, want, atol=1e-6)

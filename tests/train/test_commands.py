@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peftree.cli import app, main
+from peftree.evaluate.against import Comparison
 from peftree.settings import load_config
 from peftree.train.output import check_place, held
 
@@ -72,6 +76,48 @@ def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
     (trained / "report.html").unlink()
     text = shown("report", str(trained), "--html", str(trained / "report.html"))
     assert "lora" in text and (trained / "report.html").read_text("utf-8") == page
+
+
+def test_a_comparison_has_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Comparison("perplexity", 3.0, 2.0, "log perplexity", -0.4, -0.5, -0.3, 4, 0, 0, "better", None, "")
+    monkeypatch.setattr("peftree.evaluate.against.against_base", lambda model, score: made)
+    opened = SimpleNamespace(task=SimpleNamespace(model=None))
+    monkeypatch.setattr("peftree.train.run.open_run", lambda *words, **more: opened)
+    assert json.loads(shown("eval", "run", "--json")) == dataclasses.asdict(made)
+    rows = [line.split(None, 1) for line in shown("eval", "run").splitlines() if line.strip()]
+    assert rows[0] == ["run"] and rows[1][0] == "what"
+    assert [row[0] for row in rows[3:]] == [
+        k for k in dataclasses.asdict(made) if k not in ("constant", "no_better_than")
+    ]
+    assert ["worse", "0"] in [[word.strip() for word in row] for row in rows]
+
+
+def test_the_folder_of_a_run_or_its_adapter_names_the_run(trained: Path, tmp_path: Path) -> None:
+    for command in (["eval", "--json"], ["plan", "--json"], ["advise", "--memory", "1GB", "--json"]):
+        name, *flags = command
+        by_file = shown(name, str(trained / "resolved.yaml"), *flags)
+        for folder in (trained, trained / "adapter"):
+            assert json.loads(shown(name, str(folder), *flags)) == json.loads(by_file)
+    shown("export", str(trained / "adapter"), str(tmp_path / "peft"))
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+
+
+def test_a_finished_run_says_so_before_anything_is_loaded(
+    trained: Path, refused: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftree.train.run.rows_of", lambda config: pytest.fail("rows were read"))
+    said = refused("train", str(trained / "resolved.yaml"), "resume=true", code=65)
+    assert "The run is finished: step 2 of 2. Raise epochs or steps to continue" in said
+
+
+def test_training_starts_without_the_report() -> None:
+    code = (
+        "import sys, peftree.train.run\n"
+        "peftree.train.run.run = lambda config: sys.exit(7 if 'peftree.report' in sys.modules else 0)\n"
+        "sys.argv = ['peftree', 'train', 'model=m', 'data=d.csv']\n"
+        "from peftree.cli import main\nmain()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_inspect_shows_shapes(encoder: str) -> None:

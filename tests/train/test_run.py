@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 import peftree
 from peftree.data.rows import load_data
@@ -313,6 +316,29 @@ def test_frozen_base_is_untouched_by_a_run(encoder: str, review_data: Path) -> N
     trainer(adapter, task, review_data, review_data / "out", steps=3).train()
     peftree.detach(task.model)
     assert all(torch.equal(p, before[n]) for n, p in task.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("steps", "given", "points"), [(8, None, 8), (50, None, 26), (8, 4, 3)])
+def test_a_short_run_has_a_curve(
+    steps: int, given: int | None, points: int, encoder: str, review_data: Path, tmp_path: Path
+) -> None:
+    """Every step of a few, every second of fifty (and the first); every fourth if asked for, whatever the number."""
+    words = [f"steps={steps}", "r=2", "eval_every=0", "save_every=0", *([f"log_every={given}"] if given else [])]
+    result = run(configured(encoder, review_data, tmp_path / "out", *words))
+    assert len([p for p in result.curve if p.loss is not None]) == points
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "accumulation"), [(3, 20, 8, 1), (0.5, 21, 4, 3), (2.5, 7, 16, 2), (1, 33, 4, 4)]
+)
+def test_the_number_of_steps_is_the_trainers(epochs: float, rows: int, batch: int, accumulation: int) -> None:
+    asked = load_config(None, ["model=m", "data=d", f"epochs={epochs}", f"batch_size={batch}"])
+    asked = asked.model_copy(update={"accumulation": accumulation})
+    args = TrainingArguments(
+        num_train_epochs=epochs, gradient_accumulation_steps=accumulation, per_device_train_batch_size=batch
+    )
+    *_, steps = Trainer(nn.Linear(1, 1), args).set_initial_training_values(args, DataLoader(range(rows), batch))
+    assert asked.total_steps(rows) == steps
 
 
 def test_curves_go_to_a_tracker_too(encoder: str, review_data: Path, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ class Graft:
         for path, module in list(self.model.named_modules()):
             keep_gradients(module)
             if not path or (_tower(path, module) and any(_within(s, path) and s != path for s in sites)):
-                outer = self.hub(path).outer
-                door = next((p for p in outer if isinstance(p, Door)), None) or Door(not path)
-                outer[:] = [door, *(p for p in outer if p is not door)]
+                hub = self.hub(path)
+                door = hub.door = hub.door or Door(not path)
+                hub.outer[:] = [door, *(p for p in hub.outer if p is not door)]
                 door.fresh |= {e[0] for e in entries}
             counts = isinstance(module, _NormBase) and module.running_mean is not None
             counts = counts or isinstance(module, parametrizations._SpectralNorm)

@@ -33,6 +33,8 @@ class Choice(NamedTuple):
         unseen: where the run records what it used; see `Shared`.
         labels: the labels that the model was called with, if a delta reads them.
         task: the number of each row's task.
+        dense: whether a changed weight that other code reads is built at once. A patch around the model may give it to
+            an autograd function, which takes no gradient of a weight that is built later.
     """
 
     active: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Choice(NamedTuple):
     unseen: set[str] | None = None
     labels: Tensor | None = None
     task: Tensor | None = None
+    dense: bool = False
 
     @property
     def stacks(self) -> list[tuple[str, ...]]:

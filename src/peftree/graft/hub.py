@@ -70,6 +70,7 @@ class Hub(Host):
         cells: slots to fill with this module's input (it opens a branch).
         sources: slot of each branch that leaves here, by (site's reads).
         outer: the part of the work that belongs to a stack, layer, entry or attention, if this module has one.
+        door: the first of them in a module that users call.
         opaque: see `opaque`; packed: the weight is that of a quantised base.
         length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
     """
@@ -81,6 +82,7 @@ class Hub(Host):
     packed: bool = False
     length_first: bool = False
     swaps: bool = False
+    door: Any = None
 
     def __init__(self, shared: Shared, path: str) -> None:
         super().__init__()

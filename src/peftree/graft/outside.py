@@ -59,7 +59,7 @@ def outside(hub: Hub, module: nn.Module, name: str, own: Tensor | None) -> Tenso
         choice.used(hub.path)
         return effective(module, on)[name]
 
-    if own is None or torch.compiler.is_compiling():
+    if own is None or torch.compiler.is_compiling() or (choice.dense and not on.rewrites):
         return own if on.rewrites else value()
     out = Tensor._make_wrapper_subclass(Outside, own.shape, dtype=own.dtype, device=own.device)
     out.own, out.value = own, value

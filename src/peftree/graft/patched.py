@@ -72,11 +72,32 @@ class Forward:
         """Return what calling the module runs."""
         if module is None:
             return self.ours
-        return module.__dict__["forward"] if module.deltas.around else self.ours.__get__(module, owner)
+        hub, patch = module.deltas, module.__dict__["forward"]
+        if not hub.around:
+            return self.ours.__get__(module, owner)
+        return patch if hub.door is None else _inside(hub, module, patch)
 
     def __set__(self, module: Any, value: Any) -> None:
         """Refuse: the class's `__setattr__` sets it."""
         raise AttributeError("forward")
+
+
+def _inside(hub: Hub, module: nn.Module, patch: Any) -> Any:
+    """Return `patch`, which may run parts of the model instead of all of it, in a run of the whole.
+
+    TRL's calls the stack, and takes the head's weight for itself.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dense = HOOKED not in module.__dict__
+        return hub.door.enter(hub, module, kwargs, functools.partial(patch, *args, **kwargs), dense)
+
+    def method(_: Any, *args: Any, **kwargs: Any) -> Any:  # others take the function of a method
+        return run(*args, **kwargs)
+
+    if isinstance(patch, MethodType):
+        return MethodType(functools.wraps(patch.__func__)(method), module)
+    return functools.wraps(patch)(run)
 
 
 def note(module: Any, value: Any) -> bool:

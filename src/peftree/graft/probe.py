@@ -35,19 +35,25 @@ class Door:
         self.fresh: set[str] = set()
 
     def __call__(self, hub: Hub, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: int) -> Any:
+        return self.enter(hub, module, kwargs, lambda: hub.run(module, args, kwargs, at))
+
+    def enter(
+        self, hub: Hub, module: nn.Module, kwargs: dict[str, Any], run: Callable[[], Any], dense: bool = False
+    ) -> Any:
+        """Return what `run` returns, in a run with the arguments `kwargs`; `dense`: see `Choice`."""
         shared = hub.shared
         if shared.run.choice is not None:
-            return hub.run(module, args, kwargs, at)
+            return run()
         if self.whole:
             shared.check(module)
-        choice, watch = shared.chosen(), None
+        choice, watch = shared.chosen()._replace(dense=dense), None
         if not torch.compiler.is_compiling() and shared.unseen:  # in this order: a compiled model does not depend on it
             choice = choice._replace(unseen=shared.unseen)
             watch = Watch(module, hub, self.whole, choice) if choice.names & self.fresh else None
         if self.whole and shared.looks:
             choice = choice._replace(labels=kwargs.get("labels"))
         with shared.keep(choice), watch.mode if watch is not None and watch.mode.owners else contextlib.nullcontext():
-            out = hub.run(module, args, kwargs, at)
+            out = run()
         if watch is not None:
             self.fresh -= choice.names
             watch.tell()

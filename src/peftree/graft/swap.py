@@ -17,7 +17,10 @@ from peftree.graft.outside import outside
 if TYPE_CHECKING:
     from peftree.graft.hub import Hub
 
-_MIXIN = ("set_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "active_adapters")
+_MIXIN = (
+    *("add_adapter", "load_adapter", "set_adapter", "delete_adapter", "disable_adapters", "enable_adapters"),
+    *("active_adapters", "get_adapter_state_dict", "enable_peft_hotswap"),
+)  # every public call of transformers' PeftAdapterMixin
 _LOADED = "_hf_peft_config_loaded"  # what transformers sets once its own adapters are on
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics as median_of
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +91,7 @@ def rows(groups: dict[str, list[RunRecord]], full: str | None) -> list[Row]:
     return sorted(out, key=lambda row: _rank(row, higher))
 
 
-def start_score(groups: dict[str, list[RunRecord]]) -> float | None:
+def start_score(groups: Mapping[str, Sequence[RunRecord]]) -> float | None:
     """Return the mean score before training over all runs that recorded it."""
     known = [r.base_score for records in groups.values() for r in records]
     scores = [value for value in known if value is not None]
@@ -121,6 +121,7 @@ def plain_row(label: str, records: Sequence[RunRecord], one: Sample | None, usua
         verdict="reference" if first.method == FULL and done else "" if done else records[0].status,
         costs=costs(timed),
         curves=tuple(Curve(r.seed, r.curve) for r in done if r.curve),
+        before=start_score({label: done}),
         reason="" if done else clean((records[0].error.strip().splitlines() or [""])[-1], limit=200),
         probes=probes(done, timed),
         values=_values(done),

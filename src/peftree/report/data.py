@@ -52,7 +52,8 @@ class Row:
     """One method, with one choice of fields, on one task: all its seeds together.
 
     `reason` is why there is no score. `detectable` is the smallest difference from full fine-tuning
-    that these seeds and items show with 80 % power. `costs` are medians over the seeds.
+    that these seeds and items show with 80 % power. `costs` are medians over the seeds. `before` is the mean score of
+    the model without the adapter.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Row:
     verdict: str
     costs: Costs
     curves: tuple[Curve, ...]
+    before: float | None = None
     difference: Interval | None = None
     better: bool | None = None
     p: float | None = None

@@ -44,7 +44,12 @@ def _trainable(_: Task, row: Row) -> Cell:
 
 
 def _score(task: Task, row: Row) -> Cell:
-    return Cell(row.verdict or "failed") if row.score is None else measured(row.score, task.decimals)
+    if row.score is None:
+        return Cell(row.verdict or "failed")
+    ends = interval(row.score, task.decimals)
+    if len(task.rows) == 1 and row.before is not None:  # with several methods there is the baseline to compare with
+        ends += f", base {text.score(row.before, task.decimals)}"
+    return number(row.score.value, task.decimals, sub=ends)
 
 
 def _difference(task: Task, row: Row) -> Cell:

@@ -13,12 +13,12 @@ from peftree.catalogue import task_facts
 from peftree.errors import DataError, StoreError
 from peftree.files import parse_object, read_json
 from peftree.runs.record import SCHEMA_VERSION, Run, RunRecord, file_name, in_order
-from peftree.settings import load_config
+from peftree.settings import SETTINGS, load_config
 from peftree.strict import explain
 
 MAX_BYTES = 64 << 20
 PATTERN = "run-*.json"
-SETTINGS, METRICS = "resolved.yaml", "metrics.json"  # what a run is and what it found, in its output folder
+METRICS = "metrics.json"  # what a run found, in its folder
 
 
 def read_results(place: Path) -> list[RunRecord]:

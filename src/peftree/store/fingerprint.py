@@ -66,7 +66,7 @@ class Fingerprint(Strict):
     dtype: Annotated[str, Field(max_length=40)]
     digests: Annotated[str, Field(max_length=1 << 17)]
     quantized: Annotated[str, Field(max_length=40)] = ""
-    packed: Annotated[dict[str, Annotated[str, Field(max_length=64)]], Field(max_length=1 << 16)] = {}
+    packed: dict[str, Annotated[str, Field(max_length=64)]] = Field(default_factory=dict, max_length=1 << 16)
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:

@@ -21,10 +21,10 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from peftree.catalogue import task_facts
 from peftree.data.rows import Data
-from peftree.errors import BusyError, ConfigError, PeftreeError
+from peftree.errors import BusyError, ConfigError, PeftreeError, TrainError
 from peftree.files import atomic_write, read_json, sha256
-from peftree.runs.read import METRICS, SETTINGS
-from peftree.settings import RunConfig
+from peftree.runs.read import METRICS
+from peftree.settings import SETTINGS, RunConfig
 from peftree.store.fingerprint import Fingerprint, difference, fingerprint
 from peftree.strict import read_yaml
 from peftree.tasks import Options
@@ -149,6 +149,22 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
     return used
 
 
+def check_unfinished(config: RunConfig) -> None:
+    """Raise TrainError if the run in the output folder has no step left, before its model and rows are read."""
+    found = _results(config.output)
+    done, rows = found.get("steps"), found.get("n_train")
+    if isinstance(done, int) and isinstance(rows, int) and done >= (total := config.total_steps(rows)):
+        raise finished(done, total)
+
+
+def finished(done: int, steps: int) -> TrainError:
+    """Return the error for a run to resume that has no step left."""
+    return TrainError(
+        f"The run is finished: step {done} of {steps}.",
+        "Raise epochs or steps to continue, or train again in another output folder.",
+    )
+
+
 def check_scoring(config: RunConfig, ran: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
     """Refuse `config`, which is `ran` with overrides, if it differs in settings that scoring does not read."""
     changed = [k for k in RunConfig.model_fields if k not in _SCORING and getattr(config, k) != getattr(ran, k)]
@@ -225,10 +241,14 @@ def _beside(model: str) -> dict[str, str]:
 
 def done_steps(output: str | Path) -> int | None:
     """Return the number of steps after which the results in `output` were written; None without results."""
+    steps = _results(output).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _results(output: str | Path) -> dict[str, Any]:
+    """Return the results in `output`; empty if there are none, or damaged ones, which a resumed run writes again."""
     path = Path(output) / METRICS
-    if not path.exists():
-        return None
-    with contextlib.suppress(PeftreeError):
-        steps = read_json(path, 1 << 28).get("steps")
-        return steps if isinstance(steps, int) else None
-    return None
+    if path.exists():
+        with contextlib.suppress(PeftreeError):
+            return read_json(path, 1 << 28)
+    return {}

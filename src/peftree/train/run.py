@@ -30,9 +30,9 @@ from peftree.files import atomic_write
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
 from peftree.resolver import located
-from peftree.runs.read import METRICS, SETTINGS
+from peftree.runs.read import METRICS
 from peftree.runs.record import Run
-from peftree.settings import RunConfig, load_config, write_resolved
+from peftree.settings import SETTINGS, RunConfig, load_config, run_of, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
 from peftree.tasks.quantized import check_quantized
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
@@ -43,11 +43,14 @@ from peftree.train.output import (
     check_scoring,
     check_settings,
     check_trackers,
+    check_unfinished,
     done_steps,
     held,
 )
 from peftree.train.peak import peak
 from peftree.train.trainer import AdapterTrainer
+
+POINTS = 20  # of the loss curve, at the least, if there are as many steps
 
 
 def run(config: RunConfig) -> Run:
@@ -87,6 +90,7 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
         lr = method.tags.lr if config.lr is None else config.lr
         resolved = config.resolved(registry.spec(method)["fields"], lr)
         used = check_settings(config, resolved)
+        check_unfinished(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         with calm(config.quiet):
@@ -158,7 +162,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
     """Load the model, data and adapter of a finished run.
 
     Args:
-        folder: its output folder, or the run file whose `output` that is.
+        folder: its output folder, the adapter in it, or the run file whose `output` that is.
         overrides: as for `load_config`: `data.test=other.csv`, `model=/moved/here`.
         progress: show a progress bar if scoring takes long.
 
@@ -169,6 +173,7 @@ def open_run(folder: str | Path, overrides: Sequence[str] = (), *, progress: boo
     path = Path(folder)
     if path.is_file():
         path = Path(load_config(path, overrides).output)
+    path = run_of(path) or path
     if not (path / "adapter").is_dir():
         raise ConfigError(f"{path} is not a finished run: it has no folder 'adapter'.", _unfinished(path))
     config = load_config(path / SETTINGS, overrides)
@@ -251,15 +256,17 @@ def _trainer(
         with clock("eval"):
             return task.score(items["valid"], config.eval_batch_size)
 
+    rows = len(items["train"])  # type: ignore[arg-type]
     return AdapterTrainer(
-        adapter, _arguments(config, task), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
+        adapter, _arguments(config, task, rows), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip
 
 
-def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
+def _arguments(config: RunConfig, task: Task, rows: int) -> TrainingArguments:
     best = config.early_stopping > 0
+    log = config.log_every or max(1, min(10, config.total_steps(rows) // POINTS))
     evaluate, save = _every(config.eval_every), _every(config.save_every)
     if best:  # the best checkpoint is found among those that were scored
         save = evaluate
@@ -270,7 +277,7 @@ def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
         weight_decay=config.weight_decay, lr_scheduler_type=schedule, warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm, seed=config.seed, optim="adamw_torch",
         eval_strategy=evaluate[0], eval_steps=evaluate[1], save_strategy=save[0],
-        save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=config.log_every,
+        save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=log,
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
         greater_is_better=task.higher_is_better if best else None, report_to=list(config.report_to) or "none",
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_pin_memory=False,

@@ -36,7 +36,7 @@ from peftree.train.bar import Bar
 from peftree.train.beside import losses, optimizer
 from peftree.train.draws import Draws
 from peftree.train.health import STEPS, Health, check_weights, first_line, main_output, names, not_finite
-from peftree.train.output import held
+from peftree.train.output import finished, held
 from peftree.train.share import check_splits, items
 from peftree.train.signals import stopping
 
@@ -157,10 +157,7 @@ class AdapterTrainer(Trainer):
         if state.global_step < steps and not stopped:
             return False
         if not self.ends or self.scored_at == state.global_step:
-            raise TrainError(
-                f"The run is finished: step {state.global_step} of {steps}.",
-                "Raise epochs or steps to continue, or train again in another output folder.",
-            )
+            raise finished(state.global_step, steps)
         return True
 
     def _restore(self, source: str) -> TrainOutput:
