@@ -15,7 +15,6 @@ ABSENT = {
     **dict.fromkeys(
         ("precision", "bf16", "fp16"), "For a base in half precision write dtype=bfloat16; adapters stay float32."
     ),
-    "packing": "Rows are padded, not packed; leave it out.",
 }
 
 

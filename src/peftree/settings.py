@@ -115,6 +115,11 @@ class RunConfig(BaseModel):
         le=1 << 20,
         description="most tokens per row; longer rows are cut, with a note; none: 256, or the model's limit if less",
     )
+    packing: bool = Field(
+        False, description="join rows of text up to max_length without seeing each other; batch_size counts joined rows"
+    )
+    group_by_length: bool = Field(False, description="put rows of like length into one batch, which saves padding")
+    workers: int = Field(0, ge=0, le=256, description="processes that make batches; 0: the training process")
     image_size: int | None = Field(None, ge=8, le=8192, description="side of the images in pixels; none: the model's")
     generate: int = Field(
         0, ge=0, le=1 << 20, description="rows to complete by greedy decoding for exact match, ROUGE-L, chrF"

@@ -15,6 +15,7 @@ from peftree.resolver import located
 from peftree.settings import RunConfig
 from peftree.tasks import Batch, Items, Options, Task, build_task
 from peftree.tasks.loading import weightless
+from peftree.tasks.packing import training_items
 
 
 def batches(task: Task, items: Mapping[str, Items], config: RunConfig) -> tuple[Batch, Batch]:
@@ -45,7 +46,8 @@ def fed_by(asked: Request, data: Data) -> dict[str, Any]:
     with weightless():
         task = build_task(located(asked.model), data, Options(**options))
         task.length = min(task.length, asked.length)
-        items = {split: task.items(getattr(data, split)) for split in ("train", "valid", "test")}
+        items = {split: task.items(getattr(data, split)) for split in ("valid", "test")}
+        items["train"] = training_items(task, data.train, asked)
         return feeds(*batches(task, items, asked), asked)
 
 

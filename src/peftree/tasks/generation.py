@@ -38,6 +38,7 @@ class Generation(Completions):
     columns = ("prompt", "completion")
     auto = "AutoModelForCausalLM"
     auto_pair = "AutoModelForSeq2SeqLM"
+    packs = True
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int, chat: bool, generate: int = 0) -> None:
         self.chat = chat
