@@ -40,13 +40,19 @@ def unread(path: Path, formats: Sequence[str]) -> DataError:
     if suffix in (".txt", ".md"):
         fix = f"Plain text does not tell what is given and what is learned: write lines of {PAIR} as .jsonl."
     if suffix in (".zip", ".tar", ".bz2", ".xz", ".zst", ".7z", ".tgz"):
-        fix = f"Unpack it first; {', '.join(formats)} are read, text files also with .gz."
+        fix = f"Unpack it first; {', '.join(formats)} are read, also with .gz."
     return DataError(what, fix)
 
 
 def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> DataError:
     """Return the error for a folder that holds no images in one folder a class, by what it does hold."""
-    if found := sorted({p.parent for p in path.rglob("state.json")}, key=lambda p: (p.name[:5] != "train", p.name)):
+    states = sorted({p.parent for p in path.rglob("state.json")}, key=lambda p: (p.name[:5] != "train", p.name))
+    if states and not (found := [folder for folder in states if any(folder.glob("*.arrow"))]):
+        return DataError(
+            f"{states[0]} has the state.json of a saved data set, but not the Arrow files with its rows.",
+            "Copy the whole folder, or save it again with save_to_disk.",
+        )
+    if states:
         return DataError(
             f"{path} is a folder of the datasets library in which no split is named train.",
             f"Name the split: data.train={found[0]}.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftree.catalogue import task_facts, tasks
+from peftree.data import hub
 from peftree.data.cells import cell
 from peftree.data.chats import Turns, converted, has, layout
 from peftree.data.layouts import renamed, rows_advice
@@ -132,7 +133,7 @@ def _paths(train: Path, valid: str | Path | None, test: str | Path | None) -> di
         if "train" in found:
             given = found | {split: path for split, path in given.items() if split != "train"}
     for split, path in given.items():
-        if not path.exists():
+        if not path.exists() and not hub.named(path):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(
                 f"{split}: {path} does not exist.",

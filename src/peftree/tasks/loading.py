@@ -17,18 +17,22 @@ from transformers import AutoConfig, AutoTokenizer
 from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
-from peftree.trusted import SAFE, cleared
+from peftree.trusted import SAFE, cleared, on_hub
 
 _WEIGHTLESS = ContextVar("weightless", default=False)
 
 
 def is_local(model: str) -> bool:
-    """Return True for a folder; a name that looks like a path must exist."""
+    """Return True for a folder, or a hub name whose files are here while the hub is not; else the hub has the name.
+
+    Raises:
+        ConfigError: a name that looks like a path does not exist, or the hub does not have it.
+    """
     if Path(model).expanduser().is_dir():
         return True
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or Path(model).exists():
         raise ConfigError(f"model: {model} is not a folder.", "Name the folder with config.json.")
-    return False
+    return not on_hub(model)
 
 
 def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -> Any:
