@@ -195,9 +195,15 @@ def test_names_of_columns_in_another_case(tmp_path: Path) -> None:
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, r"preference pairs.*data\.columns\.completion=chosen"),
-    ({"chosen": TURNS, "rejected": TURNS}, "preference pairs.*Write the chosen answers"),
-    ({"instruction": "Q", "output": "A", "chosen": "A", "rejected": "B"}, "preference pairs.*Write the chosen answers"),
+    (
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        r"preference pairs.*DPOTrainer.*docs/trainers\.md.*data\.columns\.completion=chosen",
+    ),
+    ({"chosen": TURNS, "rejected": TURNS}, r"preference pairs.*DPOTrainer.*write them as lines"),
+    (
+        {"instruction": "Q", "output": "A", "chosen": "A", "rejected": "B"},
+        r"preference pairs.*DPOTrainer.*write them as lines",
+    ),
 ]
 
 

@@ -16,12 +16,12 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
     """Return the name of the layout of rows with these columns, and what to do with them; None if it is unknown."""
     names = set(columns)
     if {"chosen", "rejected"} <= names:
-        if "prompt" in names and isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str):
-            return "preference pairs (chosen, rejected)", (
-                "They are not compared; to train on the chosen answers, set task=generation data.columns.prompt=prompt "
-                "data.columns.completion=chosen."
-            )
-        return "preference pairs (chosen, rejected)", f"Write the chosen answers as lines of {PAIR}."
+        plain = isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str)
+        alone = "task=generation data.columns.prompt=prompt data.columns.completion=chosen"
+        return "preference pairs (chosen, rejected)", (
+            "They are for TRL's DPOTrainer, which trains an adapter of peftree on them (docs/trainers.md); to train on "
+            f"the chosen answers alone, {f'set {alone}' if plain else f'write them as lines of {PAIR}'}."
+        )
     if names == {"text"}:
         return "texts without a label", "To learn to write them set task=generation; to classify them add a label."
     return None

@@ -20,6 +20,7 @@ PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS)
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATE = "state.json"  # in a folder of the datasets library: which files are its rows
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
+_METADATA = (METADATA, "metadata.csv")
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,6 +147,11 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path} is not a readable Parquet file: {first}.", "Write it again.") from None
 
 
+def metadata(path: Path) -> Path | None:
+    """Return the file that says what the images of a folder are, if it has one."""
+    return next((path / name for name in _METADATA if (path / name).is_file()), None)
+
+
 def saved(path: Path) -> bool:
     """Whether a folder is a split that the datasets library saved; other Arrow files in it are its caches."""
     return (path / STATE).is_file() and any(path.glob("*.arrow"))
@@ -220,7 +226,9 @@ def image_in(folder: Path, name: str, where: str) -> str:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise DataError(f"{where}: file_name '{name}' leaves {folder}.", "Name images relative to the metadata file.")
+        raise DataError(
+            f"{where}: the image '{name}' leaves {folder}.", "Name images relative to the file of the rows."
+        )
     file = folder / path
     if not file.is_file():
         near = [p.name for p in file.parent.iterdir()][:500] if file.parent.is_dir() else []

@@ -148,14 +148,22 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
+def length(
+    model: nn.Module, tokenizer: Any, wanted: int | None, config: Any = None, usual: int = DEFAULT_LENGTH
+) -> int:
     """Return the most tokens that a row may have.
+
+    Args:
+        model, tokenizer: see above.
+        wanted: tokens that are asked for; None: `usual`, or what the model takes if that is less.
+        config: of the part of the model that reads text; None: of the model.
+        usual: see `wanted`.
 
     Raises:
         ConfigError: `wanted` is more than the model takes.
         DataError: the tokenizer has tokens for which the model has no embedding.
     """
-    config: Any = model.config
+    config = model.config if config is None else config
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise DataError(
@@ -167,7 +175,7 @@ def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
     most = min(limits, default=1 << 30)
     if wanted is not None and wanted > most:
         raise ConfigError(f"max_length={wanted}: the model takes {most} tokens.", "Lower max_length.")
-    return wanted or min(DEFAULT_LENGTH, most)
+    return wanted or min(usual, most)
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -209,6 +209,9 @@ def _rows(data: Data, split: str) -> str:
     files = task_facts(data.task).modality != "language"
     for row in getattr(data, split):
         for name, value in row._asdict().items():
+            if name == "turns" and files:
+                shown = [[sha256(Path(image).read_bytes()) for image in turn.images] for turn in value]
+                value = [tuple(turn._replace(images=())) for turn in value], shown
             if name != "where":
                 content = files and name == "source" and Path(value).is_file()
                 text = sha256(Path(value).read_bytes()) if content else repr(value)
