@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +152,3 @@ def test_rows_of_mixed_layouts_are_refused(tmp_path: Path) -> None:
     path.write_text(f'{json.dumps(FILES[0][0])}\n{{"prompt": "Q", "completion": "A"}}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: prompt, completion are not the columns of messages rows"):
         load_data(path)
-
-
-def test_the_rows_of_the_page_are_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
-    rows = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
-    assert len(rows) == 6
-    for number, row in enumerate(rows):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(f"{row}\n" * 12)
-        task = "generation" if set(json.loads(row)) == {"text"} else None
-        found = load_data(path, valid=path, task=task)
-        assert found.task == "generation" and bool(found.train[0].turns) is (0 < number < len(rows) - 1)

@@ -65,7 +65,8 @@ def test_a_call_behind_a_text_is_learned_with_it(tmp_path: Path) -> None:
 
 def test_a_template_that_marks_answers_says_which_calls_are_learned(tmp_path: Path) -> None:
     body = TOOLS[TOOLS.index("{{ m['content']") : TOOLS.index("\n{% endfor %}{% if add")]
-    told = f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}"
+    told = f"{{% generation %}}{body}{{% endgeneration %}}{{% else %}}{body}{{% endif %}}"
+    told = "{% if m['role'] == 'assistant' %}" + told
     marked = TOOLS.replace(body, told)
     row = turns(tmp_path, TALK, [TOOL])
     ((_, found),) = learned(Words(bytewise(marked)), row.turns)
