@@ -64,18 +64,18 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3250,
+    "": 3310,
     "sites": 2050,
     "deltas": 850,
     "methods": 550,
     "graft": 3050,
     "store": 4300,
-    "data": 1150,
-    "tasks": 2000,
+    "data": 1400,
+    "tasks": 2450,
     "evaluate": 1400,
     "runs": 450,
-    "train": 2150,
-    "plan": 3250,
+    "train": 2170,
+    "plan": 3290,
     "assets": 1600,
     "probes": 850,
     "bench": 2650,

@@ -47,7 +47,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     draw, found = random.Random(seed), []
     for _ in range(count):
         ids = [draw.randint(6, 60) for _ in range(draw.randint(2, 9))]
-        start = draw.randint(1, len(ids) - 1)
+        start = draw.randint(0, len(ids) - 1)
         found.append({"input_ids": ids, "labels": [IGNORED] * start + ids[start:]})
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from peftree.catalogue import task_facts, tasks
 from peftree.data import hub
 from peftree.data.cells import cell
 from peftree.data.chats import Turns, converted, has, layout, pictured, shows
+from peftree.data.classes import check_classes, check_labels, classes_of
 from peftree.data.layouts import renamed, rows_advice
 from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, metadata, records, saved
 from peftree.errors import DataError, did_you_mean
@@ -20,7 +20,6 @@ from peftree.files import sha256
 
 SPLITS = ("train", "valid", "test")
 PICTURED = "image-text-to-text"
-MANY = 20  # more classes than this, and than half of the rows, are hardly classes
 HELD_OUT = 0.1  # share of the training rows that validates when there is no validation file
 
 
@@ -100,9 +99,9 @@ def load_data(
     warnings: list[str] = []
     rows = {split: _read(path, kind, columns or {}, skip_empty, warnings) for split, path in paths.items()}
     least = 2 if task_facts(kind).kind == "understanding" else 1
-    labels = _labels(rows["train"], least) if task_facts(kind).classes else ()
+    labels = classes_of(rows["train"], least) if task_facts(kind).classes else ()
     if labels and task_facts(kind).modality == "language":
-        _check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
+        check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
     _check_layouts(rows, paths)
     warnings += _shared_rows(rows, task_facts(kind).modality != "language")
     if "valid" not in rows:
@@ -111,7 +110,7 @@ def load_data(
     if "test" not in rows:
         warnings.append("no test file: results are on the validation rows")
     for split in set(rows) - {"train"} if labels else ():
-        _check_labels(rows[split], labels, split)
+        check_labels(rows[split], labels, split)
     held = tuple(rows["valid"]), tuple(rows.get("test", ()))
     return Data(kind, tuple(rows["train"]), *held, labels, tuple(warnings))
 
@@ -306,60 +305,6 @@ def _lacks(where: str, our: str, name: str, record: Mapping[str, Any]) -> DataEr
     return DataError(
         f"{where}: no column '{name}'.", f"{did_you_mean(name, record, 'Columns')} Name yours: data.columns.{our}=..."
     )
-
-
-def _check_classes(
-    labels: Sequence[str], rows: Sequence[Example], inferred: bool, name: str, warnings: list[str]
-) -> None:
-    """Refuse numbers that are unlikely to be classes, unless the task is set; warn of what else looks wrong."""
-    many = len(labels) > max(MANY, len(rows) / 2)
-    numbers = [number for label in labels if (number := _finite(label)) is not None]
-    if len(numbers) == len(labels) and (many or not all(number.is_integer() for number in numbers)):
-        odd = next((label for label in labels if not float(label).is_integer()), labels[0])
-        what = f"{name} holds numbers such as {odd}: {len(labels)} different ones in {len(rows)} rows, each a class."
-        if inferred:
-            raise DataError(
-                what,
-                f"To predict numbers, set task=text-regression data.columns.score={name}; "
-                "if they are classes, set task=text-classification.",
-            )
-        warnings.append(f"{what} To predict numbers, use the task text-regression")
-    elif many:
-        warnings.append(f"{name} has {len(labels)} classes in {len(rows)} rows: most have too few to learn from")
-    plain: dict[str | float, str] = {}
-    for label in labels:
-        number = _finite(label)
-        first = plain.setdefault(" ".join(label.split()).casefold() if number is None else number, label)
-        if first != label:
-            how = "only space or case" if number is None else "only how one number is written"
-            warnings.append(f"the classes {first!r} and {label!r} differ in {how}; they are two classes")
-
-
-def _finite(label: str) -> float | None:
-    """Return the finite number that a label is; None if it is not one."""
-    try:
-        number = float(label)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _labels(rows: Iterable[Example], least: int) -> tuple[str, ...]:
-    """Return the class names: whole numbers in numerical order, others in alphabetical order."""
-    found = {row.target for row in rows}
-    if len(found) < least:
-        raise DataError(f"All training rows have the label {sorted(found)}.", "Classification needs at least two.")
-    numbers = all(name.removeprefix("-").isdecimal() for name in found)
-    return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else str))
-
-
-def _check_labels(rows: Iterable[Example], labels: Sequence[str], split: str) -> None:
-    for row in rows:
-        if row.target not in labels:
-            raise DataError(
-                f"{row.where}: {split} has the label {row.target!r}, which no training row has.",
-                did_you_mean(row.target, labels, "Labels"),
-            )
 
 
 def _hold_out(rows: list[Example], classes: bool, seed: int) -> tuple[list[Example], list[Example]]:

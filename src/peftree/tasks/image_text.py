@@ -94,6 +94,11 @@ class ImageText(Generation):
         from PIL import Image
 
         config, local = read_config(model, options.config, ()), is_local(model)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise ConfigError(
+                f"model: {model} is of type {config.model_type}, which does not write text about images.",
+                "Use a model of AutoModelForImageTextToText, such as llava-smollm2-8-dinov2 or a Qwen2-VL.",
+            )
         try:
             processor: Any = AutoProcessor.from_pretrained(
                 str(Path(model).expanduser()) if local else model, local_files_only=local, **SAFE
