@@ -191,9 +191,10 @@ def test_a_row_without_room_for_an_answer_is_named(pictures: Path) -> None:
         made.features(data.train)
 
 
-@pytest.mark.parametrize("family", ["idefics3", "paligemma", "gemma3", "llava"])
+@pytest.mark.parametrize(
+    "family", ["paligemma", *(pytest.param(name, marks=pytest.mark.slow) for name in ("idefics3", "gemma3", "llava"))]
+)
 def test_a_run_learns_answers_and_opens_again(family: str, pictures: Path, tmp_path: Path) -> None:
-    """Two images whose questions are the same have different answers, which only their pixels tell."""
     lines = [{"image": f"{n % 2}.png", "question": "Q", "answer": ("dark", "light")[n % 2]} for n in range(8)]
     path = rows(pictures, lines)
     config = RunConfig(

@@ -17,6 +17,8 @@ from contract.case import Case, fits, small
 from peftree import registry
 from peftree.deltas import Prepend
 from peftree.errors import ConfigError
+from peftree.plan import plan
+from peftree.plan.question import request
 from peftree.settings import RunConfig
 from peftree.tasks.base import IGNORED, pad
 from peftree.tasks.packing import check_apart, check_deltas, fitted, joint, stacked
@@ -43,11 +45,11 @@ STATES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Return rows of two to nine tokens, the first of which are a prompt."""
+    """Return rows of two to nine tokens, the first of which are a prompt in every other row."""
     draw, found = random.Random(seed), []
-    for _ in range(count):
+    for n in range(count):
         ids = [draw.randint(6, 60) for _ in range(draw.randint(2, 9))]
-        start = draw.randint(0, len(ids) - 1)
+        start = draw.randint(1, len(ids) - 1) if n % 2 else 0
         found.append({"input_ids": ids, "labels": [IGNORED] * start + ids[start:]})
     return found
 
@@ -154,6 +156,14 @@ def test_a_run_says_what_was_joined_and_is_planned_as_it_is_measured(
     assert f"padding and not {1 - sum(tokens) / pairs:.0%}; batch_size counts joined rows" in said
     assert found.planned_bytes and found.peak_bytes
     assert abs(found.planned_bytes / found.peak_bytes - 1) < 0.05
+
+
+def test_a_plan_counts_the_mask_that_keeps_rows_apart(decoder: str) -> None:
+    """A mask of queries and keys is made for every row; without packing and padding there is none."""
+    asked: dict[str, Any] = {"model": decoder, "method": "lora", "batch_size": 8, "max_length": 512, "padded": False}
+    asked |= {"config": {"max_position_embeddings": 512}}
+    joined, alone = (plan(request(**asked, packing=packing)).phases["forward"] for packing in (True, False))
+    assert joined - alone > 8 * 512 * 512
 
 
 @pytest.mark.parametrize(

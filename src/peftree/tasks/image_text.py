@@ -67,7 +67,7 @@ class ImageText(Generation):
     metric = "perplexity"
     higher_is_better = False
     aggregate = "exp_mean"
-    columns = ("image", "question", "answer")
+    columns = ("image", "question", "answer")  # type: ignore[assignment]  # Generation has two
     auto = "AutoModelForImageTextToText"
     packs = False
 

@@ -114,9 +114,9 @@ def answers(tokenizer: Any, turns: Turns, where: str) -> tuple[str, list[Span]]:
     missing = {*range(len(turns))} - {n for *_, n in places} - calling
     if lost := missing & answered:
         raise _unfound(where, min(lost))
-    if left := [n for n in sorted(missing) if turns[n].role in ("system", "tool") and turns[n].text.strip()]:
+    if gone := [n for n in sorted(missing) if turns[n].role in ("system", "tool") and turns[n].text.strip()]:
         raise DataError(
-            f"{where}: the chat template leaves out turn {left[0] + 1}, of the role {turns[left[0]].role}.",
+            f"{where}: the chat template leaves out turn {gone[0] + 1}, of the role {turns[gone[0]].role}.",
             "Leave that turn out, or use a model whose template writes it.",
         )
     _check_tools(turns, whole, where)
