@@ -89,6 +89,7 @@ def test_a_row_is_what_the_processor_makes_of_it_and_answers_are_learned(family:
         assert torch.isfinite(made.model(**batch).loss)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the processor's own labels
 def test_without_a_chat_template_a_row_is_one_question(pictures: Path) -> None:
     """PaliGemma's own processor with a suffix is the oracle."""
     made, processor = task("paligemma")

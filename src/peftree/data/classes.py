@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from peftree.errors import DataError, did_you_mean
-
-if TYPE_CHECKING:
-    from peftree.data.rows import Example
 
 MANY = 20  # more classes than this, and than half of the rows, are hardly classes
 
 
-def check_classes(
-    labels: Sequence[str], rows: Sequence[Example], inferred: bool, name: str, warnings: list[str]
-) -> None:
+class Row(Protocol):
+    """What is read of a row here: its class, and where it is."""
+
+    @property
+    def target(self) -> str:
+        """The class's name."""
+
+    @property
+    def where(self) -> str:
+        """File and line."""
+
+
+def check_classes(labels: Sequence[str], rows: Sequence[Row], inferred: bool, name: str, warnings: list[str]) -> None:
     """Refuse numbers that are unlikely to be classes, unless the task is set; warn of what else looks wrong."""
     many = len(labels) > max(MANY, len(rows) / 2)
     numbers = [number for label in labels if (number := _finite(label)) is not None]
@@ -50,7 +57,7 @@ def _finite(label: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def classes_of(rows: Iterable[Example], least: int) -> tuple[str, ...]:
+def classes_of(rows: Iterable[Row], least: int) -> tuple[str, ...]:
     """Return the class names: whole numbers in numerical order, others in alphabetical order."""
     found = {row.target for row in rows}
     if len(found) < least:
@@ -59,7 +66,7 @@ def classes_of(rows: Iterable[Example], least: int) -> tuple[str, ...]:
     return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else str))
 
 
-def check_labels(rows: Iterable[Example], labels: Sequence[str], split: str) -> None:
+def check_labels(rows: Iterable[Row], labels: Sequence[str], split: str) -> None:
     """Refuse labels that no training row has; DataError names the row."""
     for row in rows:
         if row.target not in labels:
