@@ -296,3 +296,14 @@ def test_other_data_for_one_split_of_a_folder(review_data: Path, tmp_path: Path)
     data, plain = load_data(review_data, test=other), load_data(review_data)
     assert [r.source for r in data.test] == ["good plot"]
     assert (data.train, data.valid) == (plain.train, plain.valid)
+
+
+def test_a_wrong_value_of_a_column_is_said(tmp_path: Path) -> None:
+    path = columns("a.csv", tmp_path, [{"review": "a", "label": i % 2} for i in range(9)])
+    for task in (None, "text-classification"):
+        with pytest.raises(DataError, match=r"data\.columns\.text=reviw: there is no column 'reviw'.*'review'"):
+            load_data(path, task=task, columns={"text": "reviw"})
+    with pytest.raises(
+        DataError, match=r"do not determine the task.*messages, conversations, or instruction and output"
+    ):
+        load_data(path)
