@@ -64,14 +64,14 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3270,
+    "": 3350,
     "sites": 2050,
-    "deltas": 850,
+    "deltas": 1000,
     "methods": 550,
     "graft": 3085,
     "store": 4150,
-    "data": 1150,
-    "tasks": 2000,
+    "data": 1400,
+    "tasks": 2550,
     "evaluate": 1400,
     "runs": 450,
     "train": 2180,

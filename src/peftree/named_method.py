@@ -15,7 +15,7 @@ ABSENT = {
     **dict.fromkeys(
         ("precision", "bf16", "fp16"), "For a base in half precision write dtype=bfloat16; adapters stay float32."
     ),
-    **dict.fromkeys(("packing", "sample_packing"), "Rows are padded, not packed; leave it out."),
+    "sample_packing": "Write packing=true.",
     **dict.fromkeys(
         ("val_size", "val_set_size"), "A tenth of the rows is held out unless data.valid names a file; leave it out."
     ),

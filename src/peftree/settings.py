@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlencode
 
 import yaml
 from pydantic import (
@@ -40,13 +42,40 @@ class _Known:
 TaskName = Annotated[str, AfterValidator(_task), _Known()]
 
 
+HUB = "hub:"  # begins the name of a data set on a hub
+
+
+def hub_name(split: str, value: Any) -> Any:
+    """Return `{hub: org/name, split: .., config: .., rows: 1000}` as one word; `rows` streams the first ones alone."""
+    if not isinstance(value, Mapping):
+        name, _, more = value.partition("?") if isinstance(value, str) else ("", "", "")
+        return f"{name}?split={split}" if name.startswith(HUB) and not more else value
+    known = ("hub", "config", "split", "rows")
+    if not isinstance(value.get("hub"), str) or set(value) - set(known):
+        raise ValueError(f"it names a file or folder, or has the keys {', '.join(known)}; hub is the name, as org/name")
+    if not isinstance(rows := value.get("rows", 1), int) or rows < 1:
+        raise ValueError(f"rows={rows!r} is not a number of rows")
+    asked = {"split": split} | {k: v for k, v in value.items() if k != "hub"}
+    return f"{HUB}{value['hub']}?{urlencode(asked)}"
+
+
+def _source(split: str) -> Any:
+    return BeforeValidator(partial(hub_name, split))
+
+
 class DataConfig(BaseModel):
     """Where the rows are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    train: str = Field(description="training file, folder of images, or folder with all splits")
-    valid: str | None = Field(None, description="validation file; none: hold out a tenth of the training rows")
-    test: str | None = Field(None, description="test file; none: results use validation rows")
+    train: Annotated[str, _source("train")] = Field(
+        description="training file, folder of images, folder with all splits, or {hub: org/name, split, config, rows}"
+    )
+    valid: Annotated[str | None, _source("validation")] = Field(
+        None, description="validation file; none: hold out a tenth of the training rows"
+    )
+    test: Annotated[str | None, _source("test")] = Field(
+        None, description="test file; none: results use validation rows"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="the file's column names for text, label, score, prompt, completion"
     )
@@ -117,6 +146,11 @@ class RunConfig(BaseModel):
         le=1 << 20,
         description="most tokens per row; longer rows are cut, with a note; none: 256, or the model's limit if less",
     )
+    packing: bool = Field(
+        False, description="join rows of text up to max_length without seeing each other; batch_size counts joined rows"
+    )
+    group_by_length: bool = Field(False, description="put rows of like length into one batch, which saves padding")
+    workers: int = Field(0, ge=0, le=256, description="processes that make batches; 0: the training process")
     image_size: int | None = Field(None, ge=8, le=8192, description="side of the images in pixels; none: the model's")
     generate: int = Field(
         0, ge=0, le=1 << 20, description="rows to complete by greedy decoding for exact match, ROUGE-L, chrF"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,20 @@ def test_layouts_are_told_from_the_columns(
 
 
 BAD: list[tuple[Any, str]] = [
-    ([{"role": "tool", "content": "x"}], r"a\.jsonl:3: turn 1 of messages has the role 'tool'.*system, user, assist"),
-    ([{"role": "user", "content": [{"type": "image"}]}], r"a\.jsonl:3: turn 1 of messages is .*not text"),
+    ([{"role": "bot", "content": "x"}], r"a\.jsonl:3: turn 1 of messages has the role 'bot'.*system, user, assist"),
+    ([{"role": "user", "content": [{"type": "audio"}]}], r"a\.jsonl:3: turn 1 of messages is .*not text"),
+    (
+        [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A"}],
+        r"a\.jsonl:3: it holds an image, which generation does not read\. Set task=image-text-to-text",
+    ),
     ("hello", "messages are not the columns of messages rows"),
     ([{"content": "x"}], "has the role 'None'"),
     ([{"role": "user", "content": "x"}], "1 of 3 rows lack a question or an answer"),
-    ([{"role": "assistant", "content": "", "tool_calls": [1]}], "turn 1 of messages: tool_calls is not read"),
+    ([{"role": "assistant", "content": "", "tool_calls": [1]}], r"turn 1 of messages: a call of a tool is 1\. Write"),
+    (
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}],
+        r"a\.jsonl:3: turn 1 of messages: the arguments '\{x' are not JSON",
+    ),
 ]
 
 
@@ -93,7 +100,8 @@ def test_a_faulty_row_is_named(turns: Any, message: str, tmp_path: Path) -> None
 ASKED = [{"role": "user", "content": "Q"}]
 FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ASKED, "completion": ASKED}, r"a\.jsonl:1: completion has no turn of an assistant"),
-    ({"messages": ASKED, "tools": [{"name": "x"}]}, r"a\.jsonl:1: tools is not read"),
+    ({"messages": [*ASKED, {"role": "assistant", "content": "A"}], "tools": 3}, r"a\.jsonl:1: tools is 3, not a list"),
+    ({"messages": [{**ASKED[0], "function_call": {}, "reasoning_content": "x"}]}, "reasoning_content is not read"),
     ({"instruction": ["x"], "output": "A"}, r"a\.jsonl:1: instruction is \['x'\], not text"),
     ({"conversations": [{"from": "bot", "value": "x"}]}, 'write each turn as {"from": "human", "value"'),
 ]
@@ -144,15 +152,3 @@ def test_rows_of_mixed_layouts_are_refused(tmp_path: Path) -> None:
     path.write_text(f'{json.dumps(FILES[0][0])}\n{{"prompt": "Q", "completion": "A"}}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: prompt, completion are not the columns of messages rows"):
         load_data(path)
-
-
-def test_the_rows_of_the_page_are_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
-    rows = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
-    assert len(rows) == 6
-    for number, row in enumerate(rows):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(f"{row}\n" * 12)
-        task = "generation" if set(json.loads(row)) == {"text"} else None
-        found = load_data(path, valid=path, task=task)
-        assert found.task == "generation" and bool(found.train[0].turns) is (0 < number < len(rows) - 1)

@@ -62,7 +62,6 @@ def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Pa
     for words, advice in (
         ("quantize=nf4", "takes plain weights"),
         ("bf16=true", "dtype=bfloat16"),
-        ("packing=true", "padded"),
     ):
         assert advice in refused("train", *given, words)
     planned = shown("plan", encoder, "method=lora", "quantize=nf4", "optimizer=sgd")

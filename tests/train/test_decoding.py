@@ -135,7 +135,7 @@ def test_facts_are_those_of_the_scores(decoder: str, prompt_data: Path) -> None:
 
 
 def test_every_task_class_has_its_facts() -> None:
-    assert len(tasks()) == 7
+    assert len(tasks()) == 8
     for name, facts in tasks().items():
         of = kind(name)
         assert (of.name, of.metric, of.higher_is_better) == (name, facts.metric, facts.higher_is_better)

@@ -49,7 +49,7 @@ def test_folder_with_metadata(pair_data: Path) -> None:
     assert row.source.endswith("train/0.png") and row.where.endswith("train/metadata.jsonl:1")
     assert row.target == "a good film" and data.warnings == ()
     assert load_data(pair_data / "train", test=pair_data / "test", task="captioning").test == data.test
-    with pytest.raises(DataError, match=r"does not set the task.*captioning, image-text-retrieval"):
+    with pytest.raises(DataError, match=r"does not set the task.*captioning, image-text-to-text, image-text-retrieval"):
         load_data(pair_data)
     renamed = pair_data / "renamed"
     write_pairs(renamed, 20)
@@ -65,8 +65,8 @@ def test_the_same_image_in_two_splits_is_named(pair_data: Path) -> None:
 
 
 BAD = [
-    ({"file_name": "../train/0.png", "text": "x"}, r"metadata\.jsonl:9: file_name '\.\./train/0\.png' leaves"),
-    ({"file_name": "/etc/passwd", "text": "x"}, r"file_name '/etc/passwd' leaves"),
+    ({"file_name": "../train/0.png", "text": "x"}, r"metadata\.jsonl:9: the image '\.\./train/0\.png' leaves"),
+    ({"file_name": "/etc/passwd", "text": "x"}, r"the image '/etc/passwd' leaves"),
     ({"file_name": "sub/../../a.png", "text": "x"}, "leaves"),
     ({"file_name": "..\\train\\0.png", "text": "x"}, "leaves"),
     ({"file_name": "C:/0.png", "text": "x"}, "leaves"),
@@ -253,7 +253,7 @@ def test_long_captions_and_captions_without_tokens(llava: str, pair_data: Path) 
 def test_models_that_do_not_fit(dual: str, llava: str, encoder: str, pair_data: Path) -> None:
     with pytest.raises(ConfigError, match=r"LlavaModel, not a dual encoder"):
         retrieval(llava, pair_data)
-    with pytest.raises(ConfigError, match="is of type vision-text-dual-encoder, not llava"):
+    with pytest.raises(ConfigError, match="is of type vision-text-dual-encoder, which does not write"):
         captioning(dual, pair_data)
     with pytest.raises(ConfigError, match="not a dual encoder"):
         retrieval(encoder, pair_data)

@@ -44,12 +44,15 @@ def columns(name: str, path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writerows(rows)
         raw = text.getvalue().encode()
         path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    elif name.endswith(".arrow"):
-        table = pa.Table.from_pylist(rows)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as arrow:
-            arrow.write_table(table, max_chunksize=2)
-    elif name.endswith(".parquet"):
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif ".arrow" in name or ".parquet" in name:
+        table, file = pa.Table.from_pylist(rows), io.BytesIO()
+        if ".arrow" in name:
+            with pa.ipc.new_file(file, table.schema) as arrow:
+                arrow.write_table(table, max_chunksize=2)
+        else:
+            parquet.write_table(table, file)
+        raw = file.getvalue()
+        path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     else:
         lines = name.startswith("a.jsonl") or name == "lines.json"
         text = "".join(json.dumps(r) + "\n" for r in rows) if lines else json.dumps(rows, indent=1)
@@ -58,7 +61,7 @@ def columns(name: str, path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 FILES = ["a.csv", "a.tsv", "a.jsonl", "a.json", "lines.json", "a.parquet", "a.arrow"]
-FILES += ["a.csv.gz", "a.jsonl.gz", "a.json.gz"]
+FILES += [f"{name}.gz" for name in FILES]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -192,9 +195,15 @@ def test_names_of_columns_in_another_case(tmp_path: Path) -> None:
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 LAYOUTS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, r"preference pairs.*data\.columns\.completion=chosen"),
-    ({"chosen": TURNS, "rejected": TURNS}, "preference pairs.*Write the chosen answers"),
-    ({"instruction": "Q", "output": "A", "chosen": "A", "rejected": "B"}, "preference pairs.*Write the chosen answers"),
+    (
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        r"preference pairs.*DPOTrainer.*docs/trainers\.md.*data\.columns\.completion=chosen",
+    ),
+    ({"chosen": TURNS, "rejected": TURNS}, r"preference pairs.*DPOTrainer.*write them as lines"),
+    (
+        {"instruction": "Q", "output": "A", "chosen": "A", "rejected": "B"},
+        r"preference pairs.*DPOTrainer.*write them as lines",
+    ),
 ]
 
 
@@ -234,7 +243,9 @@ FOLDERS: list[tuple[dict[str, str], str]] = [
     ({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": "x"}, "does not name the files"),
     ({"dataset_info.json": "{}", "reviews-train.arrow": "x"}, r"without the state\.json.*data=.*reviews-train\.arrow"),
     ({"state.json": '{"_data_files": [{"filename": "a.arrow"}]}', "a.arrow": "x"}, "not a readable Arrow file"),
-    ({"state.json": '{"_data_files": [{"filename": "b.arrow"}]}', "a.arrow": "x"}, r"b\.arrow is not a readable Arrow"),
+    ({"state.json": '{"_data_files": [{"filename": "b.arrow"}]}', "a.arrow": "x"},
+     r"state\.json names b\.arrow, which"),
+    ({"state.json": "{}"}, "has the state.json of a saved data set, but not the Arrow files"),
     ({"train.arrow": "x"}, r"train\.arrow is not a readable Arrow file"),
     ({"dataset_info.json": '{"mine": {"file_name": "mine.json"}}', "mine.json": "[]"},
      r"LLaMA-Factory.*data=.*mine\.json"),
@@ -251,7 +262,7 @@ def test_folders_of_other_forms_are_named(files: dict[str, str], message: str, t
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.orc", "Use .csv"), ("a.arrow.gz", "Use")]
+    ("name", "message"), [("a.txt", "Plain text"), ("a.zip", "Unpack"), ("a.orc", "Use .csv"), ("a.orc.gz", "Use")]
 )
 def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"files are not read.*{message}"):
@@ -259,10 +270,11 @@ def test_files_that_are_not_read(name: str, message: str, tmp_path: Path) -> Non
 
 
 def test_a_damaged_gzip_file_is_one_error(tmp_path: Path) -> None:
-    path = columns("a.jsonl.gz", tmp_path, [{"text": "a", "label": i} for i in range(9)])
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataError, match="is not a readable gzip file"):
-        load_data(path)
+    for name in ("a.jsonl.gz", "a.parquet.gz", "a.arrow.gz"):
+        path = columns(name, tmp_path, [{"text": "a", "label": i} for i in range(9)])
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(DataError, match=f"{name} is not a readable"):
+            load_data(path)
 
 
 def test_images_that_are_left_out_are_counted(image_data: Path) -> None:
@@ -284,3 +296,14 @@ def test_other_data_for_one_split_of_a_folder(review_data: Path, tmp_path: Path)
     data, plain = load_data(review_data, test=other), load_data(review_data)
     assert [r.source for r in data.test] == ["good plot"]
     assert (data.train, data.valid) == (plain.train, plain.valid)
+
+
+def test_a_wrong_value_of_a_column_is_said(tmp_path: Path) -> None:
+    path = columns("a.csv", tmp_path, [{"review": "a", "label": i % 2} for i in range(9)])
+    for task in (None, "text-classification"):
+        with pytest.raises(DataError, match=r"data\.columns\.text=reviw: there is no column 'reviw'.*'review'"):
+            load_data(path, task=task, columns={"text": "reviw"})
+    with pytest.raises(
+        DataError, match=r"do not determine the task.*messages, conversations, or instruction and output"
+    ):
+        load_data(path)

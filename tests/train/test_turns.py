@@ -308,3 +308,9 @@ def test_a_run_on_conversations_trains_and_opens_again(decoder: str, tmp_path: P
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="no chat template, which chat=true and conversations need"):
         run(config.model_copy(update={"output": str(tmp_path / "bare/out")}))
+
+
+def test_a_template_that_refuses_a_single_question_is_one_error() -> None:
+    task = Words(bytewise("{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}" + CHATML))
+    with pytest.raises(ConfigError, match="The chat template refuses a single question: too short"):
+        _ = task.frame

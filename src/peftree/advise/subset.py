@@ -13,6 +13,7 @@ from pathlib import Path
 from peftree.catalogue import task_facts
 from peftree.data.readers import METADATA
 from peftree.data.rows import Data, Example
+from peftree.errors import ConfigError
 from peftree.files import atomic_write
 
 TRAIN, VALID = 4000, 200  # rows at most
@@ -61,6 +62,8 @@ def pick(rows: Sequence[Example], count: int, classes: bool) -> list[Example]:
 
 def _write(place: Path, rows: Iterable[Example], data: Data) -> Path:
     facts = task_facts(data.task)
+    if any(turn.images for row in data.train for turn in row.turns):
+        raise ConfigError("Methods are not tried on a subset of questions about images.", "Leave out --probe.")
     if facts.modality == "language":
         first, second = facts.columns
         lines = (json.dumps({first: r.source, second: _value(r.target, second)}) + "\n" for r in rows)

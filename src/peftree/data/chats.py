@@ -1,9 +1,9 @@
-"""Rows for generation in the layouts of other tools: OpenAI's messages, ShareGPT, Alpaca, plain text."""
+"""Rows for generation in the layouts of other tools: OpenAI's messages, ShareGPT, Alpaca, questions about images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from peftree.data.cells import cell
@@ -11,19 +11,35 @@ from peftree.errors import DataError
 
 
 class Turn(NamedTuple):
-    """A turn of a conversation; `learned`: whether an answer is."""
+    """A turn of a conversation.
+
+    Attributes:
+        role, text: who says it, and what; `IMAGE` is at the place of each image.
+        learned: whether an answer is.
+        images: the files of its images.
+        more: calls of tools and what else a message with tools has, as JSON; empty: nothing.
+        tools: the tools of its conversation as JSON; empty: there are none.
+    """
 
     role: str
     text: str
     learned: bool = True
+    images: tuple[str, ...] = ()
+    more: str = ""
+    tools: str = ""
 
 
 Turns = tuple[Turn, ...]
+IMAGE = "\ufffc"  # where an image is in a text
+ASKS = "Caption:"  # what is asked of an image whose row has a text alone
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-_KNOWN = ("system", "user", "assistant")
+_KNOWN = ("system", "user", "assistant", "tool")
 _LISTS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "ShareGPT"}
 _PROMPTED = "prompt and completion turns"
-_REFUSED = ("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history")
+_ASKED, _CAPTIONED = "image, question and answer", "image and text"
+_FILES = ("image", "file_name")  # the columns that name an image
+_OF_TOOLS = ("tool_calls", "tool_call_id", "name")
+_REFUSED = ("functions", "function_call", "reasoning_content", "history")
 
 
 def layout(record: Mapping[str, Any]) -> str:
@@ -40,9 +56,26 @@ def layout(record: Mapping[str, Any]) -> str:
     return "text" if "text" in record and not {"label", "score"} & record.keys() else ""
 
 
-def has(record: Mapping[str, Any], kind: str) -> bool:
+def pictured(record: Mapping[str, Any]) -> str:
+    """Return the layout in which a row asks about images; empty: none."""
+    if (found := layout(record)) in {*_LISTS.values(), _PROMPTED}:
+        return found
+    if any(record.get(name) is not None for name in _FILES):
+        return _ASKED if {"question", "answer"} <= record.keys() else _CAPTIONED if "text" in record else ""
+    return ""
+
+
+def shows(record: Mapping[str, Any]) -> bool:
+    """Whether a row of turns has an image in one, or is a question about one."""
+    turns = (_parsed(record.get(name)) for name in (*_LISTS, "prompt"))
+    said = [turn.get("content") for listed in turns if isinstance(listed, list) for turn in listed if "content" in turn]
+    parts = [part for content in said if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    return any(part.get("type") == "image" for part in parts) or pictured(record) == _ASKED
+
+
+def has(record: Mapping[str, Any], kind: str, tell: Callable[[Mapping[str, Any]], str] = layout) -> bool:
     """Whether a row is in the layout of the rows before it; one that lacks a value is."""
-    found = layout(record)
+    found = tell(record)
     return found == kind or (not found and any(record.get(n, 0) is None for n, k in _LISTS.items() if k == kind))
 
 
@@ -53,7 +86,7 @@ def converted(record: Mapping[str, Any], kind: str, where: str) -> tuple[Any, An
     instruction and input have an empty line between them.
 
     Raises:
-        DataError: a turn is not one of a system, a user or an assistant, is not a text, or has what is not read.
+        DataError: a turn has another role, is not a text, or has what is not read.
     """
     if kind == "text":
         return "", record["text"], ()
@@ -61,16 +94,63 @@ def converted(record: Mapping[str, Any], kind: str, where: str) -> tuple[Any, An
     if kind == "Alpaca":
         asked, extra, answer = (cell(n, record.get(n), n, where) for n in ("instruction", "input", "output"))
         turns = [Turn("user", f"{asked}\n\n{extra}" if extra.strip() else asked), Turn("assistant", answer)]
+    elif kind in (_ASKED, _CAPTIONED):
+        turns = _question(record, kind, where)
     else:
-        turns = _turns(record, kind, where)
+        turns = _illustrated(_turns(record, kind, where), record, where)
     if (told := cell("system", record.get("system"), "system", where)).strip():
         turns.insert(0, Turn("system", told))
     while turns and not (turns[-1].role == "assistant" and turns[-1].learned):
         turns.pop()
     if not turns:
         return "", "", ()
-    given = "\n".join(f"{turn.role}: {turn.text}" for turn in turns[:-1] if turn.text.strip())
-    return given, turns[-1].text, tuple(turns)
+    tools = _tools(record, where)
+    turns = [turn._replace(tools=tools) for turn in turns]
+    given = "\n".join(
+        f"{turn.role}: {turn.text or turn.more}" for turn in turns[:-1] if (turn.text or turn.more).strip()
+    )
+    return given, turns[-1].text or turns[-1].more, tuple(turns)
+
+
+def _question(record: Mapping[str, Any], kind: str, where: str) -> list[Turn]:
+    """Return a question about an image, and its answer; no turns if one of the three is missing."""
+    file = next((cell(n, record[n], n, where) for n in _FILES if record.get(n) is not None), "")
+    if kind == _CAPTIONED:
+        asked, answer = ASKS, cell("text", record.get("text"), "text", where)
+    else:
+        asked, answer = (cell(n, record.get(n), n, where) for n in ("question", "answer"))
+    found = [Turn("user", IMAGE + asked, images=(file,)), Turn("assistant", answer)]
+    return found if file and asked.strip() and answer.strip() else []
+
+
+def _tools(record: Mapping[str, Any], where: str) -> str:
+    """Return the tools of a conversation as JSON; empty: none."""
+    tools = _parsed(record.get("tools"))
+    if not tools:
+        return ""
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(
+            f"{where}: tools is {str(tools)[:80]}, not a list of tools.",
+            'Write {"type": "function", "function": {"name": .., "parameters": ..}} for each.',
+        )
+    return json.dumps(tools)
+
+
+def _illustrated(turns: list[Turn], record: Mapping[str, Any], where: str) -> list[Turn]:
+    """Return turns with the files of the column `images` at the images that name none."""
+    given = _parsed(record.get("images"))
+    files = [given] if isinstance(given, str) else list(given or ())
+    found = []
+    for turn in turns:
+        named = tuple(name or (files.pop(0) if files else "") for name in turn.images)
+        if not all(isinstance(name, str) and name for name in named):
+            raise DataError(
+                f"{where}: an image names no file.", 'Write {"type": "image", "image": "a.png"}, or a column images.'
+            )
+        found.append(turn._replace(images=named))
+    if files:
+        raise DataError(f"{where}: {len(files)} of its images are in no turn.", 'Put {"type": "image"} where each is.')
+    return found
 
 
 def _turns(record: Mapping[str, Any], kind: str, where: str) -> list[Turn]:
@@ -94,16 +174,54 @@ def _turn(turn: object, where: str, name: str) -> Turn:
     """Return one turn."""
     said = turn if isinstance(turn, Mapping) else {}
     role, text = said.get("role", said.get("from")), said.get("content", said.get("value"))
-    if isinstance(text, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in text):
-        text = "".join(part["text"] for part in text)
+    images = (
+        tuple(part.get("image", part.get("path")) or "" for part in text if _pictures(part)) if _parts(text) else ()
+    )
+    if _parts(text):
+        text = "".join(IMAGE if _pictures(part) else part["text"] for part in text)
     role = _ROLES.get(str(role), role)
     if role not in _KNOWN:
         raise DataError(f"{where} has the role {str(role)[:40]!r}.", f"Roles are {', '.join(_KNOWN)}; {_fix(name)}")
     _refuse(said, where)
+    more = {key: said[key] for key in _OF_TOOLS if said.get(key) and role in ("assistant", "tool")}
+    if calls := more.get("tool_calls"):
+        more["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
+        text = text or ""
     if not isinstance(text, str):
         raise DataError(f"{where} is {str(text)[:80]}, not text.", _fix(name))
+    if images and role != "user":
+        raise DataError(f"{where} has an image, and its role is {role}.", "Images are in turns of a user.")
     learned = all(said.get(key) not in (0, 0.0, False) for key in ("weight", "loss", "train"))
-    return Turn(str(role), text, learned)
+    return Turn(str(role), text, learned, images, json.dumps(more) if more else "")
+
+
+def _parts(text: object) -> bool:
+    """Whether a text comes as a list of texts and images."""
+    return isinstance(text, list) and all(
+        isinstance(part, Mapping) and (isinstance(part.get("text"), str) or _pictures(part)) for part in text
+    )
+
+
+def _pictures(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "image"
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call of a tool with its arguments as data, as templates take them; OpenAI writes them as JSON."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(
+            f"{where}: a call of a tool is {str(call)[:80]}.",
+            'Write {"type": "function", "function": {"name": .., "arguments": {..}}}.',
+        )
+    given = function.get("arguments", {})
+    try:
+        given = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
+    except ValueError:
+        raise DataError(
+            f"{where}: the arguments {given[:80]!r} are not JSON.", "Write them as a JSON object."
+        ) from None
+    return {**call, "function": {**function, "arguments": given}}
 
 
 def _refuse(said: Mapping[str, Any], where: str) -> None:

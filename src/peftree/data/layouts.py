@@ -16,12 +16,12 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
     """Return the name of the layout of rows with these columns, and what to do with them; None if it is unknown."""
     names = set(columns)
     if {"chosen", "rejected"} <= names:
-        if "prompt" in names and isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str):
-            return "preference pairs (chosen, rejected)", (
-                "They are not compared; to train on the chosen answers, set task=generation data.columns.prompt=prompt "
-                "data.columns.completion=chosen."
-            )
-        return "preference pairs (chosen, rejected)", f"Write the chosen answers as lines of {PAIR}."
+        plain = isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str)
+        alone = "task=generation data.columns.prompt=prompt data.columns.completion=chosen"
+        return "preference pairs (chosen, rejected)", (
+            "They are for TRL's DPOTrainer, which trains an adapter of peftree on them (docs/trainers.md); to train on "
+            f"the chosen answers alone, {f'set {alone}' if plain else f'write them as lines of {PAIR}'}."
+        )
     if names == {"text"}:
         return "texts without a label", "To learn to write them set task=generation; to classify them add a label."
     return None
@@ -40,13 +40,19 @@ def unread(path: Path, formats: Sequence[str]) -> DataError:
     if suffix in (".txt", ".md"):
         fix = f"Plain text does not tell what is given and what is learned: write lines of {PAIR} as .jsonl."
     if suffix in (".zip", ".tar", ".bz2", ".xz", ".zst", ".7z", ".tgz"):
-        fix = f"Unpack it first; {', '.join(formats)} are read, text files also with .gz."
+        fix = f"Unpack it first; {', '.join(formats)} are read, also with .gz."
     return DataError(what, fix)
 
 
 def folder_error(path: Path, formats: Sequence[str], images: Sequence[str]) -> DataError:
     """Return the error for a folder that holds no images in one folder a class, by what it does hold."""
-    if found := sorted({p.parent for p in path.rglob("state.json")}, key=lambda p: (p.name[:5] != "train", p.name)):
+    states = sorted({p.parent for p in path.rglob("state.json")}, key=lambda p: (p.name[:5] != "train", p.name))
+    if states and not (found := [folder for folder in states if any(folder.glob("*.arrow"))]):
+        return DataError(
+            f"{states[0]} has the state.json of a saved data set, but not the Arrow files with its rows.",
+            "Copy the whole folder, or save it again with save_to_disk.",
+        )
+    if states:
         return DataError(
             f"{path} is a folder of the datasets library in which no split is named train.",
             f"Name the split: data.train={found[0]}.",

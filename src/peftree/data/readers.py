@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO, cast
 
+from peftree.data import hub
 from peftree.data.layouts import folder_error, unread
 from peftree.errors import DataError, did_you_mean
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
-PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS[:-2])
+PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS)
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATE = "state.json"  # in a folder of the datasets library: which files are its rows
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
+_METADATA = (METADATA, "metadata.csv")
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `file:line` and the record of every row of a CSV, TSV, JSONL, JSON, Parquet or Arrow file, text also `.gz`.
+    """Yield `file:line` and the record of every row of a CSV, TSV, JSONL, JSON, Parquet or Arrow file, also `.gz`.
 
-    A folder that the datasets library saved is read too.
+    A folder that the datasets library saved is read too, and a hub name.
 
     Raises:
         DataError: the format is unknown, or the file is not UTF-8, is malformed or has no rows.
     """
+    if hub.named(path):
+        yield from hub.rows(path)
+        return
     if saved(path):
         for name in _parts(path / STATE):
+            if not (path / name).is_file():
+                raise DataError(f"{path / STATE} names {name}, which is not there.", "Copy the whole folder.")
             yield from records(path / name)
         return
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
@@ -38,7 +46,7 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     }  # fmt: skip
     name = path.name.lower()
     reader = readers.get(Path(name.removesuffix(".gz")).suffix)
-    if reader is None or (reader in (_parquet, _arrow) and name.endswith(".gz")):
+    if reader is None:
         raise unread(path, FORMATS)
     empty = True
     try:
@@ -57,6 +65,11 @@ def _open(path: Path) -> TextIO:
     """Open a text file, packed or not, and keep line ends inside cells."""
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     return cast(TextIO, opened(path, "rt", encoding="utf-8-sig", newline=""))
+
+
+def _unpacked(path: Path) -> io.BytesIO | None:
+    """Return what a packed file holds, in memory; None if it is not packed."""
+    return io.BytesIO(gzip.decompress(path.read_bytes())) if path.name.lower().endswith(".gz") else None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -125,13 +138,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"Reading {path} needs pyarrow.", "Run: pip install 'peftree[data]'.") from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(_unpacked(path) or path).iter_batches():
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", record
     except (ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable Parquet file: {first}.", "Write it again.") from None
+
+
+def metadata(path: Path) -> Path | None:
+    """Return the file that says what the images of a folder are, if it has one."""
+    return next((path / name for name in _METADATA if (path / name).is_file()), None)
 
 
 def saved(path: Path) -> bool:
@@ -154,7 +172,8 @@ def _arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"Reading {path} needs pyarrow.", "Run: pip install 'peftree[data]'.") from None
     number = 0
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        inside = _unpacked(path)
+        with pyarrow.PythonFile(inside, "r") if inside else pyarrow.memory_map(str(path)) as file:
             try:
                 batches: Any = pyarrow.ipc.open_stream(file)
             except pyarrow.ArrowInvalid:  # the form with a table of contents at its end
@@ -207,7 +226,9 @@ def image_in(folder: Path, name: str, where: str) -> str:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise DataError(f"{where}: file_name '{name}' leaves {folder}.", "Name images relative to the metadata file.")
+        raise DataError(
+            f"{where}: the image '{name}' leaves {folder}.", "Name images relative to the file of the rows."
+        )
     file = folder / path
     if not file.is_file():
         near = [p.name for p in file.parent.iterdir()][:500] if file.parent.is_dir() else []

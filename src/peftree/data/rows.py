@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peftree.catalogue import task_facts, tasks
+from peftree.data import hub
 from peftree.data.cells import cell
-from peftree.data.chats import Turns, converted, has, layout
+from peftree.data.chats import Turns, converted, has, layout, pictured, shows
+from peftree.data.classes import check_classes, check_labels, classes_of
 from peftree.data.layouts import renamed, rows_advice
-from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, records, saved
+from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, metadata, records, saved
 from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
 SPLITS = ("train", "valid", "test")
-MANY = 20  # more classes than this, and than half of the rows, are hardly classes
+PICTURED = "image-text-to-text"
 HELD_OUT = 0.1  # share of the training rows that validates when there is no validation file
 
 
 class Example(NamedTuple):
     """One row: a text, prompt or image path; its label, number, completion or text; and where it was read.
 
-    Of a conversation also its turns, the last of which is `target`.
+    Of a conversation also its turns, the last of which is `target`; they name their images.
     """
 
     source: str
@@ -98,9 +99,9 @@ def load_data(
     warnings: list[str] = []
     rows = {split: _read(path, kind, columns or {}, skip_empty, warnings) for split, path in paths.items()}
     least = 2 if task_facts(kind).kind == "understanding" else 1
-    labels = _labels(rows["train"], least) if task_facts(kind).classes else ()
+    labels = classes_of(rows["train"], least) if task_facts(kind).classes else ()
     if labels and task_facts(kind).modality == "language":
-        _check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
+        check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
     _check_layouts(rows, paths)
     warnings += _shared_rows(rows, task_facts(kind).modality != "language")
     if "valid" not in rows:
@@ -109,7 +110,7 @@ def load_data(
     if "test" not in rows:
         warnings.append("no test file: results are on the validation rows")
     for split in set(rows) - {"train"} if labels else ():
-        _check_labels(rows[split], labels, split)
+        check_labels(rows[split], labels, split)
     held = tuple(rows["valid"]), tuple(rows.get("test", ()))
     return Data(kind, tuple(rows["train"]), *held, labels, tuple(warnings))
 
@@ -132,7 +133,7 @@ def _paths(train: Path, valid: str | Path | None, test: str | Path | None) -> di
         if "train" in found:
             given = found | {split: path for split, path in given.items() if split != "train"}
     for split, path in given.items():
-        if not path.exists():
+        if not path.exists() and not hub.named(path):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise DataError(
                 f"{split}: {path} does not exist.",
@@ -151,16 +152,23 @@ def _split_in(folder: Path, split: str) -> Path | None:
 
 
 def _infer(path: Path, columns: Mapping[str, str]) -> str:
-    if path.is_dir() and (path / METADATA).is_file():
+    listed = metadata(path)
+    if listed and not shows(next(iter(records(listed)))[1]):
         paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
-        raise DataError(f"{path / METADATA} does not set the task.", f"Set task to one of {', '.join(paired)}.")
+        raise DataError(f"{listed} does not set the task.", f"Set task to one of {', '.join(paired)}.")
+    if listed:
+        return PICTURED
     if path.is_dir() and not saved(path):
         return "image-classification"
     record = next(iter(records(path)))[1]
     names = list(record)
+    if shows(record) and not columns:
+        return PICTURED
     fits = [t for t in tasks() if _fits(t, columns, names)]
     if not columns and layout(record) not in ("", "text") and set(fits) <= {"generation"}:
         return "generation"
+    if wrong := next(((our, name) for our, name in columns.items() if name not in names), None):
+        raise _lacks(str(path), *wrong, record)
     if len(fits) != 1:
         raise _columns_error(path, names, record)
     return fits[0]
@@ -180,8 +188,8 @@ def _columns_error(path: Path, names: Sequence[str], record: Mapping[str, Any]) 
             )
     return DataError(
         f"{path}: the columns {', '.join(names)} do not determine the task.",
-        "Use columns text and label, text and score, or prompt and completion; or name yours: "
-        "data.columns.text=your_column data.columns.label=your_other_column.",
+        "Use columns text and label, text and score, prompt and completion, messages, conversations, or instruction "
+        "and output; or name yours: data.columns.text=your_column data.columns.label=your_other_column.",
     )
 
 
@@ -201,16 +209,30 @@ def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
         if path.is_dir() and not saved(path):
             raise DataError(f"{path} is a folder.", f"{task} reads {', '.join(FORMATS)} files.")
         return _rows(path, task, columns, skip_empty, warnings)
-    if not (path / METADATA).is_file():
+    listed = metadata(path)
+    if task == PICTURED and not (path.is_dir() and not saved(path) and not listed):
+        rows = _rows(listed or path, task, columns, skip_empty, warnings)
+        return _found(rows, path if path.is_dir() else path.parent)
+    if not listed:
         raise DataError(
             f"{path} has no {METADATA}.", f'{task} reads a folder of images with lines {{"file_name": .., "text": ..}}.'
         )
-    rows = _rows(path / METADATA, task, columns, skip_empty, warnings)
+    rows = _rows(listed, task, columns, skip_empty, warnings)
     rows = [row._replace(source=image_in(path, row.source, row.where)) for row in rows]
     named = {Path(row.source) for row in rows}
     if unnamed := [f for f in path.rglob("*") if f.suffix.lower() in IMAGES and f not in named]:
-        warnings.append(f"{path}: {len(unnamed)} images not in {METADATA} are skipped (first: {unnamed[0]})")
+        warnings.append(f"{path}: {len(unnamed)} images not in {listed.name} are skipped (first: {unnamed[0]})")
     return rows
+
+
+def _found(rows: Sequence[Example], folder: Path) -> list[Example]:
+    """Return rows with the paths of the images in their turns, each looked at once."""
+    seen: dict[str, str] = {}
+    for name, where in ((name, row.where) for row in rows for turn in row.turns for name in turn.images):
+        if name not in seen:
+            seen[name] = image_in(folder, name, where)
+    moved = ([turn._replace(images=tuple(seen[n] for n in turn.images)) for turn in row.turns] for row in rows)
+    return [row._replace(turns=tuple(turns)) for row, turns in zip(rows, moved, strict=True)]
 
 
 def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
@@ -223,24 +245,22 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     theirs = {name: columns.get(name, name) for name in ours}
     rows: list[Example] = []
     empty: list[str] = []
-    kind = None if task == "generation" and not columns else ""
+    kind = None if (task == "generation" and not columns) or task == PICTURED else ""
     for where, record in records(path):
-        kind = layout(record) if kind is None else kind
-        if kind and not has(record, kind):
-            raise DataError(
-                f"{where}: {', '.join(record)} are not the columns of {kind} rows, which the file begins with.",
-                "Give each layout a file of its own.",
-            )
+        if task == PICTURED:
+            record |= {our: record[name] for our, name in columns.items() if name in record}
+        if kind != "":
+            kind = _kind(record, task, kind, where)
         for our, name in theirs.items() if not kind else ():
             if name not in record:
                 raise _lacks(where, our, name, record)
         cells = (*(record[name] for name in theirs.values()), ()) if not kind else converted(record, kind, where)
-        source, target = (cell(*each, where) for each in zip(theirs, cells, theirs.values(), strict=False))
+        source, target = (cell(*each, where) for each in zip(theirs, cells[:2], theirs.values(), strict=False))
         if target.strip() and (source.strip() or kind == "text"):
             rows.append(Example(source, target, where, cells[2]))
         else:
             empty.append(where)
-    given, wanted = ("a question", "an answer") if kind else theirs.values()
+    given, wanted = ("a question", "an answer") if kind else list(theirs.values())[:2]
     if empty and skip_empty:
         warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are skipped (first: {empty[0]})")
     elif empty:
@@ -254,69 +274,37 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     return rows
 
 
+def _kind(record: Mapping[str, Any], task: str, kind: str | None, where: str) -> str:
+    """Return the layout of a row, which is that of the rows before it; None: it is the first."""
+    tell = pictured if task == PICTURED else layout
+    found = tell(record) if kind is None else kind
+    if task == PICTURED and not found:
+        raise DataError(
+            f"{where}: the columns {', '.join(record)} hold no images.",
+            "Use columns image, question and answer, or messages; or name yours: data.columns.image=your_column.",
+        )
+    if task != PICTURED and shows(record):
+        raise DataError(f"{where}: it holds an image, which {task} does not read.", f"Set task={PICTURED}.")
+    if found and not has(record, found, tell):
+        raise DataError(
+            f"{where}: {', '.join(record)} are not the columns of {found} rows, which the file begins with.",
+            "Give each layout a file of its own.",
+        )
+    return found
+
+
 def _lacks(where: str, our: str, name: str, record: Mapping[str, Any]) -> DataError:
     """Return the error for a row without the column `name`, which is our `our`."""
     if advice := rows_advice(record, record):
         return DataError(f"{where}: no column '{name}': {advice[0]} are not read.", advice[1])
+    if our != name:
+        what = f"{where}: data.columns.{our}={name}: there is no column '{name}'."
+        return DataError(what, did_you_mean(name, record, "Columns"))
     if other := renamed([name], record).get(name):
         return DataError(f"{where}: no column '{name}', but '{other}'.", f"Set data.columns.{our}={other!r}.")
     return DataError(
         f"{where}: no column '{name}'.", f"{did_you_mean(name, record, 'Columns')} Name yours: data.columns.{our}=..."
     )
-
-
-def _check_classes(
-    labels: Sequence[str], rows: Sequence[Example], inferred: bool, name: str, warnings: list[str]
-) -> None:
-    """Refuse numbers that are unlikely to be classes, unless the task is set; warn of what else looks wrong."""
-    many = len(labels) > max(MANY, len(rows) / 2)
-    numbers = [number for label in labels if (number := _finite(label)) is not None]
-    if len(numbers) == len(labels) and (many or not all(number.is_integer() for number in numbers)):
-        odd = next((label for label in labels if not float(label).is_integer()), labels[0])
-        what = f"{name} holds numbers such as {odd}: {len(labels)} different ones in {len(rows)} rows, each a class."
-        if inferred:
-            raise DataError(
-                what,
-                f"To predict numbers, set task=text-regression data.columns.score={name}; "
-                "if they are classes, set task=text-classification.",
-            )
-        warnings.append(f"{what} To predict numbers, use the task text-regression")
-    elif many:
-        warnings.append(f"{name} has {len(labels)} classes in {len(rows)} rows: most have too few to learn from")
-    plain: dict[str | float, str] = {}
-    for label in labels:
-        number = _finite(label)
-        first = plain.setdefault(" ".join(label.split()).casefold() if number is None else number, label)
-        if first != label:
-            how = "only space or case" if number is None else "only how one number is written"
-            warnings.append(f"the classes {first!r} and {label!r} differ in {how}; they are two classes")
-
-
-def _finite(label: str) -> float | None:
-    """Return the finite number that a label is; None if it is not one."""
-    try:
-        number = float(label)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _labels(rows: Iterable[Example], least: int) -> tuple[str, ...]:
-    """Return the class names: whole numbers in numerical order, others in alphabetical order."""
-    found = {row.target for row in rows}
-    if len(found) < least:
-        raise DataError(f"All training rows have the label {sorted(found)}.", "Classification needs at least two.")
-    numbers = all(name.removeprefix("-").isdecimal() for name in found)
-    return tuple(sorted(found, key=(lambda name: (int(name), name)) if numbers else str))
-
-
-def _check_labels(rows: Iterable[Example], labels: Sequence[str], split: str) -> None:
-    for row in rows:
-        if row.target not in labels:
-            raise DataError(
-                f"{row.where}: {split} has the label {row.target!r}, which no training row has.",
-                did_you_mean(row.target, labels, "Labels"),
-            )
 
 
 def _hold_out(rows: list[Example], classes: bool, seed: int) -> tuple[list[Example], list[Example]]:
@@ -350,7 +338,9 @@ def _shared_rows(rows: Mapping[str, Sequence[Example]], pictures: bool) -> list[
 
 
 def _key(row: Example, picture: bool) -> str:
-    """Return what identifies a source: an image's bytes, or a text without case and spaces."""
-    if picture:
+    """Return what identifies a source: an image's bytes, or a text without case and spaces, and its images' bytes."""
+    if any(turn.images for turn in row.turns):
+        return " ".join([row.source, *(sha256(Path(n).read_bytes()) for turn in row.turns for n in turn.images)])
+    if picture and not row.turns:
         return sha256(Path(row.source).read_bytes())
     return " ".join((row.source or row.target).casefold().split())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftree.errors import ConfigError
 from peftree.plan.question import Feed, Request
+from peftree.tasks.packing import check_apart
 
 LABELS = ("labels", "return_loss")
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
@@ -29,7 +30,10 @@ def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str,
         batch["input_features"] = _real(model, rows, int(config.num_mel_bins), frames)
     elif "input_ids" in takes:
         batch["input_ids"] = _whole(rows, length)
-        if request.padded and "attention_mask" in takes:
+        if request.packing and labels:
+            check_apart(model)
+            batch |= {"position_ids": _whole(rows, length), "use_cache": False}
+        elif request.padded and "attention_mask" in takes:
             batch["attention_mask"] = _whole(rows, length)
     if "pixel_values" in takes:
         vision = getattr(config, "vision_config", config)

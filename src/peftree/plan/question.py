@@ -102,7 +102,17 @@ class Request(RunConfig):
 _IDLE = (
     *("data", "adapter", "output", "epochs", "steps", "lr", "weight_decay", "schedule"),
     *("warmup", "max_grad_norm", "chat", "seed", "threads", "eval_every", "save_every", "keep"),
-    *("early_stopping", "log_every", "report_to", "base_score", "resume", "quiet", "memory"),
+    *(
+        "group_by_length",
+        "workers",
+        "early_stopping",
+        "log_every",
+        "report_to",
+        "base_score",
+        "resume",
+        "quiet",
+        "memory",
+    ),
 )
 
 

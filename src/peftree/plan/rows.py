@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from peftree.data.rows import Data
+from peftree.errors import ConfigError
 from peftree.plan.question import Feed, Request
 from peftree.resolver import located
 from peftree.settings import RunConfig
 from peftree.tasks import Batch, Items, Options, Task, build_task
 from peftree.tasks.loading import weightless
+from peftree.tasks.packing import training_items
 
 
 def batches(task: Task, items: Mapping[str, Items], config: RunConfig) -> tuple[Batch, Batch]:
@@ -45,7 +47,8 @@ def fed_by(asked: Request, data: Data) -> dict[str, Any]:
     with weightless():
         task = build_task(located(asked.model), data, Options(**options))
         task.length = min(task.length, asked.length)
-        items = {split: task.items(getattr(data, split)) for split in ("train", "valid", "test")}
+        items = {split: task.items(getattr(data, split)) for split in ("valid", "test")}
+        items["train"] = training_items(task, data.train, asked)
         return feeds(*batches(task, items, asked), asked)
 
 
@@ -59,6 +62,12 @@ def _feed(batch: Batch, of: int, length: int) -> Feed:
     }
     flags: dict[str, Any] = {name: value for name, value in batch.items() if name not in tensors}
     rows = len(next(iter(tensors.values())))
+    if other := next((name for name, value in tensors.items() if len(value) != rows), ""):
+        raise ConfigError(
+            f"{other} has {len(tensors[other])} entries for {rows} rows: a model that reads images in pieces, or "
+            "several in a row, is planned without its rows.",
+            "Leave data out.",
+        )
     if rows > 1 and bool(tensors.get("attention_mask", torch.zeros(1)).all()):
         del shapes["attention_mask"]  # no row is padded, and then models take no mask
     return Feed(rows=rows, of=of, length=length, tensors=shapes, flags=flags, scored=scored)

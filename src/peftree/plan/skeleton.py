@@ -15,7 +15,7 @@ from peftree.catalogue import task_facts
 from peftree.errors import ConfigError
 from peftree.resolver import located
 from peftree.tasks import diffusion  # noqa: F401  (makes its model known to transformers' auto classes)
-from peftree.trusted import SAFE, cleared
+from peftree.trusted import SAFE, cleared, on_hub
 
 # How configs call their number of layers; the first of a row that a config has is the one that counts.
 _DEPTHS = (
@@ -58,8 +58,9 @@ def read_config(source: str) -> Any:
             f"{source} has no config.json.",
             "Name a model folder, a packaged model (`peftree models`), or a hub name such as org/model.",
         )
+    local = local or not on_hub(source)
     try:
-        config = cleared(AutoConfig.from_pretrained(str(path) if local else source, local_files_only=local, **SAFE))
+        config = cleared(AutoConfig.from_pretrained(str(path), local_files_only=local, **SAFE))
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 0  # which one it is does not matter to memory
         return config

@@ -21,6 +21,7 @@ from peftree.plan import skeleton
 from peftree.plan.batch import inputs, open_images, scored
 from peftree.plan.ledger import Ledger, Timeline, faking, record
 from peftree.plan.question import Request
+from peftree.tasks.packing import check_deltas
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
 
@@ -45,6 +46,8 @@ def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tup
     model = skeleton.build(config, kind, dtype, request.attention)
     with _Undrawn():
         adapter = adapt(model, make_method(request), head=request.head)
+    if request.packing:
+        check_deltas(adapter)
     recompute(model, request.gradient_checkpointing)
     model.train(request.mode == "train")
     return model, adapter
@@ -66,7 +69,7 @@ def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = F
     open_images(model)
     batch = inputs(model, request, labels=request.mode == "train")
     wanted = torch.empty(scored(model, request) if scores else 0, dtype=torch.long, device="meta")
-    with faking(model) as fake, _unpacked():
+    with faking(model) as fake, _texts("position_ids" in batch):
         fed = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
         wanted = fake(wanted)
         held = [v for v in (*fed.values(), wanted) if isinstance(v, Tensor)]
@@ -87,10 +90,10 @@ def traced(timeline: Timeline, config: Any, operations: dict[str, int]) -> Trace
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
-    """Make transformers take positions as those of one text per row, which it otherwise reads from their values."""
+def _texts(joined: bool) -> Iterator[None]:
+    """Make transformers take positions as those of one text per row, or several, which it reads from their values."""
     own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = lambda position_ids: position_ids.cumsum(-1) if joined else None
     try:
         yield
     finally:

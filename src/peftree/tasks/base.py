@@ -55,6 +55,7 @@ class Task(ABC):
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     contrastive: ClassVar[bool] = False  # whether the loss compares the rows of a forward pass with each other
+    packs: ClassVar[bool] = False  # whether its rows can be joined, see `packing`
 
     def __init__(self, model: nn.Module, labels: Sequence[str] = (), notes: Sequence[str] = ()) -> None:
         self.model = model

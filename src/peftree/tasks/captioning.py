@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from peftree.data.chats import ASKS
 from peftree.data.images import Look
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError
 from peftree.evaluate import quality
 from peftree.tasks.base import Batch, Items, Options, Task
 from peftree.tasks.completions import Completions
+from peftree.tasks.image_text import ImageText
 from peftree.tasks.loading import length, load, read_config, tokenizer
 from peftree.tasks.pairs import Pairs, image_features, pair_look
 from peftree.tasks.turns import Encoded, given
-
-PROMPT = "Caption:"
 
 
 class Captioning(Completions):
@@ -45,7 +45,7 @@ class Captioning(Completions):
         super().__init__(model, tokenizer, length, generate)
         self.look = look
         self.notes.append(look.told())
-        self.front = [*image, *self.ids(PROMPT)]
+        self.front = [*image, *self.ids(ASKS)]
         self.fixed = len(self.front)
         if length <= self.fixed + 1:
             raise ConfigError(
@@ -54,17 +54,14 @@ class Captioning(Completions):
 
     @classmethod
     def load(cls, model: str, data: Data, options: Options) -> tuple[Task, list[str]]:
-        """Load a LLaVA model.
+        """Load a LLaVA model, or another that reads images by its own processor.
 
         Raises:
-            ConfigError: it is not a LLaVA model, or its vision tower does not take images of that size.
+            ConfigError: the model has no processor, or its vision tower does not take images of that size.
         """
         config = read_config(model, options.config, ())
         if config.model_type != "llava":
-            raise ConfigError(
-                f"model: {model} is of type {config.model_type}, not llava.",
-                "Use a LLaVA model, such as llava-smollm2-8-dinov2.",
-            )
+            return ImageText.load(model, data, options)
         tokens, look = tokenizer(model), pair_look(model, config, options.image_size)
         net: Any
         net, fresh = load(LlavaForConditionalGeneration, model, config, options)

@@ -15,6 +15,7 @@ from peftree.evaluate import quality, text_metrics
 from peftree.tasks.base import IGNORED, Batch, Items, Rows, Task, pad
 from peftree.tasks.decoding import greedy
 from peftree.tasks.loading import pad_id
+from peftree.tasks.packing import stacked
 from peftree.tasks.turns import Encoded
 
 
@@ -103,7 +104,12 @@ class Completions(Task):
         return Rows(self.features(rows))
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Batch:
-        """Pad on the right; padding is masked by position, so a pad token that equals eos is not a label."""
+        """Pad on the right; padding is masked by position, so a pad token that equals eos is not a label.
+
+        Rows that are joined come as `packing.stacked` says.
+        """
+        if "position_ids" in features[0]:
+            return stacked(features)
         batch = pad([f["input_ids"] for f in features], self.pad)
         labels = pad([f["labels"] for f in features], IGNORED)["input_ids"]
         return batch | {"labels": labels.masked_fill(batch["attention_mask"] == 0, IGNORED)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -38,6 +39,7 @@ class Generation(Completions):
     columns = ("prompt", "completion")
     auto = "AutoModelForCausalLM"
     auto_pair = "AutoModelForSeq2SeqLM"
+    packs = True
 
     def __init__(self, model: nn.Module, tokenizer: Any, length: int, chat: bool, generate: int = 0) -> None:
         self.chat = chat
@@ -78,7 +80,12 @@ class Generation(Completions):
         if not self.chat:
             return len(self.begun("")), 0
         turn = [{"role": "user", "content": "\0PROMPT\0"}]
-        text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigError(
+                f"The chat template refuses a single question: {error}.", "Use a model with another one."
+            ) from None
         before, _, after = text.partition("\0PROMPT\0")
         return len(self.ids(before)), len(self.ids(after))
 

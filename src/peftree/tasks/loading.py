@@ -19,18 +19,22 @@ from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
 from peftree.tasks.quantized import is_quantised, left_plain, quantization
-from peftree.trusted import SAFE, cleared
+from peftree.trusted import SAFE, cleared, on_hub
 
 _WEIGHTLESS = ContextVar("weightless", default=False)
 
 
 def is_local(model: str) -> bool:
-    """Return True for a folder; a name that looks like a path must exist."""
+    """Return True for a folder, or a hub name whose files are here while the hub is not; else the hub has the name.
+
+    Raises:
+        ConfigError: a name that looks like a path does not exist, or the hub does not have it.
+    """
     if Path(model).expanduser().is_dir():
         return True
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or Path(model).exists():
         raise ConfigError(f"model: {model} is not a folder.", "Name the folder with config.json.")
-    return False
+    return not on_hub(model)
 
 
 def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -> Any:
@@ -171,14 +175,22 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
+def length(
+    model: nn.Module, tokenizer: Any, wanted: int | None, config: Any = None, usual: int = DEFAULT_LENGTH
+) -> int:
     """Return the most tokens that a row may have.
+
+    Args:
+        model, tokenizer: see above.
+        wanted: tokens that are asked for; None: `usual`, or what the model takes if that is less.
+        config: of the part of the model that reads text; None: of the model.
+        usual: see `wanted`.
 
     Raises:
         ConfigError: `wanted` is more than the model takes.
         DataError: the tokenizer has tokens for which the model has no embedding.
     """
-    config: Any = model.config
+    config = model.config if config is None else config
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise DataError(
@@ -190,7 +202,7 @@ def length(model: nn.Module, tokenizer: Any, wanted: int | None) -> int:
     most = min(limits, default=1 << 30)
     if wanted is not None and wanted > most:
         raise ConfigError(f"max_length={wanted}: the model takes {most} tokens.", "Lower max_length.")
-    return wanted or min(DEFAULT_LENGTH, most)
+    return wanted or min(usual, most)
 
 
 def takes(model: nn.Module, name: str) -> bool:

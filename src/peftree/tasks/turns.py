@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -86,8 +87,8 @@ def encoded(task: Any, turns: Turns, where: str) -> Encoded:
     whole, spans = answers(tokenizer, turns, where)
     ids, labels, done = list[int](), list[int](), 0
     for start, _, end in spans:
-        between = _behind(task, whole[:done], whole[done:start])
-        answer = _behind(task, whole[:start], whole[start:end])
+        between = behind(task, whole[:done], whole[done:start])
+        answer = behind(task, whole[:start], whole[start:end])
         ids, labels = ids + between + answer, labels + [IGNORED] * len(between) + answer
         done, first = end, len(ids) - len(answer)
     if spans[-1].said == spans[-1].end and tokenizer.eos_token_id is not None:
@@ -105,13 +106,22 @@ def answers(tokenizer: Any, turns: Turns, where: str) -> tuple[str, list[Span]]:
     whole = _applied(tokenizer, turns, where)
     thoughts = [turn.text[: turn.text.rfind("</think>") + 8] if "</think>" in turn.text else "" for turn in turns]
     marks = [f"{thought}@peftree{n}@" for n, thought in enumerate(thoughts)]
-    frame = _applied(tokenizer, [Turn(t.role, mark) for t, mark in zip(turns, marks, strict=True)], where)
+    framed = [t if _calls(t) or t.images else t._replace(text=mark) for t, mark in zip(turns, marks, strict=True)]
+    frame = _applied(tokenizer, framed, where)
     places = sorted((found.start(), found.end(), int(found[1])) for found in re.finditer(r"@peftree(\d+)@", frame))
     answered = {n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.learned}
-    if lost := answered - {n for *_, n in places}:
+    calling = {n for n, turn in enumerate(turns) if _calls(turn)}
+    missing = {*range(len(turns))} - {n for *_, n in places} - calling
+    if lost := missing & answered:
         raise _unfound(where, min(lost))
+    if gone := [n for n in sorted(missing) if turns[n].role in ("system", "tool") and turns[n].text.strip()]:
+        raise DataError(
+            f"{where}: the chat template leaves out turn {gone[0] + 1}, of the role {turns[gone[0]].role}.",
+            "Leave that turn out, or use a model whose template writes it.",
+        )
+    _check_tools(turns, whole, where)
     end_of = re.compile(rf"\s*(?:{'|'.join(map(re.escape, _specials(tokenizer)))})")
-    spans, at, done = list[Span](), 0, 0
+    spans, at, done = [_called(tokenizer, turns, n, whole, where) for n in sorted(calling & answered)], 0, 0
     for number, (left, right, n) in enumerate(places):
         ours = frame[done:left]
         after = frame[right : places[number + 1][0] if number + 1 < len(places) else len(frame)]
@@ -127,7 +137,34 @@ def answers(tokenizer: Any, turns: Turns, where: str) -> tuple[str, list[Span]]:
             begin -= len(thoughts[n]) if ours.endswith(thoughts[n]) else 0
             closing = end_of.match(after)
             spans.append(Span(_start(tokenizer, turns[:n], whole, begin), at, at + (closing.end() if closing else 0)))
-    return whole, spans
+    return whole, sorted(spans)
+
+
+def _calls(turn: Turn) -> bool:
+    """Whether a turn calls tools, which a template writes in a form of its own."""
+    return "tool_calls" in turn.more
+
+
+def _called(tokenizer: Any, turns: Turns, n: int, whole: str, where: str) -> Span:
+    """Return where turn `n` is, which calls tools: between what the template writes before it, and with it."""
+    try:
+        through = _text(tokenizer, turns[: n + 1]).rstrip()
+    except TemplateError:
+        through = ""
+    if not through or not whole.startswith(through):
+        raise _unfound(where, n)
+    start = _start(tokenizer, turns[:n], whole, len(through))
+    return Span(start, start, len(through))
+
+
+def _check_tools(turns: Turns, whole: str, where: str) -> None:
+    """Raise DataError if the template leaves out a tool, or a call of one."""
+    tools = [tool.get("function", tool).get("name") for tool in json.loads(turns[0].tools or "[]")]
+    calls = [call["function"]["name"] for turn in turns if _calls(turn) for call in json.loads(turn.more)["tool_calls"]]
+    if left := next((name for name in [*tools, *calls] if str(name) not in whole), None):
+        raise DataError(
+            f"{where}: the chat template leaves out the tool {left!r}.", "Use a model whose chat template writes tools."
+        )
 
 
 def _unfound(where: str, number: int) -> DataError:
@@ -155,6 +192,7 @@ def _marked(tokenizer: Any, turns: Turns, where: str) -> Encoded | None:
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     out = _applied(tokenizer, turns, where, **how)
     ids, mask = out["input_ids"], list(out["assistant_masks"])
+    _check_tools(turns, tokenizer.decode(ids), where)
     specials = {tokenizer.convert_tokens_to_ids(token) for token in _specials(tokenizer)}
     for n in range(1, len(mask)):  # the end of a turn, where the marks leave it out
         if mask[n - 1] and not mask[n] and ids[n] in specials:
@@ -176,7 +214,7 @@ def _specials(tokenizer: Any) -> list[str]:
     return sorted({*map(str, tokenizer.all_special_tokens), *added}, key=len, reverse=True)
 
 
-def _behind(task: Any, before: str, text: str) -> list[int]:
+def behind(task: Any, before: str, text: str) -> list[int]:
     """Return the tokens of a text behind another."""
     tail = before[-BEHIND:]
     found: list[int] = task.continued(task.ids(tail), tail, text) if tail else task.ids(text)
@@ -184,8 +222,9 @@ def _behind(task: Any, before: str, text: str) -> list[int]:
 
 
 def _text(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> Any:
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+    messages = [{"role": turn.role, "content": turn.text, **json.loads(turn.more or "{}")} for turn in turns]
+    tools = json.loads(turns[0].tools) if turns[0].tools else None
+    return tokenizer.apply_chat_template(messages, **{"tokenize": False, "tools": tools, **how})
 
 
 def _applied(tokenizer: Any, turns: Sequence[Turn], where: str, **how: Any) -> Any:

@@ -33,7 +33,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
-    *("log_every", "report_to", "data", "model"),
+    *("log_every", "report_to", "workers", "data", "model"),
 )
 # What scoring a finished run depends on.
 _SCORING = (*(f.name for f in fields(Options)), "model", "data", "task", "eval_batch_size")
@@ -225,6 +225,9 @@ def _rows(data: Data, split: str) -> str:
     files = task_facts(data.task).modality != "language"
     for row in getattr(data, split):
         for name, value in row._asdict().items():
+            if name == "turns" and files:
+                shown = [[sha256(Path(image).read_bytes()) for image in turn.images] for turn in value]
+                value = [tuple(turn._replace(images=())) for turn in value], shown
             if name != "where":
                 content = files and name == "source" and Path(value).is_file()
                 text = sha256(Path(value).read_bytes()) if content else repr(value)

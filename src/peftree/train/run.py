@@ -34,6 +34,7 @@ from peftree.runs.read import METRICS
 from peftree.runs.record import Run
 from peftree.settings import SETTINGS, RunConfig, load_config, run_of, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
+from peftree.tasks.packing import check_deltas, training_items
 from peftree.tasks.quantized import check_quantized
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
@@ -97,7 +98,8 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
             data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
         resolved["task"] = data.task
         task.progress = not config.quiet
-        items = {s: task.items(getattr(data, s)) for s in ("train", "valid", "test")}
+        items = {s: task.items(getattr(data, s)) for s in ("valid", "test")}
+        items["train"] = training_items(task, data.train, config)
         trainer = _trainer(config, task, adapter, items, clock, lr)
         for line in (*data.warnings, *task.notes):
             trainer.say(f"note: {line}")
@@ -222,6 +224,8 @@ def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
             "Set accumulation: 1 and raise batch_size; gradient_checkpointing saves memory.",
         )
     adapter = adapt(task.model, method, name=config.adapter, head=config.head, seed=config.seed)
+    if config.packing:
+        check_deltas(adapter)
     _leave_room(config, task, adapter)
     if config.gradient_checkpointing:
         model: Any = task.model
@@ -280,7 +284,9 @@ def _arguments(config: RunConfig, task: Task, rows: int) -> TrainingArguments:
         save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=log,
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
         greater_is_better=task.higher_is_better if best else None, report_to=list(config.report_to) or "none",
-        disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+        disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
     )  # fmt: skip
 
 

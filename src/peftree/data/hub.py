@@ -1,0 +1,44 @@
+"""Rows of a data set on a hub, read by the `datasets` library: all of a split, or its first rows as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+from urllib.parse import parse_qs
+
+from peftree.errors import DataError
+from peftree.settings import HUB
+from peftree.trusted import on_hub
+
+
+def named(source: object) -> bool:
+    """Whether a source is a hub name, as `settings.hub_name` writes it."""
+    return str(source).startswith(HUB)
+
+
+def rows(source: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the record of every row of a split.
+
+    Raises:
+        ConfigError: the hub has no such data set, or cannot be reached.
+        DataError: `datasets` is not installed, or there is no such split or configuration.
+    """
+    name, _, more = str(source).removeprefix(HUB).partition("?")
+    asked = {key: values[0] for key, values in parse_qs(more).items()}
+    split, most = asked["split"], int(asked.get("rows", 0))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"Reading {name} from the hub needs datasets.", "Run: pip install 'peftree[hub]'.") from None
+    on_hub(name, "dataset")
+    try:
+        found = load_dataset(name, asked.get("config"), split=split, streaming=bool(most))
+    except Exception as error:  # noqa: BLE001  a builder's own error, of any kind, says what the hub's files lack
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise DataError(
+            f"{name}, split {split}: {why}.",
+            "Name one of its splits and configurations: {hub: .., split: .., config: ..}.",
+        ) from None
+    for number, record in enumerate(islice(found, most or None), 1):
+        yield f"{name} {split} row {number}", record
