@@ -125,6 +125,11 @@ class RunConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the base model; auto: its own; adapters stay float32"
     )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32",
+        description="precision of the products in training passes (autocast); adapters stay float32; "
+        "fp16 scales the loss and is slow on CPUs",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations instead of keeping them: less memory, more time"
     )

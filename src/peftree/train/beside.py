@@ -39,15 +39,16 @@ def losses(trainer: Trainer, model: nn.Module, draws: Draws, step: int) -> Itera
             taken = list(islice(found, trainer.args.train_batch_size))
             batch = collate(taken) if taken else None
         if batch is not None:
-            yield partial(_loss, model, trainer._prepare_inputs(batch))
+            yield partial(_loss, trainer, model, trainer._prepare_inputs(batch))
         number += 1
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
+def _loss(trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
     training = model.training
     model.eval()
     try:
-        loss: Tensor = model(**batch).loss
+        with trainer.compute_loss_context_manager():
+            loss: Tensor = model(**batch).loss
     finally:
         model.train(training)
     return loss

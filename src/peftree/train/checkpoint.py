@@ -40,6 +40,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     trainer_state: str,
+    scaler: Any = None,
 ) -> Path:
     """Write `checkpoint-N`: the adapter as `peftree.load` reads it, and what resuming needs.
 
@@ -47,6 +48,7 @@ def write_checkpoint(
 
     Args:
         trainer_state: transformers' `TrainerState` as JSON.
+        scaler: scales the loss, in fp16.
 
     Raises:
         StoreError: a tensor is not finite, or the disk is full; an older checkpoint is unchanged.
@@ -60,6 +62,7 @@ def write_checkpoint(
             for kind, means in (("mean", running.mean), ("spread", running.spread)):
                 tensors |= {f"running/{index}/{kind}/{name}": t for name, t in means.items()}
         plain |= {"scheduler": scheduler.state_dict(), "random": _random_state(tensors)}
+        plain |= {"scaler": scaler.state_dict()} if scaler is not None else {}
         for name, data in native.files(adapter).items():
             atomic_write(stage / name, data)
         atomic_write(stage / TENSORS, pack(tensors))
@@ -166,6 +169,11 @@ def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.opt
     scheduler.load_state_dict(plain["scheduler"])
 
 
+def fill_scaler(checkpoint: str | Path, scaler: Any) -> None:
+    """Restore the scale of the loss."""
+    scaler.load_state_dict(_state(checkpoint)["scaler"])
+
+
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     """Return a copy of `value` in the memory layout of `parameter`; another layout rounds sums differently."""
     if value.shape != parameter.shape:
@@ -183,8 +191,8 @@ def fill_random(checkpoint: str | Path) -> None:
     np.random.set_state((name, keys, position, has_gauss, cached))
     torch.set_rng_state(tensors["random/torch"].clone())
     devices = sorted(k for k in tensors if k.startswith("random/cuda"))
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[k].clone() for k in devices])
+    for index, key in enumerate(devices[: torch.cuda.device_count()]):  # there may be fewer than there were
+        torch.cuda.set_rng_state(tensors[key].clone(), index)
 
 
 def _running(adapter: Adapter) -> list[Sensitivity]:

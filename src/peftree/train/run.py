@@ -29,11 +29,13 @@ from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
+from peftree.precision import autocast
 from peftree.resolver import located
 from peftree.runs.read import METRICS, SETTINGS
 from peftree.runs.record import Run
 from peftree.settings import RunConfig, load_config, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
+from peftree.train.ability import check_machine, training_device
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
 from peftree.train.output import (
@@ -74,6 +76,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
     """
     check_place(config)
     check_trackers(config)
+    check_machine(config)
     with held(config.output):
         return _complete(config, onto)
 
@@ -272,6 +275,7 @@ def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
         greater_is_better=task.higher_is_better if best else None, report_to=list(config.report_to) or "none",
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+        bf16=config.precision == "bf16", fp16=config.precision == "fp16", use_cpu=training_device().type == "cpu",
     )  # fmt: skip
 
 
@@ -287,7 +291,7 @@ def _saved(config: RunConfig, task: Task, items: Items) -> int:
     batch = next(task.batches(items, config.batch_size))
     model, training = task.model, task.model.training
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), autocast(next(model.parameters()).device, config.precision):
         found = saved_bytes(lambda: model(**batch).loss, model)
     model.train(training)
     return found
