@@ -58,9 +58,6 @@ class Request(RunConfig):
     padded: bool = Field(True, description="rows are padded to one length, so attention takes a mask")
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the frozen linear weights are stored")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention implementation")
-    optimizer: Literal["adamw", "adamw_loop", "adamw_foreach", "adamw_8bit", "sgd"] = Field(
-        "adamw", description="adamw is torch's fused one, the Trainer's default"
-    )
     devices: int = Field(1, ge=1, le=100_000, description="devices that train together")
     shard: Literal["none", "ddp", "fsdp"] = Field("none", description="what is split: nothing, rows, or also weights")
     mode: Mode = Field("train", description="train, eval (a forward pass), or generate (with its cache)")
@@ -102,7 +99,7 @@ class Request(RunConfig):
 # Settings of a run that its memory does not depend on, as far as a plan goes.
 _IDLE = (
     *("data", "adapter", "output", "epochs", "steps", "lr", "weight_decay", "schedule"),
-    *("warmup", "max_grad_norm", "chat", "seed", "threads", "eval_every", "save_every", "keep"),
+    *("warmup", "max_grad_norm", "chat", "seed", "threads", "compile", "eval_every", "save_every", "keep"),
     *("early_stopping", "log_every", "report_to", "base_score", "resume", "quiet", "memory"),
 )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from peftree.errors import ConfigError
+from peftree.methods.contract import Method, Union
+from peftree.optimizers import DEFAULT, check_optimizer
 from peftree.precision import check_precision
 from peftree.settings import RunConfig
 
@@ -14,6 +17,18 @@ def training_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def check_machine(config: RunConfig) -> None:
-    """Raise ConfigError if a run asks for what the machine lacks, with what to do instead."""
-    check_precision(config.precision, training_device(), config.where("precision"))
+def check_machine(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError if a run asks for what the machine or the method lacks, with what to do instead."""
+    device = training_device()
+    check_precision(config.precision, device, config.where("precision"))
+    check_optimizer(config.optimizer, device, config.where("optimizer"))
+    own = [
+        part.name
+        for part in (method, *method.parts())
+        if type(part).optimizer not in (Method.optimizer, Union.optimizer)
+    ]
+    if own and config.optimizer != DEFAULT:
+        raise ConfigError(
+            f"{config.where('optimizer')}optimizer={config.optimizer}: {own[0]} has an optimizer of its own.",
+            "Leave the optimizer out.",
+        )

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from peftree.adapter import Adapter
 from peftree.errors import TrainError
+from peftree.optimizers import check_optimizer
 from peftree.train.draws import Draws
 
 _ANY = {"adamw_torch", "adamw_torch_fused"}  # what arguments have that name none
@@ -64,7 +66,10 @@ def optimizer(adapter: Adapter, lr: float | None, args: TrainingArguments, given
 
     Raises:
         TrainError: the run asks for another optimizer.
+        ConfigError: no run can use it, or this machine lacks it.
     """
+    if given is None:
+        check_optimizer(OptimizerNames(args.optim).value, args.device)
     own = adapter.optimizer(lr, weight_decay=args.weight_decay)
     if own is None or type(given) is type(own):
         found: Optimizer | None = given

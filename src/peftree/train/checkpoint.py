@@ -159,8 +159,11 @@ def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.opt
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "optimizer":
-            number, _, key = rest.partition("/")
-            state.setdefault(int(number), {})[key] = _like(parameters[int(number)], tensor)
+            number, *places, key = rest.split("/")
+            into = state.setdefault(int(number), {})
+            for place in places:
+                into = into.setdefault(place, {})
+            into[key] = _like(parameters[int(number)], tensor)
     for index, running in enumerate(_running(adapter)):
         for kind, means in (("mean", running.mean), ("spread", running.spread)):
             start = f"running/{index}/{kind}/"
@@ -207,12 +210,20 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], 
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in whole["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
+        if plain := _without_tensors(entries, f"optimizer/{index}", tensors):
+            scalars[str(index)] = plain
     return {"groups": whole["param_groups"], "scalars": scalars}, tensors
+
+
+def _without_tensors(entries: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what is plain data; the tensors go into `tensors`. bitsandbytes has some in a dictionary of their own."""
+    plain: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[f"{path}/{key}"] = value
+        else:
+            plain[key] = _without_tensors(value, f"{path}/{key}", tensors) if isinstance(value, dict) else value
+    return plain
 
 
 def _random_state(tensors: dict[str, Tensor]) -> dict[str, Any]:

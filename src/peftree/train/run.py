@@ -76,7 +76,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
     """
     check_place(config)
     check_trackers(config)
-    check_machine(config)
+    check_machine(config, make_method(config))
     with held(config.output):
         return _complete(config, onto)
 
@@ -269,7 +269,7 @@ def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
         output_dir=config.output, num_train_epochs=config.epochs, max_steps=config.steps or -1,
         per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         weight_decay=config.weight_decay, lr_scheduler_type=schedule, warmup_steps=config.warmup,
-        max_grad_norm=config.max_grad_norm, seed=config.seed, optim="adamw_torch",
+        max_grad_norm=config.max_grad_norm, seed=config.seed, optim=config.optimizer,
         eval_strategy=evaluate[0], eval_steps=evaluate[1], save_strategy=save[0],
         save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=config.log_every,
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
