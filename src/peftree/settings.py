@@ -180,7 +180,8 @@ DEFAULT_LENGTH = 256  # tokens of a row where none are named, or what the model 
 # What settings were called before, or are elsewhere.
 RENAMED = {
     "batch": "batch_size", "length": "max_length", "image": "image_size", "checkpointing": "gradient_checkpointing",
-    "optim": "optimizer", "torch_compile": "compile", "base": "quantize", "fields": "method.FIELD", "column": "data.columns.text", "columns": "data.columns",
+    "optim": "optimizer", "torch_compile": "compile", "base": "quantize", "fields": "method.FIELD",
+    "column": "data.columns.text", "columns": "data.columns",
 }  # fmt: skip
 
 

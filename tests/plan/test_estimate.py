@@ -225,3 +225,53 @@ def test_every_method_is_planned_or_refused_in_words(folders: dict[str, Path]) -
             assert name in ("conv_adapter", "convpass", "vpt", "xattn_tuning")  # for images, and for what is encoded
         else:
             assert found.how == "traced" and found.trainable > 0, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pass_in_bf16_is_the_allocators(dtype: str) -> None:
+    """What a CPU's bfloat16 kernels take inside is not seen: at a width of 32 that is a few parts in a hundred."""
+    found = {}
+    for precision in ("float32", "bf16"):
+        asked = plantruth.asked("llama", "lora", precision=precision, dtype=dtype)
+        found[precision] = plantruth.traced("llama", asked).timeline.peak()
+        assert found[precision] == pytest.approx(plantruth.real_peak("llama", asked), rel=0.06)
+    assert found["bf16"] != found["float32"]
+
+
+def test_frozen_weights_are_cast_for_each_pass_and_kept(folders: dict[str, Path]) -> None:
+    """Under autocast a float32 base is held a second time, in bf16, until the backward pass; a bfloat16 base is not."""
+    asked = {
+        "model": str(folders["llama"]),
+        "method": {"name": "lora", "sites": "linear"},
+        "batch_size": 1,
+        "max_length": 1,
+    }
+    full, half = (plan(request(**asked, device="cpu", precision=kind)) for kind in ("float32", "bf16"))
+    matrices = sum(
+        p.numel() for p in skeleton.build(CONFIGS["llama"], tf.LlamaForCausalLM).parameters() if p.dim() == 2
+    )
+    table = 64 * 32
+    assert half.parts["activations"] - full.parts["activations"] > 1.5 * (matrices - 2 * table)
+
+
+def test_what_a_plan_leaves_out_is_said(folders: dict[str, Path]) -> None:
+    asked = {"model": str(folders["llama"]), "batch_size": 1, "max_length": 8}
+    plain = plan(request(**asked)).notes
+    said = plan(request(**asked, precision="bf16", compile=True, optimizer="paged_adamw_8bit")).notes
+    new = " ".join(set(said) - set(plain))
+    assert all(word in new for word in ("not compared with a device", "plain passes", "can leave the device"))
+    for name, words in (("adamw", "there is no optimizer"), ("lomo", "cannot be used")):
+        with pytest.raises(ConfigError, match=words):
+            plan(request(**asked, optimizer=name))
+
+
+def test_cudas_autocast_leaves_norms_in_float32() -> None:
+    """A layer norm of a bf16 tensor gives float32 there and bf16 on a CPU; a product gives bf16 on both."""
+    x = torch.zeros(2, 4, dtype=torch.bfloat16)
+    for kind, wide in (("bf16", torch.float32), ("float32", torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16), step.Fused(kind):
+            assert torch.nn.functional.layer_norm(x, (4,)).dtype == wide
+            assert torch.softmax(x, -1).dtype == x.sum().dtype == wide
+            assert torch.nn.functional.linear(x.float(), x.float()).dtype == torch.bfloat16
+    with step.Fused("bf16"):
+        assert torch.softmax(x, -1).dtype == torch.bfloat16

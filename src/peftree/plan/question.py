@@ -99,7 +99,7 @@ class Request(RunConfig):
 # Settings of a run that its memory does not depend on, as far as a plan goes.
 _IDLE = (
     *("data", "adapter", "output", "epochs", "steps", "lr", "weight_decay", "schedule"),
-    *("warmup", "max_grad_norm", "chat", "seed", "threads", "compile", "eval_every", "save_every", "keep"),
+    *("warmup", "max_grad_norm", "chat", "seed", "threads", "eval_every", "save_every", "keep"),
     *("early_stopping", "log_every", "report_to", "base_score", "resume", "quiet", "memory"),
 )
 

@@ -9,6 +9,7 @@ from peftree.methods.contract import Method, Union
 from peftree.optimizers import DEFAULT, check_optimizer
 from peftree.precision import check_precision
 from peftree.settings import RunConfig
+from peftree.train.compiled import check_compiler
 
 
 def training_device() -> torch.device:
@@ -22,6 +23,8 @@ def check_machine(config: RunConfig, method: Method) -> None:
     device = training_device()
     check_precision(config.precision, device, config.where("precision"))
     check_optimizer(config.optimizer, device, config.where("optimizer"))
+    if config.compile:
+        check_compiler(device, config.where("compile"))
     own = [
         part.name
         for part in (method, *method.parts())

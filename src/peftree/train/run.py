@@ -254,6 +254,7 @@ def _trainer(
 
     return AdapterTrainer(
         adapter, _arguments(config, task), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
+        compiles=config.compile,
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip

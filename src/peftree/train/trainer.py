@@ -62,6 +62,7 @@ class AdapterTrainer(Trainer):
         lr: learning rate; None: `args.learning_rate` if it is not transformers' default, else the
             method's default.
         stop: id of the token that ends a completion, to check that it is in the loss.
+        compiles: run the training passes compiled; everything else uses the plain model.
         score: scores the model on the validation items; replaces the Trainer's own evaluation.
             Its score is `eval_score` to `metric_for_best_model`.
         quiet: print only errors.
@@ -79,6 +80,7 @@ class AdapterTrainer(Trainer):
         lr: float | None = None,
         stop: int | None = None,
         score: Callable[[], Scores] | None = None,
+        compiles: bool = False,
         quiet: bool = False,
         **more: Any,
     ) -> None:
@@ -88,6 +90,7 @@ class AdapterTrainer(Trainer):
         self.lr = lr if lr is not None or args.learning_rate == _DEFAULT_LR else args.learning_rate
         self.quiet = quiet
         self.score = score
+        self.compiles = compiles
         self.health = Health(adapter, stop)
         self.stopped = 0  # the number of the signal that asked for it
         self.ends = False  # whether the caller writes results, which a run may have been killed before
@@ -95,6 +98,7 @@ class AdapterTrainer(Trainer):
         self.finite = Finite({id(p): n for n, p in names(adapter).items()})
         self._last: Mapping[str, Any] = {}
         self.draws = Draws(args.seed)
+        self._compiled: Any = None
         # A loss that is not finite stops the run; the Trainer would log it as 0.
         args.logging_nan_inf_filter = False
         super().__init__(model=adapter.model, args=args, **more)
@@ -233,6 +237,8 @@ class AdapterTrainer(Trainer):
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **more: Any) -> None:
         self.draws.epoch = epoch
+        if self.compiles:  # of all that uses the model, the passes alone
+            model = self._compiled = self._compiled or torch.compile(model)
         super()._run_epoch(model, epoch, *args, **more)  # type: ignore[no-untyped-call]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
