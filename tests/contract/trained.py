@@ -141,3 +141,21 @@ def autocast(case: Case) -> None:
     one, two = (torch.cat([g.flatten() for g in found.values()]) for found in grads)
     alike = float(torch.cosine_similarity(one, two, dim=0))
     assert alike > 0.85, f"under autocast the gradient points elsewhere, cosine {alike:.2f}"
+
+
+def compiled_passes(case: Case) -> None:
+    """Forward and backward passes of training that torch.compile traced, beside plain ones."""
+    found = []
+    for on in (False, True):
+        model, adapter = case.adapted(shaken=True)
+        torch._dynamo.reset()
+        net = torch.compile(model.train(), backend="aot_eager") if on else model.train()
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            case.loss(net).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, fast = found
+    assert list(plain) == list(fast), f"compiled, other tensors have a gradient: {sorted(set(plain) ^ set(fast))[:3]}"
+    wrong = [n for n in plain if not close(fast[n], plain[n], 1e-4)]
+    assert not wrong, f"compiled, the gradient of {wrong[:3]} differs"

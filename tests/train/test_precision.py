@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from peftree.data.rows import load_data
 from peftree.errors import ConfigError, DivergedError
 from peftree.precision import check_precision
 from peftree.settings import load_config
+from peftree.store.tensors import pack
 from peftree.tasks import build_task
+from peftree.train import checkpoint
 from peftree.train.run import run
 from peftree.train.trainer import AdapterTrainer
 from train.tiny import Break, trainer
@@ -240,3 +243,18 @@ def test_a_run_in_bf16(encoder: str, review_data: Path, tmp_path: Path) -> None:
     assert found["bf16"].saved_for_backward_bytes < 0.8 * found["float32"].saved_for_backward_bytes
     with pytest.raises(ConfigError, match="other settings: precision"):
         run(load_config(None, [*common, "precision=float32", "resume=true"]))
+
+
+def test_random_states_of_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of four GPUs is resumed on a machine with two, and on one without any."""
+    states = {f"random/cuda{i:03}": torch.full((16,), i, dtype=torch.uint8) for i in range(4)}
+    tensors: dict[str, Tensor] = {}
+    plain = {"random": checkpoint._random_state(tensors)}
+    (tmp_path / checkpoint.STATE).write_text(json.dumps(plain))
+    (tmp_path / checkpoint.TENSORS).write_bytes(pack(tensors | states))
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: given.append((index, int(state[0]))))
+    for count in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        checkpoint.fill_random(tmp_path)
+    assert given == [(0, 0), (1, 1)]

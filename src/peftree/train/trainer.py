@@ -238,7 +238,7 @@ class AdapterTrainer(Trainer):
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **more: Any) -> None:
         self.draws.epoch = epoch
         if self.compiles:  # of all that uses the model, the passes alone
-            model = self._compiled = self._compiled or torch.compile(model)
+            model = self._compiled = torch.compile(model) if self._compiled is None else self._compiled
         super()._run_epoch(model, epoch, *args, **more)  # type: ignore[no-untyped-call]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
