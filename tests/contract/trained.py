@@ -147,7 +147,7 @@ def compiled_passes(case: Case) -> None:
     """Forward and backward passes of training that torch.compile traced, beside plain ones."""
     found = []
     for on in (False, True):
-        model, adapter = case.adapted(shaken=True)
+        model, _ = case.adapted(shaken=True)
         torch._dynamo.reset()
         net = torch.compile(model.train(), backend="aot_eager") if on else model.train()
         for _ in range(2):

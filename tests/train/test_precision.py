@@ -255,6 +255,6 @@ def test_random_states_of_more_devices_than_there_are(tmp_path: Path, monkeypatc
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: given.append((index, int(state[0]))))
     for count in (0, 2):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "device_count", count.__int__)
         checkpoint.fill_random(tmp_path)
     assert given == [(0, 0), (1, 1)]
