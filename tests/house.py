@@ -75,7 +75,7 @@ ROOMS = {
     "evaluate": 1400,
     "runs": 450,
     "train": 2500,
-    "plan": 3250,
+    "plan": 3400,
     "assets": 1600,
     "probes": 850,
     "bench": 2650,

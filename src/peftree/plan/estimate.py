@@ -367,7 +367,7 @@ def _plan(
         notes.append(f"a CUDA process takes about {CONTEXT >> 20} MiB more for its context")
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
-    notes += _beside(request)
+    notes += request.left_out
     beyond = {"quantize": "none", "shard": "none"}
     if other := [f"{name}={value}" for name, usual in beyond.items() if (value := getattr(request, name)) != usual]:
         notes.append(f"`peftree train` cannot run {', '.join(other)} yet")
@@ -375,18 +375,6 @@ def _plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
         whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),
     )  # fmt: skip
-
-
-def _beside(request: Request) -> list[str]:
-    """Return what the figures leave out, or were not compared with."""
-    cuda, notes = request.device == "cuda", []
-    if request.precision != "float32" and cuda:
-        notes.append("what autocast leaves in float32 follows torch's list and was not compared with a device")
-    if request.compile:
-        notes.append("this is the memory of plain passes: what a compiler fuses or keeps is not known before it runs")
-    if request.optimizer.startswith("paged_"):
-        notes.append("pages of the optimizer's state can leave the device; all of it is counted")
-    return notes
 
 
 def reserved(low: int, still: int) -> int:

@@ -91,6 +91,20 @@ class Request(RunConfig):
         return self.task is not None and task_facts(self.task).contrastive
 
     @property
+    def left_out(self) -> list[str]:
+        """What a plan of it does not count, or was not compared with."""
+        notes = []
+        if self.precision != "float32" and self.device == "cuda":
+            notes.append("what autocast leaves in float32 follows torch's list and was not compared with a device")
+        if self.compile:
+            notes.append(
+                "this is the memory of plain passes: what a compiler fuses or keeps is not known before it runs"
+            )
+        if self.optimizer.startswith("paged_"):
+            notes.append("pages of the optimizer's state can leave the device; all of it is counted")
+        return notes
+
+    @property
     def bare(self) -> Self:
         """The same request without what memory does not depend on, so that equal requests are recognised."""
         return self.model_copy(update={n: f.get_default() for n, f in type(self).model_fields.items() if n in _IDLE})

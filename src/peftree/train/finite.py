@@ -63,6 +63,13 @@ class Finite:
             raise not_finite(self.labels.get(id(self._weights[index]), "A weight"))
 
 
+def drop(parameters: Sequence[Tensor]) -> None:
+    """Make the gradients of a step that the scaler drops zero: a method's hooks see no infinity."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
 def _row(values: Sequence[Tensor]) -> Tensor:
     """Return numbers, which may lie on several devices, as one tensor."""
     device = values[0].device if values else None

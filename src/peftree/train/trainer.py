@@ -35,7 +35,7 @@ from peftree.train import checkpoint as checkpoints
 from peftree.train.bar import Bar
 from peftree.train.beside import losses, optimizer
 from peftree.train.draws import Draws
-from peftree.train.finite import Finite
+from peftree.train.finite import Finite, drop
 from peftree.train.health import STEPS, Health, first_line, main_output, names
 from peftree.train.hooks import Hooks
 from peftree.train.output import held
@@ -310,12 +310,9 @@ class AdapterTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Stop on a gradient that is not finite, before the optimizer uses it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        scaler = self.accelerator.scaler
-        if not self.finite.check_step(self.state.global_step + 1, norm, scaler):
+        if not self.finite.check_step(self.state.global_step + 1, norm, self.accelerator.scaler):
             self.say(f"step {self.state.global_step + 1} is dropped: its gradients overflow in fp16 at this loss scale")
-            for parameter in self.adapter.parameters():  # the scaler knows; hooks of a method see no infinity
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+            drop(self.adapter.parameters())
         elif not self.health.done:
             self.health.see_gradients()
         return norm
