@@ -131,7 +131,7 @@ def autocast(case: Case) -> None:
             extra = adapter.aux_loss(outputs=None, again=lambda: model(**case.batch))
             loss = loss if extra is None else loss + extra
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None})
     full, half = grads
     assert set(full) == set(half), f"under autocast other tensors have a gradient: {sorted(set(full) ^ set(half))[:3]}"
