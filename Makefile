@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format lint types docs peft-page bench-step bench-plan bench-smoke study models-page lab-page browser settings-page clean
+.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-plan bench-smoke study models-page lab-page browser settings-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -29,6 +29,9 @@ test-slow: env ## the tests marked slow
 	$(TESTING) $(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal $(SERIAL:%=--ignore %)
 	$(TESTING) $(BIN)/python -m pytest -q -m slow $(SERIAL)
 
+test-gpu: env ## the tests on a GPU (PEFTREE_GPU=1 picks another than the first; skipped where there is none)
+	PEFTREE_GPU=$${PEFTREE_GPU:-0} $(TESTING) $(BIN)/python -m pytest -q tests/gpu -k "not cpu"
+
 check: lint types docs $(if $(TESTED),,test) ## format, lint, types, docs, tests and budgets (TESTED=1: tests just ran)
 
 format: env ## rewrite the code in the house format
@@ -50,6 +53,9 @@ peft-page: env ## run the matrix of Hugging Face PEFT's files and write its page
 
 bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --whole --rounds 11 --markdown docs/bench-step.md --json docs/bench-step.json
+
+bench-gpu: env ## time and memory of a training step on a GPU, beside Hugging Face PEFT (random weights, bf16)
+	$(BIN)/python benchmarks/gpu.py --json results/bench-gpu.json
 
 bench-plan: env ## the planner beside the allocator, real processes and its own time
 	$(BIN)/python benchmarks/plan.py

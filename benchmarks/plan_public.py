@@ -295,7 +295,7 @@ runs never had. Replayed at 768 tokens, the 63 runs are 4.5 % off in the mean, a
 too high, and 6.2 % at most; rank correlation .9894. So the worst stays below 8 %, the mean is not below 3 %.
 
 `peftree plan FOLDER --adapter adapter_config.json batch_size=4 max_length={length} dtype=bfloat16
-optimizer=adamw_foreach` is the same prediction, but for LoRA-FA. Without the last option (mean 0.86, worst 5.90, rank
+optimizer=adamw_torch` is the same prediction, but for LoRA-FA. Without the last option (mean 0.86, worst 5.90, rank
 correlation .9921) full fine-tuning is 5.9 % too low and OSF 0.4 %; nothing else moves by more than 0.4 %.
 
 Chosen by looking at these runs:

@@ -11,7 +11,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("PEFTREE_GPU", ""),  # which one `make test-gpu` uses
 }  # before torch is imported; processes that a test starts inherit it
 
 import numpy as np

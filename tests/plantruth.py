@@ -15,6 +15,7 @@ from peftree.adapter import Adapter, adapt
 from peftree.evaluate.cost import allocator_peak
 from peftree.plan.question import Request, request
 from peftree.plan.step import Traced, adapted, recompute, trace
+from peftree.precision import autocast
 from peftree.registry import make
 
 MODELS = {"decoder": "llama", "encoder": "bert_cls", "vit": "vit"}
@@ -53,11 +54,12 @@ def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tenso
     return model.train(), adapter, batch
 
 
-def loss(model: nn.Module, adapter: Adapter, batch: dict[str, Tensor]) -> Tensor:
+def loss(model: nn.Module, adapter: Adapter, batch: dict[str, Tensor], precision: str = "float32") -> Tensor:
     """Return what training would differentiate, the method's own term included."""
-    out = model(**batch)
-    extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
-    found: Tensor = out.loss if extra is None else out.loss + extra
+    with autocast(torch.device("cpu"), precision):
+        out = model(**batch)
+        extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
+        found: Tensor = out.loss if extra is None else out.loss + extra
     return found
 
 
@@ -67,7 +69,7 @@ def real_peak(key: str, wanted: Request) -> int:
 
     def step() -> None:
         for _ in range(min(wanted.accumulation, 2)):
-            loss(model, adapter, batch).backward()
+            loss(model, adapter, batch, wanted.precision).backward()
         model.zero_grad(set_to_none=True)
 
     step()  # tables that a first step makes are there afterwards

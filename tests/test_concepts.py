@@ -34,7 +34,7 @@ def tiled(tmp_path: Path) -> Iterator[str]:
 def test_the_file_on_the_page_keeps_the_contract(tiled: str) -> None:
     for model in ("decoder", "vit"):
         case = Case(registry.make(tiled, dict(registry.get(tiled).tags.small)), model)
-        for check in sorted(set(CHECKS) - {"compiles", "heaps"}):
+        for check in sorted(set(CHECKS) - {"compiles", "compiled_passes", "heaps"}):
             CHECKS[check](case)
 
 

@@ -11,9 +11,8 @@ _PLANNED = "`peftree plan` can plan them, `peftree train` cannot run them yet: i
 # Settings that other trainers have -> what to do here.
 ABSENT = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "Write quantize=nf4 or quantize=int8."),
-    **dict.fromkeys(("optimizer", "optim"), f"Other optimizers: {_PLANNED}uses AdamW, or the method's own."),
     **dict.fromkeys(
-        ("precision", "bf16", "fp16"), "For a base in half precision write dtype=bfloat16; adapters stay float32."
+        ("bf16", "fp16"), "Write precision=bf16 or precision=fp16; for a base in half precision, dtype=bfloat16."
     ),
     "sample_packing": "Write packing=true.",
     **dict.fromkeys(

@@ -134,7 +134,10 @@ class RunConfig(BaseModel):
         description="forward passes per step; the loss is the mean over all their labelled items",
     )
     lr: float | None = Field(None, gt=0, le=1e3, description="learning rate; none: the method's default")
-    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's weight decay")
+    optimizer: str = Field(
+        "adamw_torch_fused", description="an optimizer of transformers' Trainer, such as adamw_8bit, adafactor or sgd"
+    )
+    weight_decay: float = Field(0.0, ge=0, le=10, description="the optimizer's weight decay")
     schedule: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant"] = Field(
         "linear", description="learning rate schedule after the warm-up"
     )
@@ -166,6 +169,12 @@ class RunConfig(BaseModel):
         description="how the base's linear weights are kept while an adapter trains: nf4 (4 bits) and int8 need "
         "bitsandbytes, int8_torchao and fp8 (weights alone) torchao",
     )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32",
+        description="precision of the products in training passes (autocast); adapters stay float32; "
+        "fp16 scales the loss and is slow on CPUs",
+    )
+    compile: bool = Field(False, description="compile the model of training passes with torch.compile")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations instead of keeping them: less memory, more time"
     )
@@ -220,7 +229,8 @@ DEFAULT_LENGTH = 256  # tokens of a row where none are named, or what the model 
 # What settings were called before, or are elsewhere.
 RENAMED = {
     "batch": "batch_size", "length": "max_length", "image": "image_size", "checkpointing": "gradient_checkpointing",
-    "base": "quantize", "fields": "method.FIELD", "column": "data.columns.text", "columns": "data.columns",
+    "optim": "optimizer", "torch_compile": "compile", "base": "quantize", "fields": "method.FIELD",
+    "column": "data.columns.text", "columns": "data.columns",
 }  # fmt: skip
 
 

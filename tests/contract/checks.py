@@ -382,6 +382,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         side_by_side, seeded, half_precision, quick_equals_dense, generates, checkpointing, other_active, copies,
         compiles, fakes, routes, fields, sequences.padding, sequences.causal, sequences.rows, sequences.turns,
         sequences.last_position, sequences.heaps, trained.round_trip, trained.registered, trained.base_untouched,
-        trained.dense_weight,
+        trained.dense_weight, trained.autocast, trained.compiled_passes,
     )
 }  # fmt: skip

@@ -117,3 +117,45 @@ def dense_weight(case: Case) -> None:
         assert said or not reads, (
             f"{reads[0]} reads the dense weight, which a quantised base has not; say needs_dense_weight, or give `fast`"
         )
+
+
+def autocast(case: Case) -> None:
+    """Against float32: bfloat16 has 8 bits, so gradients agree in direction, not in digits."""
+    model, adapter = case.adapted(shaken=True)
+    losses, grads = [], []
+    for on in (False, True):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = case.loss(model)
+            extra = adapter.aux_loss(outputs=None, again=lambda: model(**case.batch))
+            loss = loss if extra is None else loss + extra
+        loss.backward()
+        losses.append(float(loss.detach()))
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    full, half = grads
+    assert set(full) == set(half), f"under autocast other tensors have a gradient: {sorted(set(full) ^ set(half))[:3]}"
+    lost = [n for n, g in half.items() if g.dtype != torch.float32 or bool(full[n].any()) != bool(g.any())]
+    assert not lost, f"under autocast the gradient of {lost[:3]} is gone or not float32"
+    assert abs(losses[1] - losses[0]) < 0.05 * max(1.0, abs(losses[0])), f"under autocast the loss moves: {losses}"
+    one, two = (torch.cat([g.flatten() for g in found.values()]) for found in grads)
+    alike = float(torch.cosine_similarity(one, two, dim=0))
+    assert alike > 0.85, f"under autocast the gradient points elsewhere, cosine {alike:.2f}"
+
+
+def compiled_passes(case: Case) -> None:
+    """Forward and backward passes of training that torch.compile traced, beside plain ones."""
+    found = []
+    for on in (False, True):
+        model, _ = case.adapted(shaken=True)
+        torch._dynamo.reset()
+        net = torch.compile(model.train(), backend="aot_eager") if on else model.train()
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            case.loss(net).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, fast = found
+    assert list(plain) == list(fast), f"compiled, other tensors have a gradient: {sorted(set(plain) ^ set(fast))[:3]}"
+    wrong = [n for n in plain if not close(fast[n], plain[n], 1e-4)]
+    assert not wrong, f"compiled, the gradient of {wrong[:3]} differs"

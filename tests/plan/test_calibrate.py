@@ -83,7 +83,8 @@ def test_the_command_gives_the_time_and_the_memory(folders: dict[str, str]) -> N
         ("llama", {"gradient_checkpointing": True}),
         ("llama", {"accumulation": 3}),
         ("llama", {"dtype": "bfloat16"}),
-        *[("llama", {"optimizer": name}) for name in ("adamw_loop", "adamw_foreach", "sgd")],
+        *[("llama", {"optimizer": name}) for name in ("adamw_torch", "adamw_8bit", "adafactor", "sgd")],
+        ("llama", {"precision": "bf16"}),
         ("llama", {"peft": {"peft_type": "LORA", "target_modules": ["q_proj"]}}),
         ("llama", {"peft": {"peft_type": "LORA", "target_modules": ["q_proj"]}, "code": "peftree"}),
     ],
@@ -120,7 +121,7 @@ def test_the_batches_of_a_step_are_all_run(folders: dict[str, str], monkeypatch:
         ({"mode": "eval"}, "Only a training step"),
         ({"quantize": "nf4"}, "Only a training step"),
         ({"devices": 2, "shard": "ddp"}, "Only a training step"),
-        ({"optimizer": "adamw_8bit"}, "adamw_8bit is not available"),
+        ({"optimizer": "lomo"}, "optimizer=lomo cannot be used"),
     ],
 )
 def test_what_cannot_be_run_is_refused(folders: dict[str, str], fields: dict[str, Any], words: str) -> None:

@@ -90,7 +90,7 @@ def test_what_cuda_holds_is_a_replay_of_the_allocator(folder: str) -> None:
     sizes = placed.trained
     tokens = skeleton.torch.ones(2, 16, dtype=skeleton.torch.long, device="meta")
     line, _ = modules.trace(placed, {"input_ids": tokens, "attention_mask": tokens, "labels": tokens})
-    wanted = {"adamw": adamw(sizes) | {"scratch": []}, "adamw_foreach": adamw(sizes)}
+    wanted = {"adamw_torch_fused": adamw(sizes) | {"scratch": []}, "adamw_torch": adamw(sizes)}
     for kind, beside in wanted.items():
         found = plan(request(**setting(folder, peft=config, optimizer=kind)))
         assert found.expected == reserved([line] * 2, Beside(placed.weights, placed.adapter, **beside), [0])

@@ -61,11 +61,11 @@ def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Pa
     given = [f"model={encoder}", f"data={review_data}"]
     for words, advice in (
         ("quantize=nf4", "takes plain weights"),
-        ("bf16=true", "dtype=bfloat16"),
+        ("bf16=true", "Write precision=bf16"),
     ):
         assert advice in refused("train", *given, words)
     planned = shown("plan", encoder, "method=lora", "quantize=nf4", "optimizer=sgd")
-    assert "`peftree train` cannot run quantize=nf4, optimizer=sgd yet" in " ".join(planned.split())
+    assert "`peftree train` cannot run quantize=nf4 yet" in " ".join(planned.split())
     assert "cannot run" not in shown("plan", encoder, "method=lora")
 
 

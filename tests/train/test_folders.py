@@ -283,6 +283,7 @@ def test_kills_at_any_time_leave_no_litter_and_resume_to_the_same_end(
 
 
 MOVES: dict[str, Any] = {
+    "optimizer": "sgd", "precision": "bf16",
     "config": {"hidden_size": 8}, "adapter": "other", "head": True, "batch_size": 5, "eval_batch_size": 5,
     "accumulation": 2, "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2, "max_grad_norm": 2.0,
     "max_length": 9, "image_size": 32, "generate": 3, "chat": True, "seed": 1, "dtype": "bfloat16",
@@ -290,6 +291,7 @@ MOVES: dict[str, Any] = {
     "method": {"name": "lora", "fields": {"r": 3}},
 }  # fmt: skip
 STAYS = {
+    "compile": True,
     "output": "o", "task": "text-regression", "resume": True, "quiet": True, "threads": 2, "save_every": 3, "keep": 3,
     "epochs": 9.0, "steps": 99, "base_score": False, "log_every": 3, "data": {"train": "b.csv"}, "model": "m",
     "report_to": ["wandb"],

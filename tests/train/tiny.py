@@ -85,7 +85,8 @@ def write_pairs(folder: Path, n: int, seed: int = 0) -> Path:
 
 def trainer(
     adapter: Adapter, task: Task, folder: Path, output: Path, *, steps: int = 4, batch: int = 8, collate: Any = None,
-    lr: float | None = None, quiet: bool = False, callbacks: Any = None, optimizers: Any = (None, None), **args: Any,
+    lr: float | None = None, quiet: bool = False, callbacks: Any = None, optimizers: Any = (None, None),
+    compiles: bool = False, **args: Any,
 ) -> AdapterTrainer:  # fmt: skip
     """Return a trainer on the training rows in `folder`; `args` are transformers' own."""
     settings: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "steps", "logging_steps": 5, "seed": 0}
@@ -95,7 +96,7 @@ def trainer(
     )  # fmt: skip
     return AdapterTrainer(
         adapter, made, lr=lr, stop=task.stop, quiet=quiet, train_dataset=task.items(load_data(folder).train),
-        data_collator=collate or task.collate, callbacks=callbacks, optimizers=optimizers,
+        data_collator=collate or task.collate, callbacks=callbacks, optimizers=optimizers, compiles=compiles,
     )  # fmt: skip
 
 

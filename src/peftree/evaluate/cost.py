@@ -124,6 +124,16 @@ def allocator_peak(step: Callable[[], object]) -> int:
     return peak
 
 
+def held_peak(step: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a device's allocator held at once of what it allocated in `step()`."""
+    if device.type == "cpu":
+        return allocator_peak(step)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def peak_rss() -> int:
     """Return the most bytes that this process had resident since its start or `reset_peaks`."""
     found = _status("VmHWM")

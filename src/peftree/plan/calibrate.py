@@ -15,6 +15,7 @@ from peftree.adapter import adapt
 from peftree.errors import ConfigError
 from peftree.machine import free_memory
 from peftree.named_method import make_method
+from peftree.optimizers import check_optimizer, make_optimizer
 from peftree.plan import formulas
 from peftree.plan.batch import inputs, open_images
 from peftree.plan.estimate import model_of, settled
@@ -22,14 +23,9 @@ from peftree.plan.hfpeft import modules
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
 from peftree.plan.step import recompute
+from peftree.precision import autocast, check_precision
 
 STEPS, WARM_UP = 20, 2
-_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, fused=True),
-    "adamw_loop": lambda groups: torch.optim.AdamW(groups, foreach=False),
-    "adamw_foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3),
-}
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,8 @@ def calibrate(asked: Request, made: Plan, say: Callable[[str], object] = lambda 
 def _check(asked: Request, made: Plan, device: str) -> None:
     if asked.mode != "train" or asked.quantize != "none" or asked.devices > 1:
         raise ConfigError("Only a training step of a dense model on one device can be timed.", "Leave out --calibrate.")
-    if asked.optimizer not in _OPTIMIZERS:
-        raise ConfigError(f"{asked.optimizer} is not available for timing.", f"Choose {', '.join(_OPTIMIZERS)}.")
+    check_optimizer(asked.optimizer, torch.device(device))
+    check_precision(asked.precision, torch.device(device))
     there = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     if made.high > there:
         raise ConfigError(
@@ -110,23 +106,24 @@ def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.opt
     batch = {k: _real(v, device) for k, v in inputs(model, asked).items()}
     open_images(model)
     recompute(model, asked.gradient_checkpointing)
-    make_optimizer = _OPTIMIZERS[asked.optimizer]
+    passing = autocast(torch.device(device), asked.precision)
+    adapter = None if asked.peft else adapt(model, make_method(asked), head=asked.head)
     if asked.peft:
-        theirs = modules.real(model, asked.peft).train()
-        own = [p for p in theirs.parameters() if p.requires_grad]
-        return lambda: theirs(**batch).loss, make_optimizer(own)
-    adapter = adapt(model, make_method(asked), head=asked.head)
+        model = modules.real(model, asked.peft)
     model.train()
-    if adapter.method.tags.needs_data:
+    if adapter is not None and adapter.method.tags.needs_data:
         adapter.init([lambda: model(**batch).loss])
 
     def run() -> Tensor:
-        out = model(**batch)
-        extra = adapter.aux_loss(1, STEPS, out, lambda: model(**batch))
-        loss: Tensor = out.loss if extra is None else out.loss + extra
+        with passing:
+            out = model(**batch)
+            extra = adapter.aux_loss(1, STEPS, out, lambda: model(**batch)) if adapter is not None else None
+            loss: Tensor = out.loss if extra is None else out.loss + extra
         return loss
 
-    return run, adapter.optimizer() or make_optimizer(adapter.param_groups())
+    if adapter is None:
+        return run, make_optimizer(asked.optimizer, [{"params": [p for p in model.parameters() if p.requires_grad]}])
+    return run, adapter.optimizer() or make_optimizer(asked.optimizer, adapter.param_groups())
 
 
 def _real(value: Any, device: str) -> Any:

@@ -20,7 +20,8 @@ from torch import nn
 from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
 from peftree.named_method import make_method
-from peftree.plan import caches, formulas, sizes, skeleton
+from peftree.optimizers import DEFAULT, check_name
+from peftree.plan import caches, formulas, kept, sizes, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.hfpeft import configs
 from peftree.plan.ledger import Timeline, supported
@@ -59,6 +60,7 @@ def plan(request: Request, quick: bool = False) -> Plan:
     """
     if not request.peft:
         make_method(request)  # what is wrong with it is said with its place, which the cached questions below lack
+    check_name(request.optimizer, request.where("optimizer"))
     request = settled(request)
     check_room(request)
     quick = quick and request.device == "cuda"  # a CPU's kernels take scratch that grows in steps
@@ -271,11 +273,11 @@ def _optimizer(adapter: Adapter, trained: list[nn.Parameter], request: Request) 
     own = adapter.optimizer()
     if own is None:
         kind = request.optimizer
-        return formulas.optimizer_state(trained, kind), formulas.optimizer_scratch(trained, kind)
-    if request.optimizer != Request.model_fields["optimizer"].default:
+        return kept.optimizer_state(trained, kind), kept.optimizer_scratch(trained, kind, request.device)
+    if request.optimizer != DEFAULT:
         what = f"{request.method.name} has an optimizer of its own, but optimizer={request.optimizer} asks for another."
         raise ConfigError(what, "Leave the optimizer out.")
-    return formulas.own_step(own, trained)
+    return kept.own_step(own, trained)
 
 
 def _slots(model: nn.Module, config: Any, request: Request, dtype: torch.dtype) -> caches.Slots:
@@ -365,7 +367,8 @@ def _plan(
         notes.append(f"a CUDA process takes about {CONTEXT >> 20} MiB more for its context")
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
-    beyond = {"optimizer": "adamw", "shard": "none"}
+    notes += request.left_out
+    beyond = {"shard": "none"}
     if other := [f"{name}={value}" for name, usual in beyond.items() if (value := getattr(request, name)) != usual]:
         notes.append(f"`peftree train` cannot run {', '.join(other)} yet")
     return Plan(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from peftree import registry
 from peftree.errors import ConfigError, MethodError, SiteError
 from peftree.methods.contract import Method, Union
+from peftree.optimizers import DEFAULT
 from peftree.plan.estimate import check_room, plan, positions, settled
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
@@ -164,7 +165,7 @@ def _training_changes(request: Request) -> Iterator[_Change]:
         yield _Change(
             "gradient checkpointing", {"gradient_checkpointing": True}, "each layer's forward pass runs twice", 0.33
         )
-    if request.optimizer not in ("sgd", "adamw_8bit") and _takes_any(request):
+    if request.optimizer in (DEFAULT, "adamw_torch") and _takes_any(request):
         yield _Change("8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3)
     if request.method.name != "lst":
         yield _Change("a side network (lst)", dict(_LST), "another method", 1.0)

@@ -1,22 +1,18 @@
-"""Closed forms for what no trace shows: quantised weights, optimizer state, sharding."""
+"""Closed forms for what no trace shows: quantised weights, sharding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from peftree.plan.ledger import Ledger, record
 from peftree.plan.question import Request
 from peftree.tasks.quantized import is_quantised, left_plain
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
-_SMALL, _CHUNK = 4096, 256  # tensors below keep 32-bit state; values of one scale in 8-bit state
-STEP = 4  # bytes of Adam's step count, one a tensor
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -50,44 +46,6 @@ def quantised(weights: Iterable[Tensor], base: str) -> int:
             scales = -(-n // _BLOCK)
             total += -(-n // 2) + scales + 4 * -(-scales // _NESTED) + 4 + 16 * 4
     return total
-
-
-def optimizer_state(parameters: Iterable[Tensor], kind: str) -> int:
-    """Return the bytes that an optimizer keeps for `parameters` after its first step."""
-    total = 0
-    for p in parameters:
-        n, item = p.numel(), p.element_size()
-        if kind == "sgd":
-            continue
-        if kind == "adamw_8bit" and n >= _SMALL:
-            total += 2 * n + 2 * 4 * -(-n // _CHUNK)
-        elif kind == "adamw_8bit":
-            total += 2 * 4 * n
-        else:
-            total += 2 * n * item + STEP
-    return total
-
-
-def optimizer_scratch(parameters: Iterable[Tensor], kind: str) -> int:
-    """Return the bytes that one step of the optimizer takes and releases."""
-    sizes = [p.numel() * p.element_size() for p in parameters]
-    if kind == "adamw_foreach":  # a root of every second moment at once
-        return sum(sizes)
-    return 2 * max(sizes, default=0) if kind == "adamw_loop" else 0
-
-
-def own_step(optimizer: Optimizer, parameters: Sequence[Tensor]) -> tuple[int, int]:
-    """Return the bytes that an optimizer keeps after its first step, and the most that a step takes and releases.
-
-    Args:
-        optimizer: holds `parameters`, which are on the meta device.
-    """
-    for p in parameters:
-        p.grad = torch.empty_like(p)
-    ledger = Ledger([*parameters, *(p.grad for p in parameters if p.grad is not None)], scratch=False)
-    line, _ = record([("step", optimizer.step)], ledger)
-    held = size(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
-    return held, line.peak() - held
 
 
 def sharded(parts: dict[str, int], request: Request, layer: int, trainable: int) -> dict[str, int]:

@@ -57,9 +57,6 @@ class Request(RunConfig):
     labels: int = Field(2, ge=1, le=1_000_000, description="classes of a fresh classifier")
     padded: bool = Field(True, description="rows are padded to one length, so attention takes a mask")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention implementation")
-    optimizer: Literal["adamw", "adamw_loop", "adamw_foreach", "adamw_8bit", "sgd"] = Field(
-        "adamw", description="adamw is torch's fused one, the Trainer's default"
-    )
     devices: int = Field(1, ge=1, le=100_000, description="devices that train together")
     shard: Literal["none", "ddp", "fsdp"] = Field("none", description="what is split: nothing, rows, or also weights")
     mode: Mode = Field("train", description="train, eval (a forward pass), or generate (with its cache)")
@@ -91,6 +88,20 @@ class Request(RunConfig):
     def contrastive(self) -> bool:
         """Whether the loss compares the rows of one forward pass, so that several passes are not a larger batch."""
         return self.task is not None and task_facts(self.task).contrastive
+
+    @property
+    def left_out(self) -> list[str]:
+        """What a plan of it does not count, or was not compared with."""
+        notes = []
+        if self.precision != "float32" and self.device == "cuda":
+            notes.append("what autocast leaves in float32 follows torch's list and was not compared with a device")
+        if self.compile:
+            notes.append(
+                "this is the memory of plain passes: what a compiler fuses or keeps is not known before it runs"
+            )
+        if self.optimizer.startswith("paged_"):
+            notes.append("pages of the optimizer's state can leave the device; all of it is counted")
+        return notes
 
     @property
     def bare(self) -> Self:

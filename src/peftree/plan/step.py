@@ -21,6 +21,7 @@ from peftree.plan import skeleton
 from peftree.plan.batch import inputs, open_images, scored
 from peftree.plan.ledger import Ledger, Timeline, faking, record
 from peftree.plan.question import Request
+from peftree.precision import DTYPES, autocast
 from peftree.tasks.packing import check_deltas
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
@@ -78,7 +79,7 @@ def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = F
             phases = _training(model, adapter, fed, request, ledger)
         else:
             phases = _reading(model, fed, request, ledger, wanted)
-        with Fused() if request.device == "cuda" else nullcontext():
+        with Fused(request.precision) if request.device == "cuda" else nullcontext():
             timeline, operations = record(phases, ledger)
     return traced(timeline, model.config, operations)
 
@@ -111,14 +112,36 @@ class _Undrawn(TorchFunctionMode):
 
 
 class Fused(TorchFunctionMode):
-    """Fused attention as on CUDA, whose kernels drop out attention weights without storing them; the CPU's do not."""
+    """What CUDA does otherwise than a CPU: fused attention, and the operations that its autocast leaves in float32.
+
+    Its kernels drop out attention weights without storing them. Its list is that of torch's page on autocast; the one
+    of a CPU has few of them.
+    """
+
+    def __init__(self, precision: str = "float32") -> None:
+        super().__init__()
+        self.low = DTYPES.get(precision)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, attention without dropout."""
+        """Call the function, attention without dropout, and what CUDA computes in float32 on float32."""
         more = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention and "dropout_p" in more:
             more["dropout_p"] = 0.0
-        return func(*args, **more)
+        name = func.__name__
+        if self.low is None or name not in _WIDE or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **more)
+        wide = [a.float() if isinstance(a, Tensor) and a.dtype == self.low else a for a in args]
+        if name not in _WIDENS:
+            return func(*wide, **more)
+        return func(*args, **more | ({} if more.get("dtype") else {"dtype": torch.float32}))
+
+
+# By name: what widens as it computes, and what takes widened copies.
+_WIDENS = {"softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum"}
+_WIDE = _WIDENS | {
+    *("pow", "__pow__", "exp", "log", "log1p", "expm1", "rsqrt", "reciprocal", "norm", "softplus", "cosine_similarity"),
+    *("layer_norm", "group_norm", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div"),
+}
 
 
 Phases = list[tuple[str, Callable[[], object]]]
@@ -129,10 +152,11 @@ def _training(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> None:
-        out = model(**batch)
-        extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
-        kept["loss"] = out.loss if extra is None else out.loss + extra
-        del out
+        with autocast(torch.device("cpu"), request.precision):
+            out = model(**batch)
+            extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
+            kept["loss"] = out.loss if extra is None else out.loss + extra
+            del out, extra
         ledger.keep("activations", ledger.living())
 
     def backward() -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from peftree.adapter import Adapter
 from peftree.errors import TrainError
+from peftree.optimizers import check_optimizer
 from peftree.train.draws import Draws
 
 _ANY = {"adamw_torch", "adamw_torch_fused"}  # what arguments have that name none
@@ -39,15 +41,16 @@ def losses(trainer: Trainer, model: nn.Module, draws: Draws, step: int) -> Itera
             taken = list(islice(found, trainer.args.train_batch_size))
             batch = collate(taken) if taken else None
         if batch is not None:
-            yield partial(_loss, model, trainer._prepare_inputs(batch))
+            yield partial(_loss, trainer, model, trainer._prepare_inputs(batch))
         number += 1
 
 
-def _loss(model: nn.Module, batch: Any) -> Tensor:
+def _loss(trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
     training = model.training
     model.eval()
     try:
-        loss: Tensor = model(**batch).loss
+        with trainer.compute_loss_context_manager():
+            loss: Tensor = model(**batch).loss
     finally:
         model.train(training)
     return loss
@@ -63,7 +66,10 @@ def optimizer(adapter: Adapter, lr: float | None, args: TrainingArguments, given
 
     Raises:
         TrainError: the run asks for another optimizer.
+        ConfigError: no run can use it, or this machine lacks it.
     """
+    if given is None:
+        check_optimizer(OptimizerNames(args.optim).value, args.device)
     own = adapter.optimizer(lr, weight_decay=args.weight_decay)
     if own is None or type(given) is type(own):
         found: Optimizer | None = given

@@ -40,6 +40,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     trainer_state: str,
+    scaler: Any = None,
 ) -> Path:
     """Write `checkpoint-N`: the adapter as `peftree.load` reads it, and what resuming needs.
 
@@ -47,6 +48,7 @@ def write_checkpoint(
 
     Args:
         trainer_state: transformers' `TrainerState` as JSON.
+        scaler: scales the loss, in fp16.
 
     Raises:
         StoreError: a tensor is not finite, or the disk is full; an older checkpoint is unchanged.
@@ -60,6 +62,7 @@ def write_checkpoint(
             for kind, means in (("mean", running.mean), ("spread", running.spread)):
                 tensors |= {f"running/{index}/{kind}/{name}": t for name, t in means.items()}
         plain |= {"scheduler": scheduler.state_dict(), "random": _random_state(tensors)}
+        plain |= {"scaler": scaler.state_dict()} if scaler is not None else {}
         for name, data in native.files(adapter).items():
             atomic_write(stage / name, data)
         atomic_write(stage / TENSORS, pack(tensors))
@@ -156,14 +159,22 @@ def fill_training(checkpoint: str | Path, adapter: Adapter, optimizer: torch.opt
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "optimizer":
-            number, _, key = rest.partition("/")
-            state.setdefault(int(number), {})[key] = _like(parameters[int(number)], tensor)
+            number, *places, key = rest.split("/")
+            into = state.setdefault(int(number), {})
+            for place in places:
+                into = into.setdefault(place, {})
+            into[key] = _like(parameters[int(number)], tensor)
     for index, running in enumerate(_running(adapter)):
         for kind, means in (("mean", running.mean), ("spread", running.spread)):
             start = f"running/{index}/{kind}/"
             means |= {k.removeprefix(start): t.clone() for k, t in tensors.items() if k.startswith(start)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     scheduler.load_state_dict(plain["scheduler"])
+
+
+def fill_scaler(checkpoint: str | Path, scaler: Any) -> None:
+    """Restore the scale of the loss."""
+    scaler.load_state_dict(_state(checkpoint)["scaler"])
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -183,8 +194,8 @@ def fill_random(checkpoint: str | Path) -> None:
     np.random.set_state((name, keys, position, has_gauss, cached))
     torch.set_rng_state(tensors["random/torch"].clone())
     devices = sorted(k for k in tensors if k.startswith("random/cuda"))
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[k].clone() for k in devices])
+    for index, key in enumerate(devices[: torch.cuda.device_count()]):  # there may be fewer than there were
+        torch.cuda.set_rng_state(tensors[key].clone(), index)
 
 
 def _running(adapter: Adapter) -> list[Sensitivity]:
@@ -199,12 +210,20 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], 
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in whole["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
+        if plain := _without_tensors(entries, f"optimizer/{index}", tensors):
+            scalars[str(index)] = plain
     return {"groups": whole["param_groups"], "scalars": scalars}, tensors
+
+
+def _without_tensors(entries: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what is plain data; the tensors go into `tensors`. bitsandbytes has some in a dictionary of their own."""
+    plain: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[f"{path}/{key}"] = value
+        else:
+            plain[key] = _without_tensors(value, f"{path}/{key}", tensors) if isinstance(value, dict) else value
+    return plain
 
 
 def _random_state(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftree.adapter import Adapter, active, adapters, switch
-from peftree.errors import DivergedError, TrainError
+from peftree.errors import TrainError
 
 STEPS = 3  # a low-rank term's first factor gets a gradient only once the second moved; warm-up costs a step
 LENIENT = ("moe", "unified")  # a router may not have reached an expert yet
@@ -116,7 +116,7 @@ class Health:
             )
 
     def see_gradients(self) -> None:
-        """Check the gradients of one step, before the optimizer uses them."""
+        """Note which tensors have a gradient in a step, before the optimizer uses it."""
         self.steps += 1
         self._check_labels()
         self.turns.update(name for name, parameter in self.names.items() if parameter.requires_grad)
@@ -124,8 +124,6 @@ class Health:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if not bool(torch.isfinite(gradient).all()):
-                raise not_finite(f"The gradient of {name}")
             if name not in self.alive and bool(gradient.any()):
                 self.alive.add(name)
         if self.steps == STEPS:
@@ -221,26 +219,6 @@ def main_output(output: Any) -> Tensor:
     values: Iterable[Any] = named.values() or output
     tensors = [value for value in values if isinstance(value, Tensor)]
     return next((tensor for tensor in tensors if tensor.dim()), tensors[0])
-
-
-def not_finite(what: str) -> DivergedError:
-    """Return the error for a NaN or an infinity in `what`."""
-    return DivergedError(
-        f"{what} is not finite; training stopped, and nothing from this step was saved.",
-        "Lower lr, raise warmup, or use dtype=float32; earlier checkpoints are usable.",
-    )
-
-
-def check_weights(parameters: Sequence[Tensor], label: Mapping[int, str]) -> None:
-    """Raise TrainError if a tensor holds a NaN or an infinity; `label` names them by `id`."""
-    if not parameters:
-        return
-    # A sum is finite only if every entry is, and costs a tenth of a norm.
-    device = parameters[0].device
-    sums = torch.stack([p.detach().sum().to(device) for p in parameters])
-    if not bool(torch.isfinite(sums).all()):
-        index = int((~torch.isfinite(sums)).nonzero()[0])
-        raise not_finite(label.get(id(parameters[index]), "A weight"))
 
 
 def first_line(model: nn.Module, adapter: Adapter) -> str:

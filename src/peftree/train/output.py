@@ -33,7 +33,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
-    *("log_every", "report_to", "workers", "data", "model"),
+    *("log_every", "report_to", "workers", "data", "model", "compile"),
 )
 # What scoring a finished run depends on.
 _SCORING = (*(f.name for f in fields(Options)), "model", "data", "task", "eval_batch_size")

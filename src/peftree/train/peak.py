@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from peftree.adapter import Adapter
 from peftree.errors import PeftreeError
-from peftree.evaluate.cost import allocator_peak, device_peak, tensor_bytes, training_bytes
+from peftree.evaluate.cost import allocator_peak, device_peak, held_peak, tensor_bytes, training_bytes
 from peftree.evaluate.quality import evaluating
 from peftree.plan import plan
 from peftree.plan.question import Request
 from peftree.plan.rows import batches, feeds
 from peftree.plan.show import amount
+from peftree.precision import autocast
 from peftree.settings import RunConfig
 from peftree.tasks import Batch, Items, Task
 
@@ -63,9 +64,10 @@ def _measured(
     model: Any = task.model.train()
 
     def loss() -> Tensor:
-        out = model(**train)
-        extra = adapter.aux_loss(1, 100, out, partial(model, **train))
-        found: Tensor = out.loss if extra is None else out.loss + extra
+        with autocast(torch.device("cpu"), config.precision):
+            out = model(**train)
+            extra = adapter.aux_loss(1, 100, out, partial(model, **train))
+            found: Tensor = out.loss if extra is None else out.loss + extra
         return found
 
     def step(passes: int) -> None:
@@ -73,7 +75,7 @@ def _measured(
             loss().backward()
         model.zero_grad(set_to_none=True)
 
-    one = step_peak(task, items["train"], config.batch_size)
+    one = step_peak(task, items["train"], config.batch_size, config.precision)
     most = allocator_peak(lambda: step(min(config.accumulation, 2)))
     with evaluating(model):
         read = allocator_peak(lambda: task.read(scored))
@@ -83,18 +85,22 @@ def _measured(
     return found, " (scoring)" if read > most else " (training)"
 
 
-def step_peak(task: Task, items: Items, size: int) -> int:
-    """Return the CPU allocator's peak in a forward and a backward pass of the first batch, without the optimizer."""
+def step_peak(task: Task, items: Items, size: int, precision: str = "float32") -> int:
+    """Return the allocator's peak in a forward and a backward pass of the first batch, without the optimizer."""
     model: Any = task.model.train()
+    device = next(model.parameters()).device
     batch = next(task.batches(items, size))
 
     def step() -> None:
-        model(**batch).loss.backward()
+        with autocast(device, precision):
+            loss = model(**batch).loss
+        loss.backward()
+        del loss
         model.zero_grad(set_to_none=True)
 
     with torch.random.fork_rng():
         step()  # tables that a first step makes are there afterwards
-        return allocator_peak(step)
+        return held_peak(step, device)
 
 
 def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: torch.device) -> Request:

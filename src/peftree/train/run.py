@@ -29,13 +29,14 @@ from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
+from peftree.precision import autocast
 from peftree.resolver import located
 from peftree.runs.read import METRICS
 from peftree.runs.record import Run
 from peftree.settings import SETTINGS, RunConfig, load_config, run_of, write_resolved
 from peftree.tasks import Items, Options, Task, build_task
 from peftree.tasks.packing import check_deltas, training_items
-from peftree.tasks.quantized import check_quantized
+from peftree.train.ability import check_machine, training_device
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
 from peftree.train.output import (
@@ -79,7 +80,7 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
     """
     check_place(config)
     check_trackers(config)
-    check_quantized(config)
+    check_machine(config, make_method(config))
     with held(config.output):
         return _complete(config, onto)
 
@@ -263,6 +264,7 @@ def _trainer(
     rows = len(items["train"])  # type: ignore[arg-type]
     return AdapterTrainer(
         adapter, _arguments(config, task, rows), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
+        compiles=config.compile,
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip
@@ -279,7 +281,7 @@ def _arguments(config: RunConfig, task: Task, rows: int) -> TrainingArguments:
         output_dir=config.output, num_train_epochs=config.epochs, max_steps=config.steps or -1,
         per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
         weight_decay=config.weight_decay, lr_scheduler_type=schedule, warmup_steps=config.warmup,
-        max_grad_norm=config.max_grad_norm, seed=config.seed, optim="adamw_torch",
+        max_grad_norm=config.max_grad_norm, seed=config.seed, optim=config.optimizer,
         eval_strategy=evaluate[0], eval_steps=evaluate[1], save_strategy=save[0],
         save_steps=save[1] or 500, save_total_limit=config.keep, logging_steps=log,
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
@@ -287,6 +289,7 @@ def _arguments(config: RunConfig, task: Task, rows: int) -> TrainingArguments:
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        bf16=config.precision == "bf16", fp16=config.precision == "fp16", use_cpu=training_device().type == "cpu",
     )  # fmt: skip
 
 
@@ -302,7 +305,7 @@ def _saved(config: RunConfig, task: Task, items: Items) -> int:
     batch = next(task.batches(items, config.batch_size))
     model, training = task.model, task.model.training
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), autocast(next(model.parameters()).device, config.precision):
         found = saved_bytes(lambda: model(**batch).loss, model)
     model.train(training)
     return found

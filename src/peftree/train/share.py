@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from peftree.errors import TrainError
 
 IGNORED = -100
+COUNT = "peftree_items"  # the entry of a batch with its number of items
 
 # Language models that predict each place from others, not from those before it.
 _ALIGNED = {"XLMWithLMHeadModel", "XLNetLMHeadModel"}
@@ -38,6 +39,27 @@ def items(batch: Mapping[str, Any], model: nn.Module) -> int:
 
     For a batch without `labels` it is the number of rows.
     """
+    return int(batch[COUNT]) if COUNT in batch else _count(batch, shifts(model), _ignored(model))
+
+
+class Counted:
+    """A collator that counts the items of its batches as it makes them: on a device, a count waits for its work."""
+
+    def __init__(self, collate: Callable[[Any], Mapping[str, Any]], model: nn.Module) -> None:
+        self.collate = collate
+        self.rule = shifts(model), _ignored(model)  # not the model, which workers would get a copy of
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = self.collate(rows)
+        return {**batch, COUNT: _count(batch, *self.rule)}
+
+
+def _ignored(model: nn.Module) -> int:
+    """Return the class of a pixel that the loss leaves out."""
+    return int(getattr(getattr(model, "config", None), "semantic_loss_ignore_index", IGNORED))
+
+
+def _count(batch: Mapping[str, Any], shifted: bool, ignored: int) -> int:
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
@@ -45,12 +67,9 @@ def items(batch: Mapping[str, Any], model: nn.Module) -> int:
         return len(labels)
     if labels.is_floating_point():
         return labels.numel()
-    ignored = IGNORED
-    if labels.dim() == 3:  # a class for each pixel
-        ignored = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", IGNORED)
-    if labels.dim() == 2 and "shift_labels" not in batch and shifts(model):
+    if labels.dim() == 2 and "shift_labels" not in batch and shifted:
         labels = labels[:, 1:]
-    return int(labels.ne(ignored).sum())
+    return int(labels.ne(ignored if labels.dim() == 3 else IGNORED).sum())
 
 
 def check_splits(batch: Mapping[str, Any], passes: int) -> None:

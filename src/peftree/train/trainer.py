@@ -20,7 +20,6 @@ from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
 )
@@ -31,13 +30,16 @@ from peftree import store
 from peftree.adapter import Adapter
 from peftree.errors import TrainError, plain
 from peftree.evaluate.quality import Scores
+from peftree.precision import autocast
 from peftree.train import checkpoint as checkpoints
 from peftree.train.bar import Bar
 from peftree.train.beside import losses, optimizer
 from peftree.train.draws import Draws
-from peftree.train.health import STEPS, Health, check_weights, first_line, main_output, names, not_finite
+from peftree.train.finite import Finite, drop
+from peftree.train.health import STEPS, Health, first_line, main_output, names
+from peftree.train.hooks import Hooks
 from peftree.train.output import finished, held
-from peftree.train.share import check_splits, items
+from peftree.train.share import COUNT, Counted, check_splits, items
 from peftree.train.signals import stopping
 
 INIT_BATCHES = 32
@@ -60,6 +62,7 @@ class AdapterTrainer(Trainer):
         lr: learning rate; None: `args.learning_rate` if it is not transformers' default, else the
             method's default.
         stop: id of the token that ends a completion, to check that it is in the loss.
+        compiles: run the training passes compiled; everything else uses the plain model.
         score: scores the model on the validation items; replaces the Trainer's own evaluation.
             Its score is `eval_score` to `metric_for_best_model`.
         quiet: print only errors.
@@ -77,6 +80,7 @@ class AdapterTrainer(Trainer):
         lr: float | None = None,
         stop: int | None = None,
         score: Callable[[], Scores] | None = None,
+        compiles: bool = False,
         quiet: bool = False,
         **more: Any,
     ) -> None:
@@ -86,20 +90,25 @@ class AdapterTrainer(Trainer):
         self.lr = lr if lr is not None or args.learning_rate == _DEFAULT_LR else args.learning_rate
         self.quiet = quiet
         self.score = score
+        self.compiles = compiles
         self.health = Health(adapter, stop)
         self.stopped = 0  # the number of the signal that asked for it
         self.ends = False  # whether the caller writes results, which a run may have been killed before
         self.scored_at: int | None = None  # the step that results were written after
-        self._labels = {id(p): n for n, p in names(adapter).items()}
+        self.finite = Finite({id(p): n for n, p in names(adapter).items()})
         self._last: Mapping[str, Any] = {}
         self.draws = Draws(args.seed)
+        self._compiled: Any = None
         # A loss that is not finite stops the run; the Trainer would log it as 0.
         args.logging_nan_inf_filter = False
         super().__init__(model=adapter.model, args=args, **more)
+        self.precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
+        if args.fp16 and args.device.type == "cpu":  # where accelerate scales no loss
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
         optimizer(adapter, self.lr, args, self.optimizer)  # what does not fit is refused now
         # Set, the Trainer counts a step's items and does not divide by its passes; `compute_loss` weighs each of them.
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.compute_loss_func is None
-        self.add_callback(_Hooks(self))
+        self.add_callback(Hooks(self))
         for shown in (PrinterCallback, ProgressCallback):
             if quiet or shown is PrinterCallback:
                 self.remove_callback(shown)
@@ -215,19 +224,24 @@ class AdapterTrainer(Trainer):
     # What follows overrides steps of transformers' Trainer, under its names.
 
     def get_train_dataloader(self) -> Any:
-        """Return batches whose random numbers depend only on the seed, the epoch and their rows."""
-        return self.draws.on(super().get_train_dataloader())
+        """Return batches, with their count, whose random numbers depend only on the seed, the epoch and their rows."""
+        loader: Any = self.draws.on(super().get_train_dataloader())
+        loader.base_dataloader.collate_fn = Counted(loader.base_dataloader.collate_fn, self._base)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.draws.order(super()._get_train_sampler(train_dataset))
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **more: Any) -> None:
         self.draws.epoch = epoch
+        if self.compiles:  # of all that uses the model, the passes alone
+            model = self._compiled = torch.compile(model) if self._compiled is None else self._compiled
         super()._run_epoch(model, epoch, *args, **more)  # type: ignore[no-untyped-call]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the method's own optimizer, or the run's from its parameter groups; checks one that was passed in."""
         self.health.check_adapter(self._base)
+        self.accelerator.native_amp = False  # its autocast would stay in the model's forward; ours is around the passes
         self.optimizer = optimizer(self.adapter, self.lr, self.args, self.optimizer)
         if self.optimizer is None:
             base: Any = self._base
@@ -242,6 +256,7 @@ class AdapterTrainer(Trainer):
         """Build the schedule; a single step gets no warm-up, since its first rate is zero."""
         if num_training_steps == 1:
             self.args.warmup_steps = 0
+        self.accelerator.native_amp = self.accelerator.scaler is not None  # gradients are unscaled then
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
@@ -254,11 +269,12 @@ class AdapterTrainer(Trainer):
         the passes sum to the mean over the step, however it is split.
         """
         watching = model.training and not self.health.done
+        weighed = model.training and self.compute_loss_func is None
+        own = items(inputs, self._base) if weighed else 0
+        inputs.pop(COUNT, None)
         if watching:
             self.health.see_batch(inputs)
             self._last = inputs
-        weighed = model.training and self.compute_loss_func is None
-        own = items(inputs, self._base) if weighed else 0
         loss, outputs = super().compute_loss(model, inputs, True, None if weighed else num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
@@ -272,41 +288,46 @@ class AdapterTrainer(Trainer):
             loss = loss + extra / self.current_gradient_accumulation_steps
         if watching:
             self.health.see_loss(loss)
-        if not bool(torch.isfinite(loss.detach())):
-            raise not_finite(f"The loss of step {step + 1}")
+        self.finite.see_loss(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Return the precision's context, which the Trainer enters for each pass."""
+        return autocast(self.args.device, self.precision)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Return the number of items that a step's loss averages, in all processes whose gradients are averaged."""
         if self.compute_loss_func is not None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         check_splits(batch_samples[0], len(batch_samples))
-        count = torch.tensor(sum(items(batch, self._base) for batch in batch_samples), device=device)
+        count = sum(items(batch, self._base) for batch in batch_samples)
         spread = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.accelerator.gather(count).sum() if spread else count
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum() if spread else count
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Stop on a gradient that is not finite, before the optimizer uses it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        if not self.health.done:
+        if not self.finite.check_step(self.state.global_step + 1, norm, self.accelerator.scaler):
+            self.say(f"step {self.state.global_step + 1} is dropped: its gradients overflow in fp16 at this loss scale")
+            drop(self.adapter.parameters())
+        elif not self.health.done:
             self.health.see_gradients()
-        if not bool(torch.isfinite(torch.as_tensor(norm))):
-            raise not_finite(f"The gradient of step {self.state.global_step + 1}")
         return norm
 
-    def _plain_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+    def plain_optimizer(self) -> Any:
+        """Return the optimizer itself, which accelerate wraps."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def before_step(self) -> None:
         """Let the method see and change the gradients, after any clipping."""
-        self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self._plain_optimizer())
+        self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self.plain_optimizer())
 
     def after_step(self) -> None:
         """Run the method's schedule and check the weights; gradients are still there."""
         step = self.state.global_step + 1
         beside = losses(self, self._base, self.draws, step)
-        self.adapter.step(step, self.state.max_steps, self._plain_optimizer(), beside)
-        check_weights([p for p in self.adapter.parameters() if p.requires_grad], self._labels)
+        self.adapter.step(step, self.state.max_steps, self.plain_optimizer(), beside)
+        self.finite.see_weights([p for p in self.adapter.parameters() if p.requires_grad])
         last = min(STEPS, self.state.max_steps)
         if not self.health.done and self.health.steps >= last:
             with self.compute_loss_context_manager():
@@ -339,7 +360,8 @@ class AdapterTrainer(Trainer):
         self._note_callbacks()
         state = json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
         assert self.optimizer is not None
-        checkpoints.write_checkpoint(target, self.adapter, self.optimizer, self.lr_scheduler, state)
+        scaler = self.accelerator.scaler
+        checkpoints.write_checkpoint(target, self.adapter, self.optimizer, self.lr_scheduler, state, scaler)
         rotate_checkpoints(
             output_dir=str(output), save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
@@ -364,27 +386,10 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None and self.optimizer is not None:
             checkpoints.fill_training(checkpoint, self.adapter, self.optimizer, self.lr_scheduler)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            checkpoints.fill_scaler(checkpoint, self.accelerator.scaler)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.fill_random(checkpoint)
-
-
-class _Hooks(TrainerCallback):
-    """Calls the trainer at points where the loop has no method to override."""
-
-    def __init__(self, trainer: AdapterTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.trainer.adapter.start(state.global_step, state.max_steps, self.trainer._plain_optimizer())
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.trainer.before_step()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.trainer.after_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if self.trainer.stopped:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False

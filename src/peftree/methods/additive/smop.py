@@ -20,6 +20,7 @@ from peftree.deltas import Prepend, pooled
 from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
 POOLS = "its prompt is chosen by a mean over the input: without labels, also over later tokens of a causal model"
+TIES = "of two prompts that are almost as likely, rounding may choose the other"
 
 
 class SMoP(Method):
@@ -27,7 +28,7 @@ class SMoP(Method):
 
     tags: ClassVar[Tags] = Tags(
         "additive", "EMNLP 2023, 884", False, False, lr=3e-2, lengthens_sequence=True, inference_cost="tokens",
-        small={"length": 3, "prompts": 2, "noise": 0.0}, known={"causal": POOLS, "turns": POOLS},
+        small={"length": 3, "prompts": 2, "noise": 0.0}, known={"causal": POOLS, "turns": POOLS, "autocast": TIES},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
     prompts: int = Field(4, ge=1, le=4096, description="number k of prompts")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from peftree.errors import ConfigError, StoreError, did_you_mean
-from peftree.plan import formulas, sizes, skeleton
+from peftree.optimizers import DEFAULT
+from peftree.plan import formulas, kept, sizes, skeleton
 from peftree.plan.batch import inputs, open_images
 from peftree.plan.hfpeft import modules
 from peftree.plan.ledger import Timeline
@@ -104,29 +105,29 @@ def _whole(placed: modules.Foreign, request: Request, name: str) -> Whole:
     trained = [p for p in model.parameters() if p.requires_grad]
     low = formulas.linear_weights(model, request.quantize) if request.quantize != "none" else []
     weights = placed.weights - formulas.size(low) + formulas.quantised(low, request.quantize)
-    state = formulas.optimizer_state(trained, request.optimizer) if training else 0
+    state = kept.optimizer_state(trained, request.optimizer) if training else 0
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     layer = max((formulas.size(one.parameters()) for layers in lists for one in layers), default=0)
     added = sum(1 for m in model.modules() if "base_layer" in m._modules)
     return Whole(
         name, {"weights": weights, "adapter": sum(placed.adapter), "optimizer": state},
-        formulas.optimizer_scratch(trained, request.optimizer), layer, sum(placed.trained) if training else 0,
-        placed.trainable, placed.total, added, shared=True,
+        kept.optimizer_scratch(trained, request.optimizer, request.device), layer,
+        sum(placed.trained) if training else 0, placed.trainable, placed.total, added, shared=True,
     )  # fmt: skip
 
 
 def _beside(placed: modules.Foreign, request: Request) -> Beside:
     trained = [p.numel() * p.element_size() for p in placed.model.parameters() if p.requires_grad]
     known = adamw(trained)
-    if request.optimizer != "adamw_foreach":
-        known["scratch"] = [max(trained, default=0)] * 2 if request.optimizer == "adamw_loop" else []
+    if request.optimizer != "adamw_torch":
+        known["scratch"] = []
     return Beside(placed.weights, placed.adapter, **known)
 
 
 def _held(line: Timeline, beside: Beside, request: Request) -> int:
     """Replay a first step, and another after emptying the cache, as the allocator does before it gives up."""
     plain = request.quantize == "none" and request.devices == 1 and request.accumulation == 1
-    known = request.optimizer in ("adamw", "adamw_loop", "adamw_foreach")
+    known = request.optimizer in (DEFAULT, "adamw_torch")
     if request.device != "cuda" or request.mode != "train" or not plain or not known:
         return 0
     return reserved([line, line], beside, emptied=[0])
