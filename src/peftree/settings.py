@@ -94,7 +94,7 @@ class RunConfig(BaseModel):
     output: str = Field("runs/default", description="folder for everything that the run writes")
     epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int = Field(16, ge=1, le=65536, description="rows per forward pass")
+    batch_size: int = Field(16, ge=1, le=65536, description="rows per forward pass, in each process")
     eval_batch_size: int = Field(32, ge=1, le=65536, description="rows per scoring pass")
     accumulation: int = Field(
         1,
@@ -121,6 +121,9 @@ class RunConfig(BaseModel):
     )
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of head, adapter, data order and dropout")
+    processes: int | None = Field(
+        None, ge=1, le=1024, description="processes that train together, each on its own rows; none: as many as started"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the base model; auto: its own; adapters stay float32"

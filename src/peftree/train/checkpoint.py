@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     trainer_state: str,
+    streams: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write `checkpoint-N`: the adapter as `peftree.load` reads it, and what resuming needs.
 
@@ -47,6 +49,7 @@ def write_checkpoint(
 
     Args:
         trainer_state: transformers' `TrainerState` as JSON.
+        streams: random states of several processes by name (`random/...`).
 
     Raises:
         StoreError: a tensor is not finite, or the disk is full; an older checkpoint is unchanged.
@@ -56,6 +59,7 @@ def write_checkpoint(
     stage = stage_for(target)
     try:
         plain, tensors = _optimizer_state(optimizer)
+        tensors |= streams
         for index, running in enumerate(_running(adapter)):
             for kind, means in (("mean", running.mean), ("spread", running.spread)):
                 tensors |= {f"running/{index}/{kind}/{name}": t for name, t in means.items()}
@@ -173,8 +177,12 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def fill_random(checkpoint: str | Path) -> None:
-    """Restore the random numbers of Python, numpy and torch."""
+def fill_random(checkpoint: str | Path, devices: bool = True) -> dict[str, Tensor]:
+    """Restore the random numbers of Python, numpy and torch, and return all tensors of the checkpoint's training.
+
+    Args:
+        devices: also those of the devices; of several processes, only the first one's are saved under these names.
+    """
     saved, tensors = _state(checkpoint)["random"], _read(Path(checkpoint) / TENSORS)
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
@@ -182,9 +190,10 @@ def fill_random(checkpoint: str | Path) -> None:
     keys = tensors["random/numpy"].numpy().astype(np.uint32)
     np.random.set_state((name, keys, position, has_gauss, cached))
     torch.set_rng_state(tensors["random/torch"].clone())
-    devices = sorted(k for k in tensors if k.startswith("random/cuda"))
-    if devices and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[k].clone() for k in devices])
+    saved_devices = sorted(k for k in tensors if k.startswith("random/cuda"))
+    if devices and saved_devices and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[k].clone() for k in saved_devices])
+    return tensors
 
 
 def _running(adapter: Adapter) -> list[Sensitivity]:

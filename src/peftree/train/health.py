@@ -90,18 +90,24 @@ class Health:
             self.stops[0] += int(rows.sum())
             self.stops[1] += len(rows)
 
-    def _check_labels(self) -> None:
+    @property
+    def counts(self) -> list[float]:
+        """Labels in the loss, all labels, rows with a stop token in the loss, and all rows, so far in this process."""
+        return [*map(float, (*self.labels, *self.stops))]
+
+    def _check_labels(self, counts: Sequence[float]) -> None:
         """Check what the passes of a step had in the loss together; a single pass may have no label."""
-        before, self._seen = self._seen, tuple(self.labels)
+        before, self._seen = self._seen, tuple(map(int, counts[:2]))
         kept, labels = (new - old for new, old in zip(self._seen, before, strict=True))
+        stops, rows = map(int, counts[2:])
         if labels and not kept:
             raise TrainError(
                 f"All {labels} labels of a batch are masked (-100); nothing would be learned.",
                 "Raise max_length, and check that the completion column is not empty.",
             )
-        if self.stops[1] and not self.stops[0]:
+        if rows and not stops:
             raise TrainError(
-                f"The stop token {self.stop} is not in the loss of any of {self.stops[1]} rows; "
+                f"The stop token {self.stop} is not in the loss of any of {rows} rows; "
                 "the model would not learn to stop.",
                 "Raise max_length; do not mask labels by pad id, which may be the stop token.",
             )
@@ -115,10 +121,10 @@ class Health:
                 "part of the model that the task runs.",
             )
 
-    def see_gradients(self) -> None:
-        """Check the gradients of one step, before the optimizer uses them."""
+    def see_gradients(self, counts: Sequence[float]) -> None:
+        """Check the gradients of one step, before the optimizer uses them; `counts` are those of all processes."""
         self.steps += 1
-        self._check_labels()
+        self._check_labels(counts)
         self.turns.update(name for name, parameter in self.names.items() if parameter.requires_grad)
         for name, parameter in self.names.items():
             gradient = parameter.grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
 from peftree.data.rows import Data, Example
 from peftree.data.thinning import rows_of
+from peftree.deltas.chance import repeated
 from peftree.errors import ConfigError
 from peftree.evaluate.cost import (
     current_rss,
@@ -44,8 +46,10 @@ from peftree.train.output import (
     check_trackers,
     done_steps,
     held,
+    rows_of_step,
 )
 from peftree.train.peak import peak
+from peftree.train.processes import Team, join
 from peftree.train.trainer import AdapterTrainer
 
 
@@ -69,22 +73,27 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
         onto: continue training the adapter of this run, on the data of `config`, with the same model,
             method, task and labels (else ConfigError).
 
+    Every process of a run returns its results.
+
     Raises:
         BusyError: another process trains in the output folder.
     """
+    team = join(config)
+    if team.size > 1:
+        config = config.model_copy(update={"processes": team.size, "quiet": config.quiet or not team.first})
     check_place(config)
     check_trackers(config)
-    with held(config.output):
-        return _complete(config, onto)
+    with held(config.output) if team.first else nullcontext():
+        return _complete(config, onto, team)
 
 
-def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
+def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run, OpenRun]:
     clock = Clock()
     with clock("setup"):
         method = make_method(config)
         lr = method.tags.lr if config.lr is None else config.lr
         resolved = config.resolved(registry.spec(method)["fields"], lr)
-        used = check_settings(config, resolved)
+        used, done = team.told((check_settings(config, resolved), done_steps(config.output)) if team.first else None)
         if config.threads:
             torch.set_num_threads(config.threads)
         with calm(config.quiet):
@@ -95,19 +104,23 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
         trainer = _trainer(config, task, adapter, items, clock, lr)
         for line in (*data.warnings, *task.notes):
             trainer.say(f"note: {line}")
-        check_inputs(config, data, task.model, used)
-        write_resolved(Path(config.output) / SETTINGS, resolved)
         saved = Saved(lambda: _saved(config, task, items["train"]), clock)
-        trainer.add_callback(saved)
-        trainer.ends, trainer.scored_at = True, done_steps(config.output)
+        if team.first:
+            check_inputs(config, data, task.model, used)
+            write_resolved(Path(config.output) / SETTINGS, resolved)
+            trainer.add_callback(saved)
+        trainer.ends, trainer.scored_at = True, done
     split, base = data.scored[0], None
-    if config.base_score:
+    if config.base_score and team.first:
         with clock("eval"), disabled(task.model):
             base = task.score(items[split], config.eval_batch_size)
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
         trainer.train(resume_from_checkpoint=config.resume)
+    opened = OpenRun(config, task, adapter, data)
+    if not team.first:
+        return Run(**team.told(None)), opened
     peaks = {"peak_rss_bytes": peak_rss(), "device_peak_bytes": device_peak(trainer.args.device)}
     sizes = training_bytes(adapter.parameters(), trainer.optimizer)
     with clock("eval"):
@@ -120,12 +133,13 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), **peaks,
         **memory, gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
         rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
-        **throughput(items["train"], config.batch_size * config.accumulation, clock.step_seconds()),
+        **throughput(items["train"], rows_of_step(config.model_dump()), clock.step_seconds()),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
     _write_metrics(result, trainer)
     trainer.say(told)
-    return result, OpenRun(config, task, adapter, data)
+    team.told(result.model_dump(mode="json"))
+    return result, opened
 
 
 @dataclass(frozen=True)
@@ -208,19 +222,22 @@ def _unfinished(path: Path) -> str:
 def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
     data = rows_of(config)
     task = build_task(config.model, data, _options(config))
-    if task.contrastive and config.accumulation > 1:
-        raise ConfigError(
-            f"{config.where('accumulation')}accumulation={config.accumulation}: the loss of {data.task} compares the "
-            "rows of one forward pass, so several passes are not a larger batch.",
-            "Set accumulation: 1 and raise batch_size; gradient_checkpointing saves memory.",
-        )
+    for name, several in (("accumulation", config.accumulation), ("processes", config.processes or 1)):
+        if task.contrastive and several > 1:
+            raise ConfigError(
+                f"{config.where(name)}{name}={several}: the loss of {data.task} compares the "
+                "rows of one forward pass, so several passes are not a larger batch.",
+                f"Set {name}: 1 and raise batch_size; gradient_checkpointing saves memory.",
+            )
     adapter = adapt(task.model, method, name=config.adapter, head=config.head, seed=config.seed)
     _leave_room(config, task, adapter)
     if config.gradient_checkpointing:
         model: Any = task.model
         with warnings.catch_warnings():  # the name that every 5.x has; later ones say it will change
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False} | ({"context_fn": repeated} if _several(config) else {})
+            )
     return data, task, adapter
 
 
@@ -272,7 +289,12 @@ def _arguments(config: RunConfig, task: Task) -> TrainingArguments:
         logging_first_step=True, load_best_model_at_end=best, metric_for_best_model="score" if best else None,
         greater_is_better=task.higher_is_better if best else None, report_to=list(config.report_to) or "none",
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+        use_cpu=_several(config) and not torch.cuda.is_available(),  # else processes on a CPU do not join
     )  # fmt: skip
+
+
+def _several(config: RunConfig) -> bool:
+    return (config.processes or 1) > 1
 
 
 def _every(steps: int | None) -> tuple[str, int | None]:

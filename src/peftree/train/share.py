@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from peftree.errors import TrainError
+from peftree.train.parts import Weightless
 
 IGNORED = -100
 
@@ -38,6 +39,8 @@ def items(batch: Mapping[str, Any], model: nn.Module) -> int:
 
     For a batch without `labels` it is the number of rows.
     """
+    if isinstance(batch, Weightless):
+        return 0
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
