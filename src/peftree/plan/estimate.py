@@ -365,8 +365,8 @@ def _plan(
         notes.append(f"a CUDA process takes about {CONTEXT >> 20} MiB more for its context")
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
-    beyond = {"quantize": "none", "optimizer": "adamw", "shard": "none"}
-    if other := [f"{name}={value}" for name, usual in beyond.items() if (value := getattr(request, name)) != usual]:
+    known = {"quantize": ("none",), "optimizer": ("adamw",), "shard": ("none", "ddp")}
+    if other := [f"{name}={value}" for name, can in known.items() if (value := getattr(request, name)) not in can]:
         notes.append(f"`peftree train` cannot run {', '.join(other)} yet")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},

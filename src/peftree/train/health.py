@@ -32,7 +32,7 @@ class Health:
         self.turns: Counter[str] = Counter()  # steps in which a tensor was trained: some methods let them take turns
         self.steps = 0
         self.labels = [0, 0]
-        self._seen: tuple[int, ...] = (0, 0)
+        self._seen: tuple[int, ...] = (0, 0, 0, 0)  # `counts` of all processes
         self.stops = [0, 0]
         self.optimized = 0
         self.done = False
@@ -97,9 +97,9 @@ class Health:
 
     def _check_labels(self, counts: Sequence[float]) -> None:
         """Check what the passes of a step had in the loss together; a single pass may have no label."""
-        before, self._seen = self._seen, tuple(map(int, counts[:2]))
-        kept, labels = (new - old for new, old in zip(self._seen, before, strict=True))
-        stops, rows = map(int, counts[2:])
+        before, self._seen = self._seen, tuple(map(int, counts))
+        kept, labels = (new - old for new, old in zip(self._seen[:2], before[:2], strict=True))
+        stops, rows = self._seen[2:]
         if labels and not kept:
             raise TrainError(
                 f"All {labels} labels of a batch are masked (-100); nothing would be learned.",
@@ -198,10 +198,11 @@ class Health:
         count = len(self._trained())
         parts = [f"gradients {len(self.alive)}/{count} finite and non-zero"]
         parts.append(f"optimizer {self.optimized}/{count} tensors")
-        if self.labels[1]:
-            parts.append(f"labels {self.labels[0]:,}/{self.labels[1]:,} in the loss")
+        kept, labels, stops, rows = self._seen
+        if labels:
+            parts.append(f"labels {kept:,}/{labels:,} in the loss")
         if self.stop is not None:
-            parts.append(f"stop token in {self.stops[0]}/{self.stops[1]} rows")
+            parts.append(f"stop token in {stops}/{rows} rows")
         parts.append(f"output changed by up to {change:.1e}")
         return f"step {self.steps}: {', '.join(parts)}"
 

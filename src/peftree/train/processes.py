@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +26,7 @@ from peftree.store.digest import digests
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells a process, besides WORLD_SIZE
 # How long others wait while the first one scores or writes. The end of a process is noticed at once.
 _WAIT = timedelta(days=7)
+_PARENT_ENDS = 1  # PR_SET_PDEATHSIG of Linux: the signal to get when the parent ends
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise TrainError(
-            f"Another process of this run ended or cannot be reached: {str(error).splitlines()[0]}",
+            "Another process of this run ended or cannot be reached.",
             "Its own message says why. Newer checkpoints are complete; resume=true continues from the newest.",
         ) from error
 
@@ -171,6 +175,9 @@ def _find(size: int) -> None:
             "find each other.",
             "Start it with torchrun -m peftree train, or unset WORLD_SIZE to train in one process.",
         )
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # If torchrun itself is killed, its processes would train on, and hold the output folder.
+        ctypes.CDLL(None).prctl(_PARENT_ENDS, int(signal.SIGTERM))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:

@@ -33,7 +33,7 @@ class Streams:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, deltas draw from the shared stream what all processes must draw alike."""
+        """Inside, which is one pass of all processes, deltas draw from the shared stream what all must draw alike."""
         before, Chance.alike = Chance.alike, self.shared
         try:
             yield

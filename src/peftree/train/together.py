@@ -129,7 +129,8 @@ class Together(Trainer):
         Raises:
             DivergedError: the loss of some process was not finite; all processes raise it.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.streams.on():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.team.size > 1 and self.accelerator.sync_gradients:
             trained = [p for p in self.adapter.parameters() if p.requires_grad]
             asked = [self._asked == each for each in _SIGNALS]

@@ -124,7 +124,7 @@ class AdapterTrainer(Together):
             if source is None:
                 self._see_data()
             try:
-                with stopping(self.stop), self.streams.on():
+                with stopping(self.stop):
                     over = source is not None and self._over(source)
                     result = self._restore(str(source)) if over else super().train(source, *args, **more)
                     self.agree_to_stop()
