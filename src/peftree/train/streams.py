@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from peftree.deltas.chance import Chance
+from peftree.deltas.shared import Shared
 from peftree.train.processes import Team
 
 _SHARED = "random/shared"
@@ -33,12 +33,13 @@ class Streams:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, which is one pass of all processes, deltas draw from the shared stream what all must draw alike."""
-        before, Chance.alike = Chance.alike, self.shared
+        """Inside, which is one pass of all processes, deltas share with the others what they must."""
+        if self.shared is not None:
+            Shared.alike, Shared.mean = self.shared, self.team.mean
         try:
             yield
         finally:
-            Chance.alike = before
+            Shared.alike = Shared.mean = None
 
     def begin(self, step: int, saved: Mapping[str, Tensor]) -> None:
         """Begin both streams: where a checkpoint left them, or else anew for this process and step.
