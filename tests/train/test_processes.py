@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,20 @@ def test_the_command_starts_processes_and_ends_as_they_do(rows: Path, encoder: s
     wrong = subprocess.run([*command, *words(rows, encoder, True, rows / "out", *more, "epochs=1")],
                            capture_output=True, text=True)  # fmt: skip
     assert wrong.returncode == 2 and "already holds a run" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_pages_job_of_submitit(rows: Path, encoder: str) -> None:
+    """The page's file, run on this machine in place of a cluster."""
+    page = (HERE.parents[1] / "docs" / "scale.md").read_text()
+    code = next(block for block in re.findall(r"```py\n(.*?)```", page, re.S) if "submitit" in block)
+    (rows / "job.py").write_text(code.replace('AutoExecutor("jobs")', 'AutoExecutor("jobs", cluster="local")'))
+    config = load_config(None, words(rows, encoder, True, rows / "two", "method=lora", "batch_size=4"))
+    (rows / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    ran = subprocess.run([sys.executable, "job.py"], cwd=rows, capture_output=True, text=True, check=True)
+    one: Any = run(load_config(None, words(rows, encoder, True, rows / "one", "method=lora", "batch_size=8")))
+    assert ran.stdout.strip() == f"[{one.score}, {one.score}]"
+    assert far(rows / "one" / "adapter", rows / "two" / "adapter") < 1e-6
 
 
 def test_every_row_has_weight_once() -> None:

@@ -143,7 +143,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         raise TrainError(
             "Another process of this run ended or cannot be reached.",
-            "Its own message says why. Newer checkpoints are complete; resume=true continues from the newest.",
+            "Its own message says why. If there is a checkpoint, resume=true continues from it.",
         ) from error
 
 

@@ -132,7 +132,7 @@ class Together(Trainer):
         with self.streams.on():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.team.size > 1 and self.accelerator.sync_gradients:
-            trained = [p for p in self.adapter.parameters() if p.requires_grad]
+            trained = [p for p in self.adapter.parameters() if p.requires_grad] or self.adapter.parameters()[:1]
             asked = [self._asked == each for each in _SIGNALS]
             said = self.team.average(trained, [*map(float, asked), not self._finite, *self.health.counts])
             self._heard(said[:2])
