@@ -19,10 +19,13 @@ from peftree.train.trainer import AdapterTrainer
 class Injured(AdapterTrainer):
     """A trainer that does what the variable PEFTREE_TEST says, as `STEP:RANK:WHAT`."""
 
+    injured = False
+
     def compute_loss(self, *args: Any, **more: Any) -> Any:
-        """Do it before the pass of that step."""
+        """Do it before the first pass of that step."""
         step, rank, what = os.environ["PEFTREE_TEST"].split(":")
-        if (int(step), int(rank)) == (self.state.global_step, self.team.rank):
+        if (int(step), int(rank), False) == (self.state.global_step, self.team.rank, self.injured):
+            self.injured = True
             if what == "drift":
                 self.adapter.parameters()[0].data.add_(1e-3)
             elif what == "nan":
