@@ -25,6 +25,7 @@ from peftree.train.parts import Again, Part, Weightless
 from peftree.train.processes import Team, join, team
 from peftree.train.run import run
 from peftree.train.share import items
+from peftree.train.streams import Streams
 from train.tiny import WORDS, reviews, write_csv, write_jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -244,6 +245,33 @@ def test_every_row_has_weight_once() -> None:
             assert [b for b in batches if not isinstance(b, Again)] == whole[step * size : (step + 1) * size]
             assert all(b == batches[0] for b in batches if isinstance(b, Again))
     assert items(Weightless(labels=torch.ones(3, dtype=torch.int64)), nn.Linear(1, 1)) == 0
+
+
+class Alike(Team):
+    """Two processes that hold the same, seen by one of them."""
+
+    def gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        return [own, own]
+
+
+def test_each_process_has_its_own_stream_and_all_share_one() -> None:
+    """The shared one goes on where that of one process was; a checkpoint keeps where it is."""
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for rank in (0, 1):
+            torch.manual_seed(5)
+            streams = Streams(Alike(rank, 2), 7)
+            streams.begin(0, {})
+            own, saved = torch.rand(3), streams.states()
+            with streams.alike():
+                found.append((own, torch.rand(3), torch.rand(3)))
+            streams.begin(1, {"random/shared": saved["random/shared"]})
+            with streams.alike():
+                assert torch.equal(torch.rand(3), found[-1][1])
+        torch.manual_seed(5)
+        one = torch.rand(3), torch.rand(3)
+    assert not torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], one[0])
+    assert all(torch.equal(a, b) for rank in found for a, b in zip(rank[1:], one, strict=True))
 
 
 def test_processes_that_nobody_joined_are_refused(rows: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
