@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -195,6 +196,7 @@ def _find(size: int) -> None:
             f"WORLD_SIZE={size}: the processes did not find each other: {str(error).splitlines()[0]}",
             "Start all of them, and check MASTER_ADDR and MASTER_PORT.",
         ) from None
+    atexit.register(dist.destroy_process_group)  # else a thread of gloo that still runs aborts a process that ends
 
 
 def team() -> Team:
