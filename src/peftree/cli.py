@@ -187,10 +187,7 @@ def merge(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
     quantized: Annotated[
-        Literal["refuse", "dequantize", "requantize"],
-        typer.Option(
-            help="What becomes of a quantised base: plain weights, or packed again with an error that is said."
-        ),
+        Packing, typer.Option(help="What a quantised base becomes: plain, or packed again.")
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
@@ -222,7 +219,7 @@ def convert(
 
 def _export(
     run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool,
-    quantized: Literal["refuse", "dequantize", "requantize"] = "refuse",
+    quantized: Packing = "refuse",
 ) -> None:  # fmt: skip
     from peftree.train.export import export_run
 
