@@ -77,6 +77,7 @@ def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
     return error
 
 
+@torch.no_grad()
 def _packed(model: nn.Module, changes: list[Change], quantized: Packing) -> tuple[list[Change], float]:
     """Return the changes with the weights of a quantised base as they shall be, and the largest error of it."""
     out, errors = [], [0.0]

@@ -122,9 +122,9 @@ def keep_gradients(module: Any) -> None:
     if "Linear4bit" not in (kind.__name__ for kind in type(module).__mro__):
         return
     module.support_avx512bf16_for_cpu = False
-    state = module.weight.quant_state
-    if vars(state).get("packing_format_for_cpu", False):
+    weight = module._parameters["weight"]
+    state = weight.__dict__.get("quant_state")
+    if state is not None and vars(state).get("packing_format_for_cpu", False):
         from bitsandbytes import functional
 
-        data, module.weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(module.weight.data, state)
-        module.weight.data = data
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
