@@ -128,10 +128,11 @@ def unmerge(model: nn.Module) -> None:
     for (path, key), original in record.originals.items():
         module = model.get_submodule(path)
         now = module._parameters[key]
-        if is_packed(original) and now is not None:
-            original = original if original.device == now.device else original.to(now.device)
-        elif original is not None and now is not None and (original.device, original.dtype) != (now.device, now.dtype):
-            original.data = original.data.to(now)  # the model was moved while it was merged
+        if original is not None and now is not None:  # the model may have been moved while it was merged
+            if not is_packed(original):
+                original.data = original.data.to(now)
+            elif original.device != now.device:
+                original = original.to(now.device)  # type: ignore[assignment]
         module._parameters[key] = original
     names, record.originals, record.merged = record.merged, {}, ()
     record.turn_on(names)

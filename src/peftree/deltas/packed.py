@@ -100,10 +100,11 @@ def packed_again(module: Any, like: Any, value: Tensor, config: Any) -> nn.Param
         return type(like)(value.contiguous(), requires_grad=False).to(like.device)  # type: ignore[no-any-return]
     from torchao.quantization import quantize_
 
-    holder = nn.Sequential(nn.Linear(*reversed(value.shape), bias=False, device="meta"))
-    holder[0].weight = nn.Parameter(value, requires_grad=False)
-    quantize_(holder, config.get_apply_tensor_subclass())
-    return holder[0].weight
+    out, width = value.shape
+    linear = nn.Linear(width, out, bias=False, device="meta")
+    linear.weight = nn.Parameter(value, requires_grad=False)
+    quantize_(nn.Sequential(linear), config.get_apply_tensor_subclass())
+    return linear.weight
 
 
 def hollow(module: Any, tensor: Tensor) -> Tensor:
