@@ -74,13 +74,13 @@ ROOMS = {
     "tasks": 2550,
     "evaluate": 1400,
     "runs": 450,
-    "train": 2600,
+    "train": 3150,
     "plan": 3450,
-    "assets": 1450,
+    "assets": 1600,
     "probes": 850,
-    "bench": 2500,
-    "advise": 2100,
-    "report": 2800,
+    "bench": 2650,
+    "advise": 2150,
+    "report": 2900,
 }
 ALLOWED_IN_METHODS = re.compile(r"peftree\.(methods\.contract|deltas(\.\w+)*)\Z")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

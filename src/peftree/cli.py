@@ -130,33 +130,27 @@ def train(
 ) -> None:
     """Train an adapter from run.yaml and key=value settings; writes the adapter, its metrics and a page."""
     from peftree.settings import load_config
+    from peftree.train.output import no_settings
+    from peftree.train.processes import started, team
     from peftree.train.run import run
 
     if Path(config).is_dir():
-        raise _folder(Path(config))
+        raise no_settings(Path(config))
     path = None if "=" in config and not Path(config).exists() else Path(config)
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
-    result = run(settings := load_config(path, words))
-    from peftree import report as reports  # takes half a second, and training may fail
+    settings = load_config(path, words)
+    if (settings.processes or 1) > 1 and started() == 1:
+        from peftree.train.launch import launch
 
-    page = reports.write(settings.output, Path(settings.output) / "report.html")
-    emit(result.metrics(), as_json)
-    if not settings.quiet:
-        typer.echo(plain(f"The loss curve, scores and costs: {page}"), err=True)
+        raise typer.Exit(launch(settings.processes or 1, [config, *words[0 if path else 1 :], *["--json"] * as_json]))
+    result = run(settings)
+    if team().first:
+        from peftree import report as reports  # takes half a second, and training may fail
 
-
-def _folder(path: Path) -> ConfigError:
-    """Return the error for a folder in place of a settings file, with the command that suits its contents."""
-    settings = path / "resolved.yaml"
-    if (path / "adapter").is_dir():
-        fix = f"It is a finished run: peftree eval {path} scores it; peftree train {settings} output=NEW runs it again."
-    elif settings.is_file():
-        fix = f"It is an interrupted run: peftree train {settings} resume=true continues it."
-    elif (path / "config.json").is_file():
-        fix = f"It is a model: peftree train model={path} data=FILE method=lora."
-    else:
-        fix = f"To train on it, write data={path}; to write to it, output={path}."
-    return ConfigError(f"{path} is a folder, not a run.yaml or a key=value.", fix)
+        page = reports.write(settings.output, Path(settings.output) / "report.html")
+        emit(result.metrics(), as_json)
+        if not settings.quiet:
+            typer.echo(plain(f"The loss curve, scores and costs: {page}"), err=True)
 
 
 @app.command("eval")

@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
     output: str = Field("runs/default", description="folder for everything that the run writes")
     epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int = Field(16, ge=1, le=65536, description="rows per forward pass")
+    batch_size: int = Field(16, ge=1, le=65536, description="rows per forward pass, in each process")
     eval_batch_size: int = Field(32, ge=1, le=65536, description="rows per scoring pass")
     accumulation: int = Field(
         1,
@@ -160,6 +160,9 @@ class RunConfig(BaseModel):
     )
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
     seed: int = Field(0, ge=0, lt=1 << 31, description="seed of head, adapter, data order and dropout")
+    processes: int | None = Field(
+        None, ge=1, le=1024, description="processes that train together, each on its own rows; none: as many as started"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the base model; auto: its own; adapters stay float32"
@@ -214,8 +217,8 @@ class RunConfig(BaseModel):
 
     def total_steps(self, rows: int) -> int:
         """Return how many optimizer steps a run over `rows` training rows has, if nothing stops it."""
-        passes = -(-rows // self.batch_size)
-        return self.steps or math.ceil(self.epochs * max(-(-passes // self.accumulation), 1))
+        each = self.batch_size * self.accumulation * (self.processes or 1)
+        return self.steps or math.ceil(self.epochs * max(-(-rows // each), 1))
 
     def resolved(self, fields: Mapping[str, Any], lr: float) -> dict[str, Any]:
         """Return the configuration with the method's `fields` and rate filled in, as plain data."""

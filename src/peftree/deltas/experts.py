@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.deltas.branch import Activation, Bottleneck
 from peftree.deltas.place import Place
+from peftree.deltas.shared import one_of
 
 
 class RandomExperts(Bottleneck):
@@ -42,7 +42,7 @@ class RandomExperts(Bottleneck):
         D, b, U, c = (own[f"all_{n}"] for n in ("down", "down_bias", "up", "up_bias"))
         if not self.training:
             return D.mean(0), b.mean(0), U.mean(0), c.mean(0)
-        i, j = (torch.randint(n, (1,), device=D.device) for n in (self.downs, self.ups))
+        i, j = (one_of(n, D.device) for n in (self.downs, self.ups))
         return D[i].squeeze(0), b[i].squeeze(0), U[j].squeeze(0), c[j].squeeze(0)
 
     def fold(self) -> None:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftree.deltas.place import Place
 from peftree.deltas.probe import probed_gradients
+from peftree.deltas.shared import averaged
 from peftree.deltas.verbs import Reweight
 from peftree.errors import MethodError
 
@@ -160,7 +161,7 @@ class Watched(Sparse):
         """Return W with the values added."""
         new = super().weight(W)
         if self.watching and new.requires_grad:
-            new.register_hook(lambda grad: self.see(grad.detach().flatten(), W.detach().flatten()))
+            new.register_hook(lambda grad: self.see(averaged(grad.detach().flatten()), W.detach().flatten()))
         return new
 
     def see(self, grad: Tensor, base: Tensor) -> None:

@@ -368,9 +368,8 @@ def _plan(
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
     notes += request.left_out
-    beyond = {"shard": "none"}
-    if other := [f"{name}={value}" for name, usual in beyond.items() if (value := getattr(request, name)) != usual]:
-        notes.append(f"`peftree train` cannot run {', '.join(other)} yet")
+    if request.shard not in ("none", "ddp"):
+        notes.append(f"`peftree train` cannot run shard={request.shard} yet")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
         whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),

@@ -68,6 +68,14 @@ class Request(RunConfig):
         0, ge=0, description="memory of one device: bytes, or 24GB; 0: no budget"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_run(cls, value: Any) -> Any:
+        """Plan a run's processes as devices that share its rows."""
+        if isinstance(value, Mapping) and value.get("processes") not in (None, 1, "1"):
+            return {"devices": value["processes"], "shard": "ddp", **value}
+        return value
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.devices > 1 and self.shard == "none":
@@ -112,7 +120,7 @@ class Request(RunConfig):
 # Settings of a run that its memory does not depend on, as far as a plan goes.
 _IDLE = (
     *("data", "adapter", "output", "epochs", "steps", "lr", "weight_decay", "schedule"),
-    *("warmup", "max_grad_norm", "chat", "seed", "threads", "eval_every", "save_every", "keep"),
+    *("warmup", "max_grad_norm", "chat", "seed", "processes", "threads", "eval_every", "save_every", "keep"),
     *(
         "group_by_length",
         "workers",

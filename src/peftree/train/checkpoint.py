@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def write_checkpoint(
     scheduler: Any,
     trainer_state: str,
     scaler: Any = None,
+    streams: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write `checkpoint-N`: the adapter as `peftree.load` reads it, and what resuming needs.
 
@@ -49,6 +51,7 @@ def write_checkpoint(
     Args:
         trainer_state: transformers' `TrainerState` as JSON.
         scaler: scales the loss, in fp16.
+        streams: random states of several processes by name (`random/...`).
 
     Raises:
         StoreError: a tensor is not finite, or the disk is full; an older checkpoint is unchanged.
@@ -58,6 +61,7 @@ def write_checkpoint(
     stage = stage_for(target)
     try:
         plain, tensors = _optimizer_state(optimizer)
+        tensors |= streams
         for index, running in enumerate(_running(adapter)):
             for kind, means in (("mean", running.mean), ("spread", running.spread)):
                 tensors |= {f"running/{index}/{kind}/{name}": t for name, t in means.items()}
@@ -184,8 +188,12 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def fill_random(checkpoint: str | Path) -> None:
-    """Restore the random numbers of Python, numpy and torch."""
+def fill_random(checkpoint: str | Path, devices: bool = True) -> dict[str, Tensor]:
+    """Restore the random numbers of Python, numpy and torch, and return all tensors of the checkpoint's training.
+
+    Args:
+        devices: also those of the devices; of several processes, only the first one's are saved under these names.
+    """
     saved, tensors = _state(checkpoint)["random"], _read(Path(checkpoint) / TENSORS)
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
@@ -193,9 +201,10 @@ def fill_random(checkpoint: str | Path) -> None:
     keys = tensors["random/numpy"].numpy().astype(np.uint32)
     np.random.set_state((name, keys, position, has_gauss, cached))
     torch.set_rng_state(tensors["random/torch"].clone())
-    devices = sorted(k for k in tensors if k.startswith("random/cuda"))
-    for index, key in enumerate(devices[: torch.cuda.device_count()]):  # there may be fewer than there were
+    there = sorted(k for k in tensors if k.startswith("random/cuda"))
+    for index, key in enumerate(there[: torch.cuda.device_count() if devices else 0]):  # there may be fewer now
         torch.cuda.set_rng_state(tensors[key].clone(), index)
+    return tensors
 
 
 def _running(adapter: Adapter) -> list[Sensitivity]:

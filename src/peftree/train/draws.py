@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, get_worker_info
 
+from peftree.train.parts import Again, Weightless
+
 
 class Draws:
     """Gives each batch its own random numbers, whichever process reads it and however the run got there.
@@ -90,6 +92,7 @@ class _Batch(list[Any]):
     """The rows of a batch, and what its collator's draws depend on."""
 
     key: tuple[object, ...] = ()
+    weightless = False
 
 
 class _Told:
@@ -121,6 +124,7 @@ class _Rows(_Told, Dataset[Any]):
         with self.draws.of("rows", *places):
             batch = _Batch(together(places) if together else (self.rows[i] for i in places))
         batch.key = tuple(places)
+        batch.weightless = isinstance(places, Again)
         return batch
 
 
@@ -153,7 +157,8 @@ class _Collate:
     def __call__(self, batch: Any) -> Any:
         key = batch.key if isinstance(batch, _Batch) else self._count()
         with self.draws.of("collate", *key):
-            return self.collate(batch)
+            made = self.collate(batch)
+        return Weightless(made) if isinstance(batch, _Batch) and batch.weightless else made
 
     def _count(self) -> tuple[int, int]:
         epoch, count = self.seen

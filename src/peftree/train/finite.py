@@ -32,6 +32,10 @@ class Finite:
         """Note the loss of a pass."""
         self._losses.append(loss.detach())
 
+    def bad_loss(self) -> Tensor:
+        """Return 1 if the loss of some pass of this step is not finite, else 0, without a wait for the device."""
+        return 1.0 - torch.isfinite(_row(self._losses)).all().float()
+
     def see_weights(self, weights: Sequence[Tensor]) -> None:
         """Note the weights after a step: a sum is finite only if every entry is, and costs a tenth of a norm."""
         self._weights = weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Health:
         self.turns: Counter[str] = Counter()  # steps in which a tensor was trained: some methods let them take turns
         self.steps = 0
         self.labels = [0, 0]
-        self._seen: tuple[int, ...] = (0, 0)
+        self._seen: tuple[int, ...] = (0, 0, 0, 0)  # `counts` of all processes
         self.stops = [0, 0]
         self.optimized = 0
         self.done = False
@@ -90,18 +90,24 @@ class Health:
             self.stops[0] += int(rows.sum())
             self.stops[1] += len(rows)
 
-    def _check_labels(self) -> None:
+    @property
+    def counts(self) -> list[float]:
+        """Labels in the loss, all labels, rows with a stop token in the loss, and all rows, so far in this process."""
+        return [*map(float, (*self.labels, *self.stops))]
+
+    def _check_labels(self, counts: Sequence[float]) -> None:
         """Check what the passes of a step had in the loss together; a single pass may have no label."""
-        before, self._seen = self._seen, tuple(self.labels)
-        kept, labels = (new - old for new, old in zip(self._seen, before, strict=True))
+        before, self._seen = self._seen, tuple(map(int, counts))
+        kept, labels = (new - old for new, old in zip(self._seen[:2], before[:2], strict=True))
+        stops, rows = self._seen[2:]
         if labels and not kept:
             raise TrainError(
                 f"All {labels} labels of a batch are masked (-100); nothing would be learned.",
                 "Raise max_length, and check that the completion column is not empty.",
             )
-        if self.stops[1] and not self.stops[0]:
+        if rows and not stops:
             raise TrainError(
-                f"The stop token {self.stop} is not in the loss of any of {self.stops[1]} rows; "
+                f"The stop token {self.stop} is not in the loss of any of {rows} rows; "
                 "the model would not learn to stop.",
                 "Raise max_length; do not mask labels by pad id, which may be the stop token.",
             )
@@ -115,10 +121,10 @@ class Health:
                 "part of the model that the task runs.",
             )
 
-    def see_gradients(self) -> None:
-        """Note which tensors have a gradient in a step, before the optimizer uses it."""
+    def see_gradients(self, counts: Sequence[float]) -> None:
+        """Note which tensors have a gradient in a step, before the optimizer uses it; `counts`: of all processes."""
         self.steps += 1
-        self._check_labels()
+        self._check_labels(counts)
         self.turns.update(name for name, parameter in self.names.items() if parameter.requires_grad)
         for name, parameter in self.names.items():
             gradient = parameter.grad
@@ -190,10 +196,11 @@ class Health:
         count = len(self._trained())
         parts = [f"gradients {len(self.alive)}/{count} finite and non-zero"]
         parts.append(f"optimizer {self.optimized}/{count} tensors")
-        if self.labels[1]:
-            parts.append(f"labels {self.labels[0]:,}/{self.labels[1]:,} in the loss")
+        kept, labels, stops, rows = self._seen
+        if labels:
+            parts.append(f"labels {kept:,}/{labels:,} in the loss")
         if self.stop is not None:
-            parts.append(f"stop token in {self.stops[0]}/{self.stops[1]} rows")
+            parts.append(f"stop token in {stops}/{rows} rows")
         parts.append(f"output changed by up to {change:.1e}")
         return f"step {self.steps}: {', '.join(parts)}"
 

@@ -15,7 +15,11 @@ class Hooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Let the method's schedule begin."""
-        self.trainer.adapter.start(state.global_step, state.max_steps, self.trainer.plain_optimizer())
+        trainer = self.trainer
+        trainer.streams.begin(state.global_step, {})
+        with trainer.streams.alike():
+            trainer.adapter.start(state.global_step, state.max_steps, trainer.plain_optimizer())
+        trainer.compare("before the first step")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Let the method change the gradients."""

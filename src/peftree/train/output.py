@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -33,8 +34,9 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
-    *("log_every", "report_to", "workers", "data", "model", "compile"),
+    *("log_every", "report_to", "workers", "data", "model", "compile", "processes"),
 )
+_STEP = ("batch_size", "accumulation", "processes")  # their product, the rows of a step, stays
 # What scoring a finished run depends on.
 _SCORING = (*(f.name for f in fields(Options)), "model", "data", "task", "eval_batch_size")
 _STAGE = re.compile(r"\.+(checkpoint-\d+|adapter|metrics\.json|resolved\.yaml|inputs\.json)\.")
@@ -101,12 +103,7 @@ def _clear(path: Path) -> None:
 
 
 def check_place(config: RunConfig) -> None:
-    """Raise ConfigError if the output folder cannot be made or written to, or this is one of several processes."""
-    if (started := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
-        raise ConfigError(
-            f"WORLD_SIZE={started}: several processes were started, and a run trains in one.",
-            "Start it once, without torchrun or accelerate launch.",
-        )
+    """Raise ConfigError if the output folder cannot be made or written to."""
     output = Path(config.output)
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -114,6 +111,20 @@ def check_place(config: RunConfig) -> None:
             f"{config.where('output')}output: {output}: {there} is not a writable folder.",
             "Name another output folder.",
         )
+
+
+def no_settings(path: Path) -> ConfigError:
+    """Return the error for a folder in place of a settings file, with the command that suits its contents."""
+    settings = path / "resolved.yaml"
+    if (path / "adapter").is_dir():
+        fix = f"It is a finished run: peftree eval {path} scores it; peftree train {settings} output=NEW runs it again."
+    elif settings.is_file():
+        fix = f"It is an interrupted run: peftree train {settings} resume=true continues it."
+    elif (path / "config.json").is_file():
+        fix = f"It is a model: peftree train model={path} data=FILE method=lora."
+    else:
+        fix = f"To train on it, write data={path}; to write to it, output={path}."
+    return ConfigError(f"{path} is a folder, not a run.yaml or a key=value.", fix)
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -140,7 +151,11 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
         )
     if used:
         old = _record(output, SETTINGS, lambda path: read_yaml(path, {}))
-        changed = [k for k, v in resolved.items() if k not in _FREE and old.get(k) != v]
+        same = rows_of_step(old) == rows_of_step(resolved)
+        usual = {name: field.default for name, field in RunConfig.model_fields.items()}  # of a setting younger than it
+        changed = [k for k, v in resolved.items() if k not in (*_FREE, *_STEP) and old.get(k, usual[k]) != v]
+        if not same:
+            changed.append(f"{' x '.join(_STEP)} was {rows_of_step(old)}")
         if changed:
             raise ConfigError(
                 f"{output} is a run with other settings: {', '.join(changed)}.",
@@ -149,11 +164,9 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
     return used
 
 
-def check_unfinished(config: RunConfig) -> None:
-    """Raise TrainError if the run in the output folder has no step left, before its model and rows are read."""
-    found = _results(config.output)
-    done, rows = found.get("steps"), found.get("n_train")
-    if isinstance(done, int) and isinstance(rows, int) and done >= (total := config.total_steps(rows)):
+def check_unfinished(config: RunConfig, done: int | None, rows: int | None) -> None:
+    """Raise TrainError if a run with `done` steps over `rows` rows has no step left, before its model is read."""
+    if done is not None and rows is not None and done >= (total := config.total_steps(rows)):
         raise finished(done, total)
 
 
@@ -163,6 +176,11 @@ def finished(done: int, steps: int) -> TrainError:
         f"The run is finished: step {done} of {steps}.",
         "Raise epochs or steps to continue, or train again in another output folder.",
     )
+
+
+def rows_of_step(settings: Mapping[str, Any]) -> int:
+    """Return the rows of an optimizer step in all processes."""
+    return math.prod(int(settings.get(name) or 1) for name in _STEP)
 
 
 def check_scoring(config: RunConfig, ran: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
@@ -242,16 +260,14 @@ def _beside(model: str) -> dict[str, str]:
     return {p.name: sha256(p.read_bytes()) for p in found}
 
 
-def done_steps(output: str | Path) -> int | None:
-    """Return the number of steps after which the results in `output` were written; None without results."""
-    steps = _results(output).get("steps")
-    return steps if isinstance(steps, int) else None
+def written(output: str | Path) -> tuple[int | None, int | None]:
+    """Return the steps and the training rows of the results in `output`.
 
-
-def _results(output: str | Path) -> dict[str, Any]:
-    """Return the results in `output`; empty if there are none, or damaged ones, which a resumed run writes again."""
-    path = Path(output) / METRICS
+    Both are None without results, or for damaged ones, which a resumed run writes again.
+    """
+    path, found = Path(output) / METRICS, {}
     if path.exists():
         with contextlib.suppress(PeftreeError):
-            return read_json(path, 1 << 28)
-    return {}
+            found = read_json(path, 1 << 28)
+    steps, rows = found.get("steps"), found.get("n_train")
+    return (steps, rows) if isinstance(steps, int) and isinstance(rows, int) else (None, None)

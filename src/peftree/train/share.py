@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from peftree.errors import TrainError
+from peftree.train.parts import Weightless
 
 IGNORED = -100
 COUNT = "peftree_items"  # the entry of a batch with its number of items
@@ -39,6 +40,8 @@ def items(batch: Mapping[str, Any], model: nn.Module) -> int:
 
     For a batch without `labels` it is the number of rows.
     """
+    if isinstance(batch, Weightless):
+        return 0
     return int(batch[COUNT]) if COUNT in batch else _count(batch, shifts(model), _ignored(model))
 
 
@@ -51,7 +54,8 @@ class Counted:
 
     def __call__(self, rows: Any) -> dict[str, Any]:
         batch = self.collate(rows)
-        return {**batch, COUNT: _count(batch, *self.rule)}
+        kind = Weightless if isinstance(batch, Weightless) else dict
+        return kind({**batch, COUNT: _count(batch, *self.rule)})
 
 
 def _ignored(model: nn.Module) -> int:

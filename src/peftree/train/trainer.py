@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -15,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
-    Trainer,
     TrainerState,
     TrainingArguments,
 )
@@ -28,7 +25,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from peftree import store
 from peftree.adapter import Adapter
-from peftree.errors import TrainError, plain
+from peftree.errors import TrainError
 from peftree.evaluate.quality import Scores
 from peftree.precision import autocast
 from peftree.train import checkpoint as checkpoints
@@ -39,15 +36,16 @@ from peftree.train.finite import Finite, drop
 from peftree.train.health import STEPS, Health, first_line, main_output, names
 from peftree.train.hooks import Hooks
 from peftree.train.output import finished, held
-from peftree.train.share import COUNT, Counted, check_splits, items
+from peftree.train.share import COUNT, items
 from peftree.train.signals import stopping
+from peftree.train.together import Together
 
 INIT_BATCHES = 32
 _Early = EarlyStoppingCallback
 _DEFAULT_LR = TrainingArguments.learning_rate
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(Together):
     """Trains one adapter with transformers' Trainer.
 
     It adds the method's parameter groups and default learning rate, its schedule, extra loss,
@@ -88,11 +86,11 @@ class AdapterTrainer(Trainer):
             raise TrainError(f"Adapter '{adapter.name}' is not on a model.", "Put it on with peftree.adapt.")
         self.adapter = adapter
         self.lr = lr if lr is not None or args.learning_rate == _DEFAULT_LR else args.learning_rate
-        self.quiet = quiet
+        self.join(args)
+        self.quiet = quiet = quiet or not self.team.first
         self.score = score
         self.compiles = compiles
         self.health = Health(adapter, stop)
-        self.stopped = 0  # the number of the signal that asked for it
         self.ends = False  # whether the caller writes results, which a run may have been killed before
         self.scored_at: int | None = None  # the step that results were written after
         self.finite = Finite({id(p): n for n, p in names(adapter).items()})
@@ -116,11 +114,6 @@ class AdapterTrainer(Trainer):
         if not quiet and self.pop_callback(ProgressCallback):
             self.add_callback(self._bar)
 
-    def say(self, line: str) -> None:
-        """Print one line above the progress bar, unless the trainer is quiet."""
-        if not self.quiet:
-            tqdm.write(plain(line), file=sys.stderr)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **more: Any) -> Any:
         """Train; see `transformers.Trainer.train`.
 
@@ -140,9 +133,11 @@ class AdapterTrainer(Trainer):
             if source is None:
                 self._see_data()
             try:
-                with stopping(self._stop):
+                with stopping(self.stop):
                     over = source is not None and self._over(source)
                     result = self._restore(str(source)) if over else super().train(source, *args, **more)
+                    self.agree_to_stop()
+                    self.compare("after the last step")
             finally:
                 self._bar.close()
             if self.stopped:
@@ -176,7 +171,7 @@ class AdapterTrainer(Trainer):
         assert self.optimizer is not None
         checkpoints.fill_training(source, self.adapter, self.optimizer, self.lr_scheduler)
         checkpoints.fill_adapter(self.adapter, source)
-        checkpoints.fill_random(source)
+        checkpoints.fill_random(source, self.team.first)
         self.state = state
         self.say(f"training had ended at step {state.global_step}")
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
@@ -194,15 +189,13 @@ class AdapterTrainer(Trainer):
         assert model is not None
         return model
 
-    def _stop(self, number: int) -> None:
-        self.stopped = number
-
     def _resume(self, wanted: str | bool | None) -> str | None:
         """Return the checkpoint to continue from."""
         output = str(self.args.output_dir)
         if not wanted:
             return None
-        found = checkpoints.newest_checkpoint(output, self.say) if wanted is True else Path(wanted)
+        newest = checkpoints.newest_checkpoint(output, self.say) if wanted is True and self.team.first else None
+        found = self.team.told(str(newest) if newest else None) if wanted is True else wanted
         if found is None:
             self.say(f"no checkpoint in {output}: starting at step 0")
             return None
@@ -217,20 +210,11 @@ class AdapterTrainer(Trainer):
         method = self.adapter.method
         if not any(part.tags.needs_data for part in (method, *method.parts())):
             return
-        with torch.random.fork_rng():
+        with torch.random.fork_rng():  # every process sees the same batches, so all come to the same choice
             self.adapter.init(list(islice(losses(self, self._base, self.draws, 0), INIT_BATCHES)))
         self._base.zero_grad()
 
     # What follows overrides steps of transformers' Trainer, under its names.
-
-    def get_train_dataloader(self) -> Any:
-        """Return batches, with their count, whose random numbers depend only on the seed, the epoch and their rows."""
-        loader: Any = self.draws.on(super().get_train_dataloader())
-        loader.base_dataloader.collate_fn = Counted(loader.base_dataloader.collate_fn, self._base)
-        return loader
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.draws.order(super()._get_train_sampler(train_dataset))
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **more: Any) -> None:
         self.draws.epoch = epoch
@@ -268,13 +252,15 @@ class AdapterTrainer(Trainer):
         A model's own loss is a mean over the labelled items of the batch. Scaled by their share in the step,
         the passes sum to the mean over the step, however it is split.
         """
+        weightless = self.weightless(inputs)
         watching = model.training and not self.health.done
         weighed = model.training and self.compute_loss_func is None
         own = items(inputs, self._base) if weighed else 0
         inputs.pop(COUNT, None)
         if watching:
-            self.health.see_batch(inputs)
             self._last = inputs
+        if watching and not weightless:
+            self.health.see_batch(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, None if weighed else num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
@@ -285,8 +271,10 @@ class AdapterTrainer(Trainer):
         step, total = self.state.global_step, self.state.max_steps
         extra = self.adapter.aux_loss(step, total, outputs, functools.partial(model, **inputs))
         if extra is not None:
-            loss = loss + extra / self.current_gradient_accumulation_steps
-        if watching:
+            loss = loss + extra / self.passes
+        if weightless:
+            loss = loss * 0.0
+        if watching and not weightless:
             self.health.see_loss(loss)
         self.finite.see_loss(loss)
         return (loss, outputs) if return_outputs else loss
@@ -295,15 +283,6 @@ class AdapterTrainer(Trainer):
         """Return the precision's context, which the Trainer enters for each pass."""
         return autocast(self.args.device, self.precision)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Return the number of items that a step's loss averages, in all processes whose gradients are averaged."""
-        if self.compute_loss_func is not None or not batch_samples:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        check_splits(batch_samples[0], len(batch_samples))
-        count = sum(items(batch, self._base) for batch in batch_samples)
-        spread = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.accelerator.gather(torch.tensor(count, device=device)).sum() if spread else count
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Stop on a gradient that is not finite, before the optimizer uses it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
@@ -311,7 +290,7 @@ class AdapterTrainer(Trainer):
             self.say(f"step {self.state.global_step + 1} is dropped: its gradients overflow in fp16 at this loss scale")
             drop(self.adapter.parameters())
         elif not self.health.done:
-            self.health.see_gradients()
+            self.health.see_gradients(self.counts)
         return norm
 
     def plain_optimizer(self) -> Any:
@@ -320,13 +299,15 @@ class AdapterTrainer(Trainer):
 
     def before_step(self) -> None:
         """Let the method see and change the gradients, after any clipping."""
-        self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self.plain_optimizer())
+        with self.streams.alike():
+            self.adapter.before_step(self.state.global_step + 1, self.state.max_steps, self.plain_optimizer())
 
     def after_step(self) -> None:
         """Run the method's schedule and check the weights; gradients are still there."""
         step = self.state.global_step + 1
         beside = losses(self, self._base, self.draws, step)
-        self.adapter.step(step, self.state.max_steps, self.plain_optimizer(), beside)
+        with self.streams.alike():
+            self.adapter.step(step, self.state.max_steps, self.plain_optimizer(), beside)
         self.finite.see_weights([p for p in self.adapter.parameters() if p.requires_grad])
         last = min(STEPS, self.state.max_steps)
         if not self.health.done and self.health.steps >= last:
@@ -341,16 +322,18 @@ class AdapterTrainer(Trainer):
         """Evaluate with `score` if the trainer has one and no other data is given; otherwise as transformers does."""
         if self.score is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores = self.score()
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.values.items()}
-        metrics[f"{metric_key_prefix}_score"] = scores.score
+        scores = self.score() if self.team.first else None
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.values.items()} if scores else {}
+        metrics |= {f"{metric_key_prefix}_score": scores.score} if scores else {}
+        metrics = dict(self.team.told(metrics))
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, and nothing of the base."""
-        store.save(self.adapter, output_dir or str(self.args.output_dir), format="native")
+        if self.team.first:
+            store.save(self.adapter, output_dir or str(self.args.output_dir), format="native")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(str(self.args.output_dir))
@@ -358,10 +341,13 @@ class AdapterTrainer(Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(target)
         self._note_callbacks()
+        streams = self.streams.states()
+        if not self.team.first:
+            return
         state = json.dumps(dataclasses.asdict(self.state), indent=1, sort_keys=True)
         assert self.optimizer is not None
         scaler = self.accelerator.scaler
-        checkpoints.write_checkpoint(target, self.adapter, self.optimizer, self.lr_scheduler, state, scaler)
+        checkpoints.write_checkpoint(target, self.adapter, self.optimizer, self.lr_scheduler, state, scaler, streams)
         rotate_checkpoints(
             output_dir=str(output), save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
@@ -380,6 +366,7 @@ class AdapterTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
+            self.team.sum(0)  # the first process may still be writing it
             checkpoints.fill_adapter(self.adapter, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -392,4 +379,4 @@ class AdapterTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoints.fill_random(checkpoint)
+            self.streams.begin(self.state.global_step, checkpoints.fill_random(checkpoint, self.team.first))
