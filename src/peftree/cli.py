@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -20,6 +20,7 @@ from peftree.assets.command import data, models
 from peftree.errors import ConfigError, PeftreeError, plain, unwritten
 from peftree.plan.command import plan
 from peftree.printing import EXITS, Json, emit, short, tabled
+from peftree.train.command import RunFolder, convert, export, merge
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +33,6 @@ app = typer.Typer(
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress output.")]
 Model = Annotated[str, typer.Argument(help="A model folder (config.json is enough), or a packaged or hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example r=32 method=lora.")]
-RunFolder = Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")]
 Scoring = Annotated[list[str] | None, typer.Argument(help="key=value for data or scoring: data.test=other.csv.")]
 
 
@@ -177,56 +177,6 @@ def evaluate(
 
 
 @app.command()
-def merge(
-    run_folder: RunFolder,
-    out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
-    quantized: Annotated[
-        Literal["refuse", "dequantize", "requantize"],
-        typer.Option(
-            help="What becomes of a quantised base: plain weights, or packed again with an error that is said."
-        ),
-    ] = "refuse",
-    as_json: Json = False,
-) -> None:
-    """Fold a trained adapter into its base model and write a plain model folder, tokenizer included."""
-    _export(run_folder, out, "merged", as_json, quantized)
-
-
-@app.command("export")
-def export_run(
-    run_folder: RunFolder,
-    out: Annotated[Path, typer.Argument(help="Where to write.")],
-    to: Annotated[Literal["peft", "merged"], typer.Option(help="The format.")] = "peft",
-    as_json: Json = False,
-) -> None:
-    """Write a trained adapter in Hugging Face PEFT's format, or merged into its base (see merge)."""
-    _export(run_folder, out, to, as_json)
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A folder with adapter_model.bin, or the file itself.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; not the source's folder.")],
-) -> None:
-    """Convert a pickled Hugging Face PEFT adapter to safetensors; no code in the file is run."""
-    from peftree.store.hfpeft.convert import convert as to_safetensors
-
-    typer.echo(f"Wrote {to_safetensors(source, out)}")
-
-
-def _export(
-    run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool,
-    quantized: Literal["refuse", "dequantize", "requantize"] = "refuse",
-) -> None:  # fmt: skip
-    from peftree.train.export import export_run
-
-    found = export_run(run_folder, out, to, quantized)
-    emit(found, as_json)
-    if not as_json:
-        typer.echo(plain(f"Wrote {found['folder']}: {', '.join(found['files'])}"))
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("demo-results"),
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Runs of each method with different seeds.")] = 3,
@@ -267,6 +217,9 @@ def report(
 _GRAMMAR = {"ignore_unknown_options": True}  # an option of old is answered with the setting that it is now
 app.command("plan", cls=_WithPlan, context_settings=_GRAMMAR)(plan)
 app.command("advise", cls=_WithPlan, context_settings=_GRAMMAR)(advise)
+app.command("merge")(merge)
+app.command("export")(export)
+app.command("convert")(convert)
 app.command("models")(models)
 app.command("data")(data)
 bench = typer.Typer(no_args_is_help=True, help="The benchmark: fair, resumable runs of suites of tasks and methods.")

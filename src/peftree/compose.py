@@ -77,6 +77,7 @@ def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
     return error
 
 
+@torch.no_grad()
 def _packed(model: nn.Module, changes: list[Change], quantized: Packing) -> tuple[list[Change], float]:
     """Return the changes with the weights of a quantised base as they shall be, and the largest error of it."""
     out, errors = [], [0.0]
@@ -127,10 +128,11 @@ def unmerge(model: nn.Module) -> None:
     for (path, key), original in record.originals.items():
         module = model.get_submodule(path)
         now = module._parameters[key]
-        if is_packed(original) and now is not None:
-            original = original if original.device == now.device else original.to(now.device)
-        elif original is not None and now is not None and (original.device, original.dtype) != (now.device, now.dtype):
-            original.data = original.data.to(now)  # the model was moved while it was merged
+        if original is not None and now is not None:  # the model may have been moved while it was merged
+            if not is_packed(original):
+                original.data = original.data.to(now)
+            elif original.device != now.device:
+                original = original.to(now.device)  # type: ignore[assignment]
         module._parameters[key] = original
     names, record.originals, record.merged = record.merged, {}, ()
     record.turn_on(names)

@@ -100,10 +100,11 @@ def packed_again(module: Any, like: Any, value: Tensor, config: Any) -> nn.Param
         return type(like)(value.contiguous(), requires_grad=False).to(like.device)  # type: ignore[no-any-return]
     from torchao.quantization import quantize_
 
-    holder = nn.Sequential(nn.Linear(*reversed(value.shape), bias=False, device="meta"))
-    holder[0].weight = nn.Parameter(value, requires_grad=False)
-    quantize_(holder, config.get_apply_tensor_subclass())
-    return holder[0].weight
+    out, width = value.shape
+    linear = nn.Linear(width, out, bias=False, device="meta")
+    linear.weight = nn.Parameter(value, requires_grad=False)
+    quantize_(nn.Sequential(linear), config.get_apply_tensor_subclass())
+    return linear.weight
 
 
 def hollow(module: Any, tensor: Tensor) -> Tensor:
@@ -122,9 +123,9 @@ def keep_gradients(module: Any) -> None:
     if "Linear4bit" not in (kind.__name__ for kind in type(module).__mro__):
         return
     module.support_avx512bf16_for_cpu = False
-    state = module.weight.quant_state
-    if vars(state).get("packing_format_for_cpu", False):
+    weight = module._parameters["weight"]
+    state = weight.__dict__.get("quant_state")
+    if state is not None and vars(state).get("packing_format_for_cpu", False):
         from bitsandbytes import functional
 
-        data, module.weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(module.weight.data, state)
-        module.weight.data = data
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)

@@ -23,7 +23,9 @@ def unpacked(model: nn.Module) -> Any:
     for module in plain.modules():
         held = module._parameters
         if is_packed(held.get("weight")) or type(module).__module__.startswith("bitsandbytes."):
-            made = {k: None if p is None else dense(module, p).detach().to(dtype) for k, p in held.items()}
+            made: dict[str, Any] = {
+                k: None if p is None else dense(module, p).detach().to(dtype) for k, p in held.items()
+            }
             module.__class__ = module.__dict__.get("source_cls", nn.Linear)
             if module.__class__ is Conv1D:  # which transformers had turned round
                 module.__dict__.update(nf=module.out_features, nx=module.in_features)

@@ -1,0 +1,87 @@
+"""The setting `quantize`: runs, plans, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from peftree.deltas.packed import stored
+from peftree.errors import ConfigError
+from peftree.plan import plan, request
+from peftree.settings import RunConfig
+from peftree.tasks import quantized
+from peftree.tasks.base import Options
+from peftree.tasks.loading import load as load_model
+from peftree.train.run import run
+from quantized.llama import KINDS, loaded
+
+
+def _config(model: str, data: Path, out: Path, **more: Any) -> RunConfig:
+    settings = {"model": model, "task": "generation", "steps": 3, "batch_size": 2}
+    return RunConfig.model_validate(settings | {"output": str(out), "data": {"train": str(data)}} | more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_trains_on_a_packed_base(kind: str, decoder: str, prompt_data: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = run(_config(decoder, prompt_data, tmp_path / "r", quantize=kind))
+    assert found.steps == 3 and found.planned_bytes and found.peak_bytes
+    written = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert written["planned_bytes"] == found.planned_bytes
+    # What a packed product takes and releases is an estimate; here, 64 units wide, it is much of the whole.
+    assert abs(found.planned_bytes / found.peak_bytes - 1) < 0.25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planned_weights_are_the_bytes_of_the_loaded_ones(kind: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=256,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    model = loaded(kind, tmp_path / "m")
+    parts = {t.data_ptr(): t.untyped_storage().nbytes() for p in model.parameters() for t in stored(p)}
+    asked = {"model": str(tmp_path / "m"), "dtype": "float32", "max_length": 16}
+    planned = plan(request(**asked, quantize=kind)).parts["weights"]
+    assert planned == pytest.approx(sum(parts.values()), rel=0.01)
+    assert planned < 0.5 * plan(request(**asked)).parts["weights"]
+
+
+def test_what_is_missing_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="int8_torchao needs torchao, which is not installed") as told:
+        run(_config("/nowhere", tmp_path / "none.jsonl", tmp_path / "r", quantize="int8_torchao"))
+    assert told.value.fix == "Run: pip install torchao"
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_packed_folder_is_not_packed_twice(tmp_path: Path) -> None:
+    small = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+    )  # fmt: skip
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "m")
+    loaded("nf4", tmp_path / "m").save_pretrained(tmp_path / "packed")
+    config = LlamaConfig.from_pretrained(tmp_path / "packed")
+    with pytest.raises(ConfigError, match="is quantised already"):
+        load_model(LlamaForCausalLM, str(tmp_path / "packed"), config, Options(quantize="int8"))
+    model, _ = load_model(LlamaForCausalLM, str(tmp_path / "packed"), config, Options())
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"  # type: ignore[union-attr,index]
+
+
+def test_a_model_without_maps_that_fit_is_refused(tmp_path: Path) -> None:
+    """With torchao no transposed map is packed, so that nothing in GPT-2 would be smaller."""
+    from transformers import GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear map that it packs"):
+        load_model(GPT2LMHeadModel, str(tmp_path), config, Options(quantize="fp8"))
+    model, _ = load_model(GPT2LMHeadModel, str(tmp_path), config, Options(quantize="int8"))
+    assert model.transformer.h[0].attn.c_attn.weight.dtype == torch.int8  # type: ignore[union-attr,index]
