@@ -96,10 +96,10 @@ def test_settings_that_no_run_file_says_are_refused(model: str, data: str, file:
         value = Request.model_fields[name].get_default(call_default_factory=True)
         with pytest.raises(ConfigError, match=rf"{name}: .*advice cannot keep it"):
             look(Asked(model=model, data=data, memory=1 << 30, **{name: value}))
-    file.write_text(file.read_text() + "quantize: nf4\n")
+    file.write_text(file.read_text() + "new_tokens: 64\n")
     done = CliRunner().invoke(app, ["advise", str(file), "memory=1GB"])
     assert isinstance(done.exception, ConfigError)
-    assert str(done.exception).startswith(f"{file}:10: quantize: ") and "`peftree plan`" in done.exception.fix
+    assert str(done.exception).startswith(f"{file}:10: new_tokens: ") and "`peftree plan`" in done.exception.fix
 
 
 def test_a_method_is_checked_and_left_open(model: str, data: str) -> None:

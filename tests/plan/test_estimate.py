@@ -125,7 +125,7 @@ def test_checkpointing_and_accumulation_are_the_allocators(kind: dict[str, Any])
 
 def test_few_bits_a_weight() -> None:
     model = skeleton.build(CONFIGS["llama"], tf.LlamaForCausalLM).requires_grad_(False)
-    weights = formulas.linear_weights(model)
+    weights = formulas.linear_weights(model, "nf4")
     count = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # the head is left out
     assert sum(w.numel() for w in weights) == count
     rows = sum(w.shape[0] for w in weights)

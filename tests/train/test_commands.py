@@ -59,12 +59,12 @@ def trained(encoder: str, review_data: Path, tmp_path: Path) -> Path:
 def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Path, refused: Say) -> None:
     given = [f"model={encoder}", f"data={review_data}"]
     for words, advice in (
-        ("quantize=nf4", "takes plain weights"),
+        ("load_in_4bit=true", "Write quantize=nf4"),
         ("bf16=true", "Write precision=bf16"),
     ):
         assert advice in refused("train", *given, words)
-    planned = shown("plan", encoder, "method=lora", "quantize=nf4", "optimizer=sgd")
-    assert "`peftree train` cannot run quantize=nf4 yet" in " ".join(planned.split())
+    planned = shown("plan", encoder, "method=lora", "quantize=nf4", "devices=2", "shard=fsdp")
+    assert "`peftree train` cannot run shard=fsdp yet" in " ".join(planned.split())
     assert "cannot run" not in shown("plan", encoder, "method=lora")
 
 

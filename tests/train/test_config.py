@@ -13,8 +13,7 @@ import peftree
 from peftree import registry
 from peftree.errors import ELSEWHERE, ConfigError, PeftreeError
 from peftree.named_method import make_method
-from peftree.plan.question import Request
-from peftree.settings import RENAMED, RunConfig, load_config, renamed, write_resolved
+from peftree.settings import RENAMED, RunConfig, load_config, write_resolved
 
 GOOD = """\
 model: ./minilm
@@ -125,9 +124,6 @@ def test_a_field_with_the_name_of_an_old_setting_is_the_methods(word: str, value
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
-    if old == "base":  # that was a plan's
-        assert not renamed(old, RunConfig) and renamed(old, Request) == new
-        return
     with pytest.raises(ConfigError, match=rf"run\.yaml:3: {old}: was renamed\. Write {new}\."):
         load_config(write(tmp_path, f"model: m\ndata: d\n{old}: 8\n"))
     if old != "fields":
