@@ -28,10 +28,10 @@ ROOT = REPOSITORY / "src" / "peftree"
 MARKUP = ("report", "plan/html.py")  # these write HTML and SVG, whose attributes look like settings
 # Words after the package's name that are prose, options of other programs, and keys of other libraries.
 PROSE = {"cannot", "did", "has", "is", "knows", "needs", "only", "reads", "that", "writes"}
-OTHERS = {"hash", "max-lora-rank"}
+OTHERS = {"hash", "max-lora-rank", "nproc-per-node"}
 FOREIGN = {
     "alpha", "attn_implementation", "config.is_decoder", "format", "init_lora_weights", "key", "slurm_partition",
-    "target_modules", "use_reentrant", "name", "n", "mode", "text", "workers",
+    "target_modules", "use_cpu", "use_reentrant", "name", "n", "mode", "text", "workers",
 }  # fmt: skip
 
 

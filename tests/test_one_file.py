@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import peftree
 import zoo
 from contract.checks import CHECKS, Case
+from contract.test_contract import COMPILED
 from peftree import describe, registry
 from peftree.advise.candidates import candidates
 from peftree.bench.suite import load_suite
@@ -154,8 +155,9 @@ def test_it_is_found_and_described(scaled: str) -> None:
 @pytest.mark.parametrize("model", zoo.CORE)
 def test_it_passes_the_contract(scaled: str, model: str) -> None:
     case = Case(registry.make(scaled, {}), model)
-    for check in CHECKS.values():
-        check(case)
+    for name, check in CHECKS.items():
+        if model == "decoder" or name not in COMPILED:
+            check(case)
 
 
 def test_it_is_saved_and_loaded(scaled: str, tmp_path: Path) -> None:

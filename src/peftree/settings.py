@@ -54,7 +54,7 @@ def hub_name(split: str, value: Any) -> Any:
     if not isinstance(value.get("hub"), str) or set(value) - set(known):
         raise ValueError(f"it names a file or folder, or has the keys {', '.join(known)}; hub is the name, as org/name")
     if not isinstance(rows := value.get("rows", 1), int) or rows < 1:
-        raise ValueError(f"rows={rows!r} is not a number of rows")
+        raise ValueError(f"rows: {rows!r} is not a number of rows")
     asked = {"split": split} | {k: v for k, v in value.items() if k != "hub"}
     return f"{HUB}{value['hub']}?{urlencode(asked)}"
 

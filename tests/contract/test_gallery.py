@@ -237,6 +237,15 @@ def doubled_in_training(self: Any, W: Tensor) -> Tensor:
     return W + (2 if self.training else 1) * (LowRank.weight(self, W) - W)
 
 
+def lost_in_half(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return y if y.dtype == torch.bfloat16 else LowRank.fast(self, x, y, frozen)
+
+
+def other_when_compiled(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    scale = 2.0 if torch.compiler.is_compiling() else 1.0
+    return y + scale * (LowRank.fast(self, x, y.clone(), frozen) - y)
+
+
 GALLERY: list[tuple[str, type[Method]]] = [
     ("frozen_base", broken("frozen_base", fast=writes_base)),
     ("identity", _method("identity", starts_elsewhere)),
@@ -261,6 +270,8 @@ GALLERY: list[tuple[str, type[Method]]] = [
     ("checkpointing", broken("checkpointing", fast=counts_calls)),
     ("copies", _method("copies", holds_lock)),
     ("compiles", broken("compiles", fast=reads_number)),
+    ("autocast", broken("autocast", fast=lost_in_half)),
+    ("compiled_passes", broken("compiled_passes", fast=other_when_compiled)),
     ("fakes", broken("fakes", fast=reads_number)),
     ("routes", broken("routes", fast=mixes_rows)),
     ("registered", _method("registered", holds_a_tensor)),
@@ -301,7 +312,7 @@ def test_bites(check: str, cls: type[Method]) -> None:
 
 
 # The whole registry pays for compiling; here nothing hangs on it.
-SEEN = {name: check for name, check in CHECKS.items() if name != "compiles"}
+SEEN = {name: check for name, check in CHECKS.items() if name not in ("compiles", "compiled_passes")}
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder"])

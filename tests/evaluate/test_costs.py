@@ -51,16 +51,18 @@ def test_latency_sees_a_slow_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_states_are_run_in_rotated_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny.subject("bert_cls", "lora", tmp_path)
     order: list[str] = []
-    state = module._state
 
-    def listen(model: nn.Module, name: str) -> Any:
-        order.append(name)
-        return state(model, name)
+    def heard(name: str, state: Any) -> Any:
+        def listen(model: nn.Module) -> Any:
+            order.append(name)
+            return state(model)
 
-    monkeypatch.setattr(module, "_state", listen)
+        return listen
+
+    monkeypatch.setattr(module, "_STATES", {name: heard(name, state) for name, state in module._STATES.items()})
     timed(subject)
     names = ["off", "on", "merged"]
-    assert order == ["merged", *names, *names[1:], *names[:1], *names[2:], *names[:2]]
+    assert order == [*names, *names[1:], *names[:1], *names[2:], *names[:2]]
     assert peftree.active(subject.model) == ("default",)
 
 

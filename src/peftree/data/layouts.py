@@ -19,7 +19,7 @@ def rows_advice(columns: Iterable[str], record: Mapping[str, Any]) -> tuple[str,
         plain = isinstance(record.get("prompt"), str) and isinstance(record.get("chosen"), str)
         alone = "task=generation data.columns.prompt=prompt data.columns.completion=chosen"
         return "preference pairs (chosen, rejected)", (
-            "They are for TRL's DPOTrainer, which trains an adapter of peftree on them (docs/trainers.md); to train on "
+            "They are for TRL's DPOTrainer, which trains adapters on them (docs/trainers.md); to train on "
             f"the chosen answers alone, {f'set {alone}' if plain else f'write them as lines of {PAIR}'}."
         )
     if names == {"text"}:
