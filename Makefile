@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-plan bench-smoke study models-page lab-page browser settings-page clean
+.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -47,6 +47,9 @@ types: env
 
 docs: env ## build the documentation into site/, with no network
 	$(TESTING) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+quantized-page: env ## adapt packed bases by every method and write the table
+	$(TESTING) $(BIN)/python -W ignore tools/quantized_page.py
 
 peft-page: env ## run the matrix of Hugging Face PEFT's files and write its page
 	$(TESTING) $(BIN)/python -W ignore tools/peft_page.py
