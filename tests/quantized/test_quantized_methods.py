@@ -61,8 +61,9 @@ def _trains(load: Loader, kind: str, method: str, tmp_path: Path) -> None:
         assert torch.equal(logits(model), base)
     peftree.save(adapter, tmp_path / "a", format="native")
     other = load(kind)
+    logits(other)  # its scales are rounded by that, as those of the first
     peftree.load(other, tmp_path / "a")
-    torch.testing.assert_close(logits(other), on, rtol=0, atol=2e-3 if kind == "nf4" else 1e-5)
+    torch.testing.assert_close(logits(other), on, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "method"), [*itertools.product(("nf4", "int8_torchao"), FEW)])
