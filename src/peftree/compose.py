@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from peftree.errors import AdapterError, MergeError, PeftreeWarning
 from peftree.graft.hub import effective
 from peftree.methods.contract import Fusion, Method, Recipe
 
+PACKINGS = ("refuse", "dequantize", "requantize")
 Change = tuple[str, nn.Module, str, Tensor | None]  # path, module, name of the parameter, its new value
 Fill = Callable[[Delta, list[Delta], list[float]], None]
 
 
-Packing = Literal["refuse", "dequantize", "requantize"]
-
-
-def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
+def merge(model: nn.Module, quantized: str = "refuse") -> float:
     """Fold the active adapters into the weights; the frozen tensors are set aside for `unmerge`.
 
     Args:
@@ -40,8 +38,7 @@ def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
     Raises:
         MergeError: an active delta cannot be folded, or a weight is quantised; nothing is changed then.
     """
-    if quantized not in get_args(Packing):
-        raise MergeError(f"quantized={quantized!r} is unknown.", f"Use one of {', '.join(get_args(Packing))}.")
+    check_packing(quantized)
     record = record_of(model)
     graft = record.graft
     names = graft.shared.now.active
@@ -54,17 +51,7 @@ def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
         what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
         raise MergeError(what, "`peftree methods` shows which methods merge; keep the others as adapters.")
     graft.check()
-    changes: list[Change] = []
-    with torch.no_grad(), _evaluating(d for a, _, _, d in graft.entries if a in names):
-        for path, module, hub in graft.hubs():
-            program = hub.program(names)
-            if program.reweights:
-                new = effective(module, program)
-                changes += [(path, module, k, v) for k, v in new.items() if v is not module._parameters.get(k)]
-    for path, _, key, value in changes:
-        if value is not None and not torch.isfinite(value).all():
-            raise MergeError(f"Merging makes {path}.{key} non-finite.", "The adapter is damaged: load or retrain it.")
-    changes, error = _packed(model, changes, quantized)
+    changes, error = _changes(model, names, quantized)
     for path, module, key, value in changes:
         record.originals[path, key] = module._parameters.get(key)
         kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -77,28 +64,50 @@ def merge(model: nn.Module, quantized: Packing = "refuse") -> float:
     return error
 
 
-@torch.no_grad()
-def _packed(model: nn.Module, changes: list[Change], quantized: Packing) -> tuple[list[Change], float]:
-    """Return the changes with the weights of a quantised base as they shall be, and the largest error of it."""
-    out, errors = [], [0.0]
-    for path, module, key, value in changes:
-        old = module._parameters.get(key)
-        if old is None or value is None or not is_packed(old):
-            out.append((path, module, key, value))
-            continue
-        if quantized == "refuse":
-            raise MergeError(
-                f"{path}.{key} is quantised ({form_of(old)}), so a merged weight is either larger or rounded again.",
-                "Pass quantized='dequantize' to keep it unpacked, or quantized='requantize' to pack it and get the "
-                "error (peftree merge --quantized ...).",
-            )
-        if quantized == "requantize":
-            before, config = dense(module, old).float(), getattr(model, "config", None)
-            new = packed_again(module, old, value.to(before.dtype), getattr(config, "quantization_config", None))
-            errors.append(_share(dense(module, new).float() - value.float(), value.float() - before))
-            value = new
-        out.append((path, module, key, value))
-    return out, max(errors)
+def check_packing(quantized: str) -> None:
+    """Raise MergeError if a word does not say what becomes of a quantised weight."""
+    if quantized not in PACKINGS:
+        raise MergeError(f"quantized={quantized!r} is unknown.", f"Use one of {', '.join(PACKINGS)}.")
+
+
+def _changes(model: nn.Module, names: tuple[str, ...], quantized: str) -> tuple[list[Change], float]:
+    """Return what the adapters `names` make of the weights, and the largest error of packing one again."""
+    graft = record_of(model).graft
+    changes: list[Change] = []
+    errors, config = [0.0], getattr(getattr(model, "config", None), "quantization_config", None)
+    with torch.no_grad(), _evaluating(d for a, _, _, d in graft.entries if a in names):
+        for path, module, hub in graft.hubs():
+            program = hub.program(names)
+            new = effective(module, program) if program.reweights else {}
+            for key, value in new.items():
+                old = module._parameters.get(key)
+                if value is old:
+                    continue
+                if value is not None and not torch.isfinite(value).all():
+                    what = f"Merging makes {path}.{key} non-finite."
+                    raise MergeError(what, "The adapter is damaged: load or retrain it.")
+                if old is not None and value is not None and is_packed(old):
+                    value, error = _settled(f"{path}.{key}", module, old, value, quantized, config)
+                    errors.append(error)
+                changes.append((path, module, key, value))
+    return changes, max(errors)
+
+
+def _settled(
+    name: str, module: nn.Module, old: Tensor, value: Tensor, quantized: str, config: Any
+) -> tuple[Tensor, float]:
+    """Return the new value of a packed weight as it shall be kept, and the error of that."""
+    if quantized == "refuse":
+        raise MergeError(
+            f"{name} is quantised ({form_of(old)}), so a merged weight is either larger or rounded again.",
+            "Pass quantized='dequantize' to keep it unpacked, or quantized='requantize' to pack it and get the error "
+            "(peftree merge --quantized ...).",
+        )
+    if quantized == "dequantize":
+        return value, 0.0
+    before = dense(module, old).float()
+    new = packed_again(module, old, value.to(before.dtype), config)
+    return new, _share(dense(module, new).float() - value.float(), value.float() - before)
 
 
 def _share(error: Tensor, change: Tensor) -> float:
@@ -139,7 +148,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def merged(model: nn.Module, quantized: Packing = "refuse") -> Iterator[None]:
+def merged(model: nn.Module, quantized: str = "refuse") -> Iterator[None]:
     """Inside, the active adapters are folded into the weights; MergeError as for `merge`."""
     merge(model, quantized)
     try:

@@ -15,6 +15,7 @@ import peftree
 from peftree import registry
 from peftree.deltas.packed import dense, is_packed, keep_gradients
 from peftree.errors import MergeError, MethodError, PeftreeWarning, SiteError, StoreError
+from peftree.store.fingerprint import fingerprint
 from quantized.llama import KINDS, Loader, logits, tokens
 
 FEW = ("lora", "dora", "oft", "ia3", "full", "houlsby", "prefix_tuning", "prompt_tuning", "lst")
@@ -22,7 +23,7 @@ FEW = ("lora", "dora", "oft", "ia3", "full", "houlsby", "prefix_tuning", "prompt
 
 def _adapted(load: Loader, kind: str, method: str) -> tuple[Any, Any]:
     model = load(kind)
-    logits(model)  # a scoring pass first, after which bitsandbytes lays weights out anew on some CPUs
+    logits(model)  # a scoring pass first, after which bitsandbytes has another layout on some CPUs
     try:
         adapter = peftree.adapt(model, method, **dict(registry.get(method).tags.small or {}))
     except (MethodError, SiteError) as error:
@@ -161,6 +162,27 @@ def test_a_base_is_known_by_its_values(load: Loader, tmp_path: Path) -> None:
         model.model.norm.weight.add_(0.01)
     with pytest.raises(StoreError, match=r"norm\.weight are not those of its base"):
         peftree.load(model, tmp_path / "nf4-nf4", name="second")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["dequantize", "requantize"])
+@pytest.mark.filterwarnings("ignore:Packing the merged weights again")  # another test reads it
+def test_a_merged_base_is_known_too(kind: str, how: str, load: Loader) -> None:
+    """What is recorded is the base as it was before merging, whatever became of its weights."""
+    model, _ = _adapted(load, kind, "lora")
+    before = fingerprint(model)
+    peftree.merge(model, how)
+    assert fingerprint(model) == before and len(before.packed) == 14
+
+
+def test_merging_says_when_nothing_is_left(load: Loader) -> None:
+    """A change far below the step of four bits is lost by packing again, which the error tells."""
+    model, adapter = _adapted(load, "nf4", "lora")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=1e-3)
+    with pytest.warns(PeftreeWarning):
+        assert peftree.merge(model, "requantize") > 1
 
 
 def test_peft_reads_what_was_trained_on_four_bits(load: Loader, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_one_then_two_then_one(rows: Path, encoder: str) -> None:
 
 @pytest.mark.slow
 def test_all_stop_for_a_signal_to_one_and_resuming_is_exact(rows: Path, encoder: str) -> None:
-    """Dropout included: each process continues its own stream, and the shared one goes on as well."""
+    """Dropout included: each process continues its own stream, and the shared one continues as well."""
     job = [*words(rows, encoder, True, rows / "out", "method=adamix", "epochs=2", "quiet=false", "batch_size=4")]
     job = [w for w in job if w not in STILL]
     many(rows, [[*job, f"output={rows / 'whole'}"]])
@@ -269,7 +269,7 @@ class Alike(Team):
 
 
 def test_each_process_has_its_own_stream_and_all_share_one() -> None:
-    """The shared one goes on where that of one process was; a checkpoint keeps where it is."""
+    """The shared one continues where that of one process was; a checkpoint keeps where it is."""
     found = []
     with torch.random.fork_rng(devices=[]):
         for rank in (0, 1):

@@ -9,15 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)  # fmt: skip
 
-from peftree.deltas.packed import stored
+import peftree
+from peftree.deltas.packed import is_packed, stored
 from peftree.errors import ConfigError
 from peftree.plan import plan, request
 from peftree.settings import RunConfig
 from peftree.tasks import quantized
 from peftree.tasks.base import Options
 from peftree.tasks.loading import load as load_model
+from peftree.tasks.quantized import to_pack
 from peftree.train.run import run
 from quantized.llama import KINDS, loaded
 
@@ -54,6 +63,20 @@ def test_planned_weights_are_the_bytes_of_the_loaded_ones(kind: str, tmp_path: P
     assert planned < 0.5 * plan(request(**asked)).parts["weights"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_stay_plain_and_planned_so(kind: str, tmp_path: Path) -> None:
+    """A classifier with a bias, which transformers would pack, and the transform in a language model's head."""
+    small = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=64, max_position_embeddings=32, **small)
+    for cls, head in ((BertForSequenceClassification, "classifier"), (BertForMaskedLM, "cls.predictions.decoder")):
+        cls(config).save_pretrained(tmp_path / head)
+        loaded_config = BertConfig.from_pretrained(tmp_path / head)
+        model, _ = load_model(cls, str(tmp_path / head), loaded_config, Options(quantize=kind))
+        packed = {n.removesuffix(".weight") for n, p in model.named_parameters() if is_packed(p)}
+        assert packed == set(to_pack(cls(config), kind)) and not any(head in name for name in packed)
+        assert "bert.encoder.layer.0.attention.self.query" in packed
+
+
 def test_what_is_missing_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="int8_torchao needs torchao, which is not installed") as told:
@@ -85,3 +108,12 @@ def test_a_model_without_maps_that_fit_is_refused(tmp_path: Path) -> None:
         load_model(GPT2LMHeadModel, str(tmp_path), config, Options(quantize="fp8"))
     model, _ = load_model(GPT2LMHeadModel, str(tmp_path), config, Options(quantize="int8"))
     assert model.transformer.h[0].attn.c_attn.weight.dtype == torch.int8  # type: ignore[union-attr,index]
+    adapter = peftree.adapt(model, "lora")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1)
+    peftree.export(adapter, tmp_path / "merged", "merged", "dequantize")  # transposed again
+    plain = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, rtol=0, atol=0.02)

@@ -117,7 +117,7 @@ def hollow(module: Any, tensor: Tensor) -> Tensor:
 def keep_gradients(module: Any) -> None:
     """Keep a 4-bit map in the layout whose product has a backward pass.
 
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 lays the weight out anew in its first evaluation; from then on no
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 changes the layout of the weight in its first evaluation; from then on no
     gradient passes the map, without an error. Undone later, the scales are left rounded to bfloat16.
     """
     if "Linear4bit" not in (kind.__name__ for kind in type(module).__mro__):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftree.plan.question import Request
-from peftree.tasks.quantized import is_quantised, left_plain
+from peftree.tasks.quantized import to_pack
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
 
@@ -23,8 +23,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def linear_weights(model: nn.Module, base: str) -> list[Tensor]:
     """Return the frozen weights that a quantised base keeps in few bits, transposed ones as `[out, in]`."""
-    plain = set(left_plain(model))
-    linear: Any = [m for n, m in model.named_modules() if is_quantised(m, base) and n not in plain]
+    linear: Any = to_pack(model, base).values()
     found = {id(w): (m, w) for m in linear if not (w := m._parameters["weight"]).requires_grad}
     return [w.t() if isinstance(m, Conv1D) else w for m, w in found.values()]
 

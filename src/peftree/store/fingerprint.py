@@ -80,11 +80,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint:
     """Return the fingerprint with the digests of the bits as they are and `rounded`."""
-    named = list(_base(model))
+    named = _named(model)
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in named)
-    packed = dict(_packed(model))
+    packed = {name: (module, p) for name, module, p in _base(model) if is_packed(p)}
     digests = [_digest(group, rounded, packed) for group in _groups(named)]
-    kinds = {form_of(m._parameters[key]) for m, key in packed.values()}
+    kinds = {form_of(p) for _, p in packed.values()}
     return Fingerprint(
         quantized=" ".join(sorted(kinds)), packed={name: _sampled(*where) for name, where in packed.items()},
         model=_class_name(model), config=_essentials(model), parameters=sum(p.numel() for _, p in named),
@@ -107,7 +107,7 @@ def difference(saved: Fingerprint, model: nn.Module) -> str:
             f"its base has {saved.parameters:,} parameters in {saved.tensors:,} tensors, this model "
             f"{here.parameters:,} in {here.tensors:,}, or names or shapes differ"
         )
-    return _values(saved, here, list(_base(model)))
+    return _values(saved, here, _named(model))
 
 
 Named = list[tuple[str, Tensor]]
@@ -165,17 +165,9 @@ def _class_name(model: nn.Module) -> str:
     return names[1] if adapted and len(names) > 1 else type(model).__name__
 
 
-def _packed(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Yield the name of every packed weight of the base, with the module that holds it and its name there."""
-    for path, module in modules_of(model).items():
-        for key, parameter in module._parameters.items():
-            if is_packed(parameter):
-                yield join(path, key), (module, key)
-
-
-def _sampled(module: nn.Module, key: str) -> str:
+def _sampled(module: nn.Module, packed: Tensor) -> str:
     """Return samples of what a packed weight stands for, as base64."""
-    values = _sample(dense(module, module._parameters[key]))  # type: ignore[arg-type]
+    values = _sample(dense(module, packed))
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
@@ -186,10 +178,10 @@ def _sample(p: Tensor) -> Tensor:
     return p.reshape(-1)[at].to(torch.float32).cpu()
 
 
-def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's own parameters, each once, as they were before merging, without fresh task heads.
+def _base(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Yield name, module and value of the base's own parameters, each once, as they were before merging.
 
-    A packed one is a tensor of the shape that it stands for, on the meta device.
+    Fresh task heads do not count.
     """
     record = model.__dict__.get("_peftree")
     originals = record.originals if isinstance(record, Record) else {}
@@ -201,14 +193,15 @@ def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, now in module._parameters.items():
             parameter = originals.get((path, key), now)
             if parameter is not None and id(parameter) not in seen:
-                if is_packed(parameter):
-                    seen.add(id(parameter))
-                    yield join(path, key), hollow(module, parameter)
-                    continue
                 if parameter.is_meta:
                     raise StoreError(f"{join(path, key)} is on the meta device.", "Load the base's weights first.")
                 seen.add(id(parameter))
-                yield join(path, key), parameter.detach()
+                yield join(path, key), module, parameter
+
+
+def _named(model: nn.Module) -> Named:
+    """Return the base's tensors by name; a packed one has the shape that it stands for, on the meta device."""
+    return [(n, hollow(m, p) if is_packed(p) else p.detach()) for n, m, p in _base(model)]
 
 
 def _groups(named: Named) -> list[Named]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftree import adapter as adapters
 from peftree.adapter import Adapter
-from peftree.compose import Packing, merged
+from peftree.compose import merged
 from peftree.deltas.packed import keep_gradients, stored
 from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
@@ -28,7 +28,7 @@ TOLERANCE, HALF = 1e-4, 5e-2
 
 
 def export(
-    adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] = "peft", quantized: Packing = "refuse"
+    adapter: Adapter, folder: str | Path, to: Literal["peft", "merged"] = "peft", quantized: str = "refuse"
 ) -> Path:
     """Write an adapter for other programs and return the folder's path.
 
@@ -61,7 +61,7 @@ def an_adapter(given: Adapter) -> Adapter:
     return given
 
 
-def _merged(adapter: Adapter, folder: Path, quantized: Packing) -> Path:
+def _merged(adapter: Adapter, folder: Path, quantized: str) -> Path:
     """Write the merged model to a sibling folder, load it, compare, and move it into place."""
     model = adapter.model
     if model is None or "save_pretrained" not in dir(model):

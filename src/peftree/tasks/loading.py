@@ -18,7 +18,7 @@ from peftree.deltas.packed import keep_gradients
 from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
-from peftree.tasks.quantized import is_quantised, left_plain, quantization
+from peftree.tasks.quantized import left_plain, quantization, to_pack
 from peftree.trusted import SAFE, cleared, on_hub
 
 _WEIGHTLESS = ContextVar("weightless", default=False)
@@ -135,12 +135,11 @@ def _quantized(auto: Any, model: str, config: Any, options: Options) -> dict[str
         raise ConfigError(what, "Leave quantize out; it is used as it is.")
     with torch.device("meta"):
         empty: nn.Module = (getattr(auto, "from_config", None) or auto._from_config)(config)
-    plain = left_plain(empty)
-    if not any(is_quantised(m, options.quantize) and n not in plain for n, m in empty.named_modules()):
+    if not to_pack(empty, options.quantize):
         what = f"quantize={options.quantize}: {type(empty).__name__} has no linear map that it packs."
         raise ConfigError(what, "Use nf4 or int8, or leave quantize out.")
     dtype = getattr(torch, options.dtype, getattr(config, "dtype", None) or torch.float32)
-    return {"quantization_config": quantization(options.quantize, dtype, plain)}
+    return {"quantization_config": quantization(options.quantize, dtype, left_plain(empty))}
 
 
 def tokenizer(model: str) -> Any:

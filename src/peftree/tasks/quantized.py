@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftree.errors import ConfigError
 from peftree.settings import RunConfig
@@ -24,25 +25,26 @@ def check_quantized(config: RunConfig) -> None:
         raise ConfigError(what, f"Run: pip install {package}")
 
 
-def is_quantised(module: nn.Module, kind: str) -> bool:
-    """Return whether a form of quantisation is for this kind of module; torchao's leave transposed maps (GPT-2)."""
-    return isinstance(module, nn.Linear) or (isinstance(module, Conv1D) and PACKAGES[kind] == "bitsandbytes")
+def to_pack(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Return the linear maps of a model that a form packs, by path; torchao leaves transposed ones (GPT-2)."""
+    kinds = (nn.Linear, Conv1D) if PACKAGES[kind] == "bitsandbytes" else (nn.Linear,)
+    plain = left_plain(model)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and should_convert_module(n, plain)}
 
 
 def left_plain(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that stay as they are: heads, tied maps, and the last module.
+    """Return the paths of the modules that stay as they are, with all in them: heads, and maps that share a weight.
 
     They are those that transformers leaves by itself, and heads that are new for a task, which it may pack.
     """
-    net: Any = model
-    reader = getattr(net, "get_output_embeddings", None)
+    reader: Any = getattr(model, "get_output_embeddings", None)
     head = reader() if reader is not None else None
-    tied: dict[str, str] = getattr(net, "all_tied_weights_keys", {})
-    own = [name for name, _ in model.named_parameters() if ".deltas." not in f".{name}"]
-    last = own[-1].rpartition(".")[0] if own else ""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     found = [name for name, module in model.named_modules() if module is head and name]
-    found += [name.removesuffix(".weight") for name in (*tied, *tied.values())]
-    return list(dict.fromkeys([*found, last, *(site.path for site in task_head(model))]))
+    found += [name.rpartition(".")[0] for name in (*tied, *tied.values())]
+    found += [site.path for site in task_head(model)]
+    own = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and ".deltas." not in f".{n}."]
+    return list(dict.fromkeys(name for name in (*found, *own[-1:]) if name))
 
 
 def quantization(kind: str, dtype: torch.dtype, plain: list[str]) -> Any:

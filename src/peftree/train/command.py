@@ -10,7 +10,6 @@ import typer
 from peftree.errors import plain
 from peftree.printing import Json, emit
 
-Packing = Literal["refuse", "dequantize", "requantize"]
 RunFolder = Annotated[Path, typer.Argument(help="A folder that `train` wrote, or its run file.")]
 
 
@@ -18,7 +17,7 @@ def merge(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Argument(help="Where the merged model goes; empty or new.")],
     quantized: Annotated[
-        Packing, typer.Option(help="What a quantised base becomes: plain, or packed again.")
+        str, typer.Option(help="What a quantised base becomes: refuse, dequantize (plain), requantize (packed again).")
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
@@ -48,7 +47,7 @@ def convert(
 
 def _export(
     run_folder: Path, out: Path, to: Literal["peft", "merged"], as_json: bool,
-    quantized: Packing = "refuse",
+    quantized: str = "refuse",
 ) -> None:  # fmt: skip
     from peftree.train.export import export_run
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers.utils.hub import cached_file
 
 from peftree import store
-from peftree.compose import Packing
+from peftree.compose import check_packing
 from peftree.files import atomic_write
 from peftree.train.output import check_free
 from peftree.train.run import open_run
@@ -22,7 +22,7 @@ COMPANIONS = (
 
 
 def export_run(
-    run_folder: str | Path, out: str | Path, to: Literal["peft", "merged"] = "peft", quantized: Packing = "refuse"
+    run_folder: str | Path, out: str | Path, to: Literal["peft", "merged"] = "peft", quantized: str = "refuse"
 ) -> dict[str, Any]:
     """Write the adapter of `run_folder` to `out`; return the folder, its files, and what was written.
 
@@ -34,6 +34,7 @@ def export_run(
     Raises:
         PeftreeError: as for `open_run` and `peftree.export`; BusyError: another process trains in `out`.
     """
+    check_packing(quantized)
     check_free(out)
     opened = open_run(run_folder)
     folder = store.export(opened.adapter, out, to, quantized)

@@ -42,7 +42,7 @@ class Streams:
             Shared.alike = Shared.mean = None
 
     def begin(self, step: int, saved: Mapping[str, Tensor]) -> None:
-        """Begin both streams: where a checkpoint left them, or else anew for this process and step.
+        """Begin both streams: where a checkpoint left them, or else afresh for this process and step.
 
         Args:
             step: the step that the run is at.
