@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from peft import PeftModel
 
 import peftree
 from peftree import registry
+from peftree.deltas import place
 from peftree.deltas.packed import dense, is_packed, keep_gradients
 from peftree.errors import MergeError, MethodError, PeftreeWarning, SiteError, StoreError
+from peftree.graft import hub
 from peftree.store.fingerprint import fingerprint
 from quantized.llama import KINDS, Loader, logits, tokens
 
@@ -126,6 +129,7 @@ def test_merging_is_asked_for(kind: str, method: str, load: Loader) -> None:
         error = peftree.merge(model, "requantize")
     assert 0 < error < 2
     assert all(is_packed(m._parameters["weight"]) for n, m in model.named_modules() if n.endswith("q_proj"))
+    assert not torch.equal(logits(model), on)  # bitsandbytes moves a weight's scales in its first pass
     peftree.unmerge(model)
     assert torch.equal(logits(model), on)
 
@@ -162,6 +166,30 @@ def test_a_base_is_known_by_its_values(load: Loader, tmp_path: Path) -> None:
         model.model.norm.weight.add_(0.01)
     with pytest.raises(StoreError, match=r"norm\.weight are not those of its base"):
         peftree.load(model, tmp_path / "nf4-nf4", name="second")
+
+
+def test_the_pages_lines_run(folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantized.md").read_text("utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {"name": str(folder)}
+    exec(lines, found)
+    assert found["adapter"].method.name == "dora" and is_packed(found["model"].model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_quick_form_unpacks_nothing(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def counted(module: Any, tensor: Any) -> Any:
+        seen.append(type(tensor).__name__)
+        return dense(module, tensor)
+
+    for module in (place, hub):
+        monkeypatch.setattr(module, "dense", counted)
+    for method, unpacked in (("lora", 0), ("ia3", 0), ("oft", 0), ("dora", 4), ("full", 14)):
+        model, _ = _adapted(load, "nf4", method)
+        seen.clear()
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert seen.count("Params4bit") == unpacked, method
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
-)  # fmt: skip
+import transformers
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import peftree
+from peftree.cli import app
 from peftree.deltas.packed import is_packed, stored
-from peftree.errors import ConfigError
+from peftree.errors import ConfigError, MergeError
 from peftree.plan import plan, request
 from peftree.settings import RunConfig
 from peftree.tasks import quantized
@@ -65,16 +61,20 @@ def test_planned_weights_are_the_bytes_of_the_loaded_ones(kind: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_stay_plain_and_planned_so(kind: str, tmp_path: Path) -> None:
-    """A classifier with a bias, which transformers would pack, and the transform in a language model's head."""
-    small = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=64, max_position_embeddings=32, **small)
-    for cls, head in ((BertForSequenceClassification, "classifier"), (BertForMaskedLM, "cls.predictions.decoder")):
-        cls(config).save_pretrained(tmp_path / head)
-        loaded_config = BertConfig.from_pretrained(tmp_path / head)
-        model, _ = load_model(cls, str(tmp_path / head), loaded_config, Options(quantize=kind))
+    """A classifier with a bias, which transformers would pack, one of two maps, and a language model's head."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for name, head in (
+        ("BertForSequenceClassification", "classifier"), ("RobertaForSequenceClassification", "classifier."),
+        ("BertForMaskedLM", "cls.predictions.decoder"),
+    ):  # fmt: skip
+        cls: Any = getattr(transformers, name)
+        config = cls.config_class(vocab_size=64, max_position_embeddings=32, **small)
+        cls(config).save_pretrained(tmp_path / name)
+        read = cls.config_class.from_pretrained(tmp_path / name)
+        model, _ = load_model(cls, str(tmp_path / name), read, Options(quantize=kind))
         packed = {n.removesuffix(".weight") for n, p in model.named_parameters() if is_packed(p)}
-        assert packed == set(to_pack(cls(config), kind)) and not any(head in name for name in packed)
-        assert "bert.encoder.layer.0.attention.self.query" in packed
+        assert packed == set(to_pack(cls(config), kind)) and not any(head in each for each in packed)
+        assert any(each.endswith("encoder.layer.0.attention.self.query") for each in packed)
 
 
 def test_what_is_missing_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +83,11 @@ def test_what_is_missing_is_said_first(tmp_path: Path, monkeypatch: pytest.Monke
         run(_config("/nowhere", tmp_path / "none.jsonl", tmp_path / "r", quantize="int8_torchao"))
     assert told.value.fix == "Run: pip install torchao"
     assert not (tmp_path / "r").exists()
+
+
+def test_a_word_for_merging_is_checked_first(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "none"), str(tmp_path / "out"), "--quantized", "pack"])
+    assert isinstance(done.exception, MergeError) and "refuse, dequantize, requantize" in done.exception.fix
 
 
 def test_a_packed_folder_is_not_packed_twice(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     own = {t.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) for t in stored(p)}
     checkpointed = any(m.__dict__.get("gradient_checkpointing") for m in model.modules())
     kept = _seen_by_hooks(forward) if checkpointed else _held_by_graph(forward())
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for k in kept for t in stored(k)}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
