@@ -87,7 +87,7 @@ def _pass(model: Any) -> int:
 
 def main() -> None:
     """Run everything and write the page."""
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # of bitsandbytes and torchao; what matters here is in the table
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -47,6 +47,7 @@ def main(kind: str, rank: int, world: int, store: str, out: str) -> None:
     if rank == 0:
         save_file(full, out)
     if world > 1:
+        del run  # DDP's reducer must not outlive the group: torch's last owner waits for a thread that waits for it
         dist.destroy_process_group()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,19 +22,23 @@ def trained(kind: str, world: int, folder: Path) -> dict[str, Tensor]:
     """Run the processes of one training and return the adapter's tensors."""
     out, store = folder / f"{kind}.safetensors", folder / f"{kind}.store"
     path = os.pathsep.join([str(HERE.parent), *sys.path])
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), kind, str(rank), str(world), str(store), str(out)],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        errors = [run.communicate(timeout=300)[1] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0] * world, errors
+    said = [folder / f"{kind}{rank}.err" for rank in range(world)]
+    with ExitStack() as files:
+        runs = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "ranks.py"), kind, str(rank), str(world), str(store), str(out)],
+                env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+                stderr=files.enter_context(said[rank].open("wb")),
+            )
+            for rank in range(world)
+        ]
+    end = time.monotonic() + 300
+    while any(run.poll() is None for run in runs) and time.monotonic() < end:
+        time.sleep(0.1)
+    for run in runs:
+        run.kill()
+        run.wait()
+    assert [run.returncode for run in runs] == [0] * world, [p.read_text() for p in said]
     return load_file(out)
 
 

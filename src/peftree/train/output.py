@@ -115,7 +115,7 @@ def check_place(config: RunConfig) -> None:
 
 def no_settings(path: Path) -> ConfigError:
     """Return the error for a folder in place of a settings file, with the command that suits its contents."""
-    settings = path / "resolved.yaml"
+    settings = path / SETTINGS
     if (path / "adapter").is_dir():
         fix = f"It is a finished run: peftree eval {path} scores it; peftree train {settings} output=NEW runs it again."
     elif settings.is_file():
