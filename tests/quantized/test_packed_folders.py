@@ -150,7 +150,8 @@ def _gradient(model: Any) -> torch.Tensor:
 @forms
 def test_a_packed_folder_trains_is_planned_and_merges(form: str, source: Path, tmp_path: Path) -> None:
     folder = _packed(form, source, tmp_path / "m")
-    model, twin = _loaded(folder), LlamaForCausalLM.from_pretrained(source)
+    model: Any = _loaded(folder)
+    twin: Any = LlamaForCausalLM.from_pretrained(source)
     held = {t.data_ptr(): t.untyped_storage().nbytes() for p in model.parameters() for t in stored(p)}
     asked = request(model=str(folder), dtype="float32", max_length=16, method="lora")
     assert plan(asked).parts["weights"] == pytest.approx(sum(held.values()), rel=0.01)
@@ -191,9 +192,9 @@ def test_what_cannot_be_trained_on_is_refused_by_name(kind: str | None, source: 
     """Transformers reads an unknown kind as plain weights, with a line in its log."""
     shutil.copytree(source, tmp_path / "m")
     _says(tmp_path / "m", {"quant_method": kind, "bits": 4})
-    with pytest.raises(ConfigError, match=f"files are packed with {kind}, which cannot be trained on"):
+    with pytest.raises(ConfigError, match=f"m is packed with {kind}, which cannot be trained on"):
         _loaded(tmp_path / "m")
-    with pytest.raises(ConfigError, match=f"files are packed with {kind}"):
+    with pytest.raises(ConfigError, match=f"m is packed with {kind}"):
         plan(request(model=str(tmp_path / "m"), max_length=16))
 
 

@@ -125,7 +125,7 @@ def test_a_model_without_maps_that_fit_is_refused(tmp_path: Path) -> None:
         torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, rtol=0, atol=0.02)
 
 
-LLAMA_7B = {
+LLAMA_7B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
 }  # fmt: skip
@@ -156,4 +156,4 @@ def test_one_run_file_plans_a_7b_model_and_trains_its_tiny_twin(
     assert trained.exit_code == 0, trained.output
     opened = open_run(tmp_path / "out")
     assert sum(is_packed(p) for p in opened.task.model.parameters()) == 2 * 7
-    assert len(opened.adapter.deltas) == 2 * 7 and all(bool(d.B.any()) for d in opened.adapter.deltas.values())  # type: ignore[union-attr,operator]
+    assert len(opened.adapter.deltas) == 2 * 7 and all(bool(d.B.any()) for d in opened.adapter.deltas.values())  # type: ignore[operator]

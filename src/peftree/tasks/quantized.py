@@ -49,22 +49,22 @@ def form_of_files(config: Any, asked: str = "none") -> str:
         ConfigError: they are packed and are to be packed again, or are packed in a way that cannot be trained on, or
             its package is not installed.
     """
-    own = packing(config)
+    own, which = packing(config), config.name_or_path or "The model"
     kind = own.get("quant_method")
     kind = str(getattr(kind, "value", kind))
     ao = str((own.get("quant_type") or {}).get("default", {}).get("_type")) if kind == "torchao" else ""
     if own and (kind not in FORMS or (ao and ao not in _TORCHAO)):
-        what = f"The model's files are packed with {' '.join(filter(None, (kind, ao)))}, which cannot be trained on."
+        what = f"{which} is packed with {' '.join(filter(None, (kind, ao)))}, which cannot be trained on."
         fix = (
             f"Name its plain model, and set quantize. Known: {', '.join(FORMS)} (of torchao: {' and '.join(_TORCHAO)})."
         )
         raise ConfigError(what, fix)
     if own and asked != "none":
-        what = f"quantize={asked}: the model's files are quantised already ({kind})."
-        raise ConfigError(what, "Leave quantize out; they are used as they are.")
+        what = f"quantize={asked}: {which} is quantised already ({kind})."
+        raise ConfigError(what, "Leave quantize out; it is used as it is.")
     package = kind.replace("-", "_")
     if own and kind != "fp8" and find_spec(package) is None:
-        what = f"The model's files are packed with {kind}, which is not installed."
+        what = f"{which} is packed with {kind}, which is not installed."
         raise ConfigError(what, f"Run: pip install {kind}")
     if kind == "bitsandbytes":
         return "nf4" if own.get("load_in_4bit") else "int8"
@@ -84,8 +84,8 @@ def left_plain(model: nn.Module) -> list[str]:
     They are those that transformers leaves by itself, and heads that are new for a task, which it may pack. Files that
     are packed already say which.
     """
-    if own := packing(model.config):
-        skipped = own.get("llm_int8_skip_modules") or own.get("modules_to_not_convert")
+    if held := packing(model.config):
+        skipped = held.get("llm_int8_skip_modules") or held.get("modules_to_not_convert")
         return list(skipped or get_keys_to_not_convert(model))
     reader: Any = getattr(model, "get_output_embeddings", None)
     head = reader() if reader is not None else None
