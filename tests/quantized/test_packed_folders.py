@@ -23,7 +23,7 @@ from transformers import (
 import peftree
 from peftree.deltas.packed import dense, is_packed, keep_gradients, stored
 from peftree.errors import AdapterError, ConfigError, PeftreeWarning
-from peftree.plan import plan, request
+from peftree.plan import fit, plan, request
 from peftree.plan.show import Shown
 from peftree.tasks import quantized
 from peftree.tasks.base import Options
@@ -220,13 +220,17 @@ def test_a_missing_package_is_named(source: Path, tmp_path: Path, monkeypatch: p
     assert told.value.fix == "Run: pip install compressed-tensors"
 
 
-def test_a_packed_folder_is_not_planned_in_other_forms(source: Path, tmp_path: Path) -> None:
+def test_a_packed_folder_is_not_planned_in_other_forms(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = _packed("nf4 single", source, tmp_path / "m")
     with pytest.raises(ConfigError, match=r"quantised already \(bitsandbytes\)"):
         plan(request(model=str(folder), max_length=16, quantize="int8"))
     asked = {"model": str(folder), "max_length": 16, "method": "lora", "device": "cpu"}
-    shown = Shown.of(request(**asked, memory=plan(request(**asked)).expected * 9 // 10))
-    assert not any("quantize" in way.changes for way in shown.ways)
+    made = plan(request(**asked))
+    assert Shown.of(request(**asked, memory=2 * made.expected)).ways == ()
+    monkeypatch.setattr(fit, "TRIES", 8)  # nothing fits, so each is used for a change
+    assert fit.ways(request(**asked), made.parts["weights"] + 1) == []
 
 
 def test_weights_that_no_delta_reads_are_refused(source: Path, tmp_path: Path) -> None:
