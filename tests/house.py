@@ -71,7 +71,7 @@ ROOMS = {
     "graft": 3100,
     "store": 4250,
     "data": 1400,
-    "tasks": 2550,
+    "tasks": 2600,
     "evaluate": 1400,
     "runs": 450,
     "train": 3150,

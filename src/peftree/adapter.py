@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from peftree import registry
 from peftree.deltas import Delta
+from peftree.deltas.packed import unread
 from peftree.errors import AdapterError, did_you_mean, no_model, no_name
 from peftree.graft import Graft
 from peftree.graft.call import Choice
@@ -249,6 +250,9 @@ def check_free(model: nn.Module, name: str) -> None:
             f"{name!r} is not an adapter name.",
             "Use 1 to 64 letters, digits, '-' and '_'; start with a letter or digit.",
         )
+    if kind := unread(model):
+        what = f"The model's weights are packed by {kind}, in a form that no adapter can be trained on."
+        raise AdapterError(what, "Load it unpacked (its quantization_config with dequantize=True), or a plain model.")
     if found := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
         what = f"{found[0] or 'The model'} was returned by torch.compile, which hides its modules."
         raise AdapterError(what, "Adapt its _orig_mod before you compile it, or compile in place: module.compile().")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from peftree.tasks import quantized
 from peftree.tasks.base import Options
 from peftree.tasks.loading import load as load_model
 from peftree.tasks.quantized import to_pack
-from peftree.train.run import run
+from peftree.train.run import open_run, run
 from quantized.llama import KINDS, loaded
 
 
@@ -122,3 +123,37 @@ def test_a_model_without_maps_that_fit_is_refused(tmp_path: Path) -> None:
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, rtol=0, atol=0.02)
+
+
+LLAMA_7B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_one_run_file_plans_a_7b_model_and_trains_its_tiny_twin(
+    decoder: str, prompt_data: Path, tmp_path: Path
+) -> None:
+    """The 7B folder holds a config and a tokenizer; the figure is QLoRA's arithmetic (arXiv 2305.14314, section 3)."""
+    large = tmp_path / "llama-2-7b"
+    shutil.copytree(decoder, large, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    LlamaConfig(**LLAMA_7B, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(large)
+    assert not list(large.glob("*.safetensors"))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {large}\ntask: generation\ndata: {{train: {prompt_data}}}\noutput: {tmp_path / 'out'}\n"
+        "dtype: bfloat16\nquantize: nf4\nmethod: qlora\nmax_length: 32\nbatch_size: 2\nsteps: 3\nlr: 0.01\n"
+    )
+    planned = CliRunner().invoke(app, ["plan", str(file), "--json"])
+    assert planned.exit_code == 0, planned.output
+    found = json.loads(planned.stdout)
+    maps = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    plain = 2 * 32000 * 4096 + (2 * 32 + 1) * 4096  # embeddings, head, norms: two bytes each
+    packed = maps * (0.5 + (1 + 4 / 256) / 64)  # four bits; a byte for 64 weights; four for 256 of those bytes
+    assert found["parts"]["weights"] == pytest.approx(packed + 2 * plain, rel=0.01)
+    assert found["total"] == maps + plain and found["trainable"] == 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    trained = CliRunner().invoke(app, ["train", str(file), f"model={decoder}"])
+    assert trained.exit_code == 0, trained.output
+    opened = open_run(tmp_path / "out")
+    assert sum(is_packed(p) for p in opened.task.model.parameters()) == 2 * 7
+    assert len(opened.adapter.deltas) == 2 * 7 and all(bool(d.B.any()) for d in opened.adapter.deltas.values())  # type: ignore[operator]

@@ -54,6 +54,15 @@ def is_packed(tensor: Tensor | None) -> bool:
     return _reader(tensor) is not None
 
 
+def unread(model: nn.Module) -> str:
+    """Return the package that packed a model so that no training pass reads its weights; '' if none did."""
+    config = getattr(vars(model).get("hf_quantizer"), "quantization_config", None)
+    kind = getattr(config, "quant_method", "")
+    name = str(getattr(kind, "value", kind))
+    rounds = name == "torchao" and any(getattr(p, "act_quant_kwargs", None) is not None for p in model.parameters())
+    return name if rounds or name not in ("bitsandbytes", "torchao") else ""
+
+
 def dense(module: nn.Module, tensor: Tensor) -> Tensor:
     """Return a parameter of `module` as a plain tensor: a new one `[out, in]` if it is packed."""
     read = _reader(tensor)

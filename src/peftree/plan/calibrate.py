@@ -18,7 +18,7 @@ from peftree.named_method import make_method
 from peftree.optimizers import check_optimizer, make_optimizer
 from peftree.plan import formulas
 from peftree.plan.batch import inputs, open_images
-from peftree.plan.estimate import model_of, settled
+from peftree.plan.estimate import form_of, model_of, settled
 from peftree.plan.hfpeft import modules
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
@@ -84,7 +84,7 @@ def calibrate(asked: Request, made: Plan, say: Callable[[str], object] = lambda 
 
 
 def _check(asked: Request, made: Plan, device: str) -> None:
-    if asked.mode != "train" or asked.quantize != "none" or asked.devices > 1:
+    if asked.mode != "train" or form_of(asked) != "none" or asked.devices > 1:
         raise ConfigError("Only a training step of a dense model on one device can be timed.", "Leave out --calibrate.")
     check_optimizer(asked.optimizer, torch.device(device))
     check_precision(asked.precision, torch.device(device))

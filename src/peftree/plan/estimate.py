@@ -202,6 +202,11 @@ def model_of(request: Request) -> tuple[Any, Any]:
     return read(request.model, request.task, request.labels, json.dumps(request.config, default=str))
 
 
+def form_of(request: Request) -> str:
+    """Return the form that the base is kept in, see `formulas.packed_form`."""
+    return formulas.packed_form(model_of(request)[0], request)
+
+
 @lru_cache(maxsize=8)
 def read(model: str, task: str | None, labels: int, changes: str = "{}") -> tuple[Any, Any]:
     """Return the config of a model with changes, as JSON, and the class for a task."""
@@ -254,8 +259,8 @@ def _whole(text: str) -> Whole:
     mine = {id(p) for p in adapter.parameters()}
     trained = [p for p in adapter.parameters() if p.requires_grad]
     base = [p for p in model.parameters() if id(p) not in mine]
-    low = formulas.linear_weights(model, request.quantize) if request.quantize != "none" else []
-    weights = formulas.size(base) - formulas.size(low) + formulas.quantised(low, request.quantize)
+    plain, packed = formulas.packed_bytes(config, request, model)
+    weights = formulas.size(base) - plain + packed
     buffers = {id(b): b for b in model.buffers()}.values()
     training = request.mode == "train"
     parts = {"weights": weights, "adapter": formulas.size([*adapter.parameters(), *buffers])}
@@ -304,7 +309,7 @@ def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str
     out = dict.fromkeys(PARTS, 0) | whole.parts
     for part, value in parts.items():
         out[part] += formulas.rounded(max(value, 0))
-    if request.quantize != "none" and phase != "step":  # a layer's weight is read through a dense copy of it
+    if form_of(request) != "none" and phase != "step":  # a layer's weight is read through a dense copy of it
         out["temporaries"] += whole.layer // 4
     gathered = whole.layer if phase != "step" else 0
     return formulas.sharded(out, request, gathered, whole.gradients)

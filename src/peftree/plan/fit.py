@@ -11,7 +11,7 @@ from peftree import registry
 from peftree.errors import ConfigError, MethodError, SiteError
 from peftree.methods.contract import Method, Union
 from peftree.optimizers import DEFAULT
-from peftree.plan.estimate import check_room, plan, positions, settled
+from peftree.plan.estimate import check_room, form_of, plan, positions, settled
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
 from peftree.settings import MethodConfig
@@ -143,7 +143,7 @@ def _changes(request: Request) -> Iterator[_Change]:
         yield _Change("fused attention (sdpa)", {"attention": "sdpa"}, "nothing", 0.0)
     if request.dtype in ("auto", "float32"):
         yield _Change("the base in bfloat16", {"dtype": "bfloat16"}, "its weights are rounded", 0.1)
-    if request.quantize == "none":
+    if form_of(request) == "none":
         yield _Change("an 8-bit base", {"quantize": "int8"}, "the base is rounded, and read through a copy", 0.5)
         yield _Change("a 4-bit base (NF4)", {"quantize": "nf4"}, "the base is rounded, and read through a copy", 0.6)
     for part in (2, 4):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftree.plan.question import Request
-from peftree.tasks.quantized import to_pack
+from peftree.tasks.quantized import form_of_files, packing, to_pack
 
 _BLOCK, _NESTED = 64, 256  # weights of one scale in NF4, and scales of one scale of scales
 
@@ -28,12 +28,31 @@ def linear_weights(model: nn.Module, base: str) -> list[Tensor]:
     return [w.t() if isinstance(m, Conv1D) else w for m, w in found.values()]
 
 
-def quantised(weights: Iterable[Tensor], base: str) -> int:
+def packed_form(config: Any, request: Request) -> str:
+    """Return the form that a base is kept in: that of its files, or the one that the request asks for.
+
+    Raises:
+        ConfigError: it cannot be trained on, see `form_of_files`.
+    """
+    own = form_of_files(config, request.quantize)
+    return request.quantize if own == "none" else own
+
+
+def packed_bytes(config: Any, request: Request, model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of the weights that a base keeps in few bits: as they are in `model`, and packed."""
+    if (form := packed_form(config, request)) == "none":
+        return 0, 0
+    low, nested = linear_weights(model, form), packing(config).get("bnb_4bit_use_double_quant")
+    tables = 4 * 256 * len(low) if nested and form == "nf4" else 0  # of the scales' scales: in files, one each
+    return size(low), quantised(low, form, nested is not False) + tables
+
+
+def quantised(weights: Iterable[Tensor], base: str, nested: bool = True) -> int:
     """Return the bytes of `weights` in 8 bits (a scale for each output) or NF4 with double quantisation.
 
     bitsandbytes keeps its scales in float32, torchao in the weight's dtype, with a zero point of a byte for integers.
     NF4 (QLoRA, arXiv 2305.14314, section 3): half a byte per weight, one 8-bit scale for 64 of them, one float32 scale
-    and offset for 256 of those scales.
+    and offset for 256 of those scales; not `nested`: a float32 scale for 64 weights.
     """
     total = 0
     for weight in weights:
@@ -43,7 +62,8 @@ def quantised(weights: Iterable[Tensor], base: str) -> int:
             total += n + scale * weight.shape[0]
         else:
             scales = -(-n // _BLOCK)
-            total += -(-n // 2) + scales + 4 * -(-scales // _NESTED) + 4 + 16 * 4
+            beside = scales + 4 * -(-scales // _NESTED) + 4 if nested else 4 * scales
+            total += -(-n // 2) + beside + 16 * 4
     return total
 
 

@@ -14,7 +14,7 @@ import typer
 from peftree.errors import ConfigError
 from peftree.plan import fit
 from peftree.plan.calibrate import Calibration, calibrate
-from peftree.plan.estimate import model_of, plan, settled
+from peftree.plan.estimate import form_of, model_of, plan, settled
 from peftree.plan.question import Request
 from peftree.plan.result import Plan
 from peftree.plan.rows import fed_by
@@ -64,9 +64,10 @@ class Shown:
         time = calibrate(asked, made, say) if timed else None
         if not asked.memory:
             return cls(made, time=time)
-        least = min(
-            made.parts.get("weights", 0), plan(asked.model_copy(update={"quantize": "nf4"})).parts.get("weights", 0)
-        )
+        weights = [made.parts.get("weights", 0)]
+        if form_of(asked) == "none":
+            weights.append(plan(asked.model_copy(update={"quantize": "nf4"})).parts.get("weights", 0))
+        least = min(weights)
         if asked.memory < least and asked.shard != "fsdp":
             raise ConfigError(
                 f"The weights take {amount(least)} even in 4 bits; the budget is {amount(asked.memory)}.",

@@ -22,7 +22,7 @@ from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
 from peftree.store import build, hfpeft
 from peftree.store.folder import OPEN, put_in_place, target, write_folder
-from peftree.store.plain import unpacked
+from peftree.store.plain import save_whole, unpacked
 
 TOLERANCE, HALF = 1e-4, 5e-2
 
@@ -115,7 +115,7 @@ def _write(plain: Any, stage: Path) -> None:
         for config in configs:
             config.tie_word_embeddings = False
         plain.all_tied_weights_keys = {}
-    plain.save_pretrained(stage)
+    save_whole(plain, stage)
 
 
 def _tie(plain: Any) -> bool:

@@ -38,6 +38,14 @@ def unpacked(model: nn.Module) -> Any:
     return plain
 
 
+def save_whole(plain: Any, folder: Path, **more: Any) -> None:
+    """Save a model without adapters as it is: transformers would pack again what it unpacked on reading, or fail."""
+    rules = plain.__dict__.get("_weight_conversions") or ()
+    if any(getattr(step, "hf_quantizer", None) for rule in rules for step in getattr(rule, "operations", ())):
+        del plain.__dict__["_weight_conversions"]
+    plain.save_pretrained(folder, **more)
+
+
 def install(save: Callable[[Adapter, Path], Any]) -> None:
     """Let `save_pretrained` of adapted models write adapters with `save`."""
 
@@ -49,8 +57,7 @@ def install(save: Callable[[Adapter, Path], Any]) -> None:
         """
         path = Path(folder)
         if record_of(model).merged:
-            plain: Any = bare(model)
-            plain.save_pretrained(path, **{k: v for k, v in asked.items() if k != "state_dict"})
+            save_whole(bare(model), path, **{k: v for k, v in asked.items() if k != "state_dict"})
             return
         if not asked.get("is_main_process", True):
             return

@@ -18,7 +18,7 @@ from peftree.deltas.packed import keep_gradients
 from peftree.errors import ConfigError, DataError, did_you_mean
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
-from peftree.tasks.quantized import left_plain, quantization, to_pack
+from peftree.tasks.quantized import form_of_files, left_plain, packing, quantization, to_pack
 from peftree.trusted import SAFE, cleared, on_hub
 
 _WEIGHTLESS = ContextVar("weightless", default=False)
@@ -124,15 +124,19 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
 def _quantized(auto: Any, model: str, config: Any, options: Options) -> dict[str, Any]:
     """Return what quantises the weights while they are read; nothing if the run does not ask for it.
 
+    A config whose files are packed in a form without training passes is changed so that they are unpacked.
+
     Raises:
-        ConfigError: the files are quantised already, or the model has nothing to quantise in that way.
+        ConfigError: see `form_of_files`; or the model has nothing to quantise in that way.
     """
+    form = form_of_files(config, options.quantize)
+    if own := packing(config):
+        if form == "none":
+            vars(config.get_text_config(decoder=True)).pop("quantization_config", None)
+            config.quantization_config = own | {"dequantize": True}
+        return {}
     if options.quantize == "none":
         return {}
-    if (own := getattr(config, "quantization_config", None)) is not None:
-        kind = own.get("quant_method") if isinstance(own, dict) else own.quant_method
-        what = f"quantize={options.quantize}: {model} is quantised already ({kind})."
-        raise ConfigError(what, "Leave quantize out; it is used as it is.")
     with torch.device("meta"):
         empty: nn.Module = (getattr(auto, "from_config", None) or auto._from_config)(config)
     if not to_pack(empty, options.quantize):

@@ -97,14 +97,14 @@ def traced(config: Any, kind: Any, request: Request, dtype: torch.dtype, quick: 
         sizes.remember(sizes.key(request), request.batch_size, request.length, line, (whole, beside, operations))
     step = described(line, config, {})
     parts: dict[str, dict[str, float]] = {phase: dict(held) for phase, held in step.parts.items()}
-    return Theirs(whole, parts, float(operations), _held(line, beside, request))
+    return Theirs(whole, parts, float(operations), _held(line, beside, request, formulas.packed_form(config, request)))
 
 
 def _whole(placed: modules.Foreign, request: Request, name: str) -> Whole:
     model, training = placed.model, request.mode == "train"
     trained = [p for p in model.parameters() if p.requires_grad]
-    low = formulas.linear_weights(model, request.quantize) if request.quantize != "none" else []
-    weights = placed.weights - formulas.size(low) + formulas.quantised(low, request.quantize)
+    plain, packed = formulas.packed_bytes(model.config, request, model)
+    weights = placed.weights - plain + packed
     state = kept.optimizer_state(trained, request.optimizer) if training else 0
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     layer = max((formulas.size(one.parameters()) for layers in lists for one in layers), default=0)
@@ -124,9 +124,9 @@ def _beside(placed: modules.Foreign, request: Request) -> Beside:
     return Beside(placed.weights, placed.adapter, **known)
 
 
-def _held(line: Timeline, beside: Beside, request: Request) -> int:
+def _held(line: Timeline, beside: Beside, request: Request, form: str) -> int:
     """Replay a first step, and another after emptying the cache, as the allocator does before it gives up."""
-    plain = request.quantize == "none" and request.devices == 1 and request.accumulation == 1
+    plain = form == "none" and request.devices == 1 and request.accumulation == 1
     known = request.optimizer in (DEFAULT, "adamw_torch")
     if request.device != "cuda" or request.mode != "train" or not plain or not known:
         return 0
