@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -24,11 +24,12 @@ from peftree.graft.stack import EndPart, EntryPart, LayerPart, ListenPart, Stack
 from peftree.graft.state import Room, StackState, first_position
 from peftree.graft.swap import Adapted, StillPart, restore, swap
 from peftree.sites import Site
-from peftree.sites.parts import field
+from peftree.sites.parts import field, inside, modules_of
 
 __all__ = ["Adapted", "Graft", "Hub", "Room"]
 
 P = TypeVar("P", bound=PerThread)
+Entry = tuple[str, Site, Delta]
 _CLASS_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 _LENGTH_FIRST = {
     f"transformers.models.{name}"
@@ -47,7 +48,7 @@ class Graft:
     Attributes:
         model: the base model.
         shared: the adapters that are switched on.
-        entries: every delta with its adapter, key and site, in the order in which they were put on.
+        by: key, site and delta of every place of an adapter, by its name, in the order in which they were put on.
         first: paths of modules in which a text's length comes first, and its rows second.
         swaps: whether some are torch's (`batch_first=False`), so that any other module's input may be ordered so too.
     """
@@ -55,10 +56,10 @@ class Graft:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shared = Shared()
-        self.entries: list[tuple[str, str, Site, Delta]] = []
+        self.by: dict[str, list[Entry]] = {}
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
-        kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in model.named_modules()}
+        kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in modules_of(model).items()}
         self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in _LENGTH_FIRST]
         self.swaps = any(first for _, first in kinds.values())
 
@@ -69,41 +70,57 @@ class Graft:
             self._tree = site_tree.tree(self.model)
         return self._tree
 
+    @property
+    def entries(self) -> list[tuple[str, str, Site, Delta]]:
+        """Every delta with its adapter, key and site."""
+        return [(name, *entry) for name, entries in self.by.items() for entry in entries]
+
     def hubs(self) -> Iterator[tuple[str, nn.Module, Hub]]:
         """Yield path, module and hub of every adapted module."""
-        for path, module in self.model.named_modules():
+        for path, module in modules_of(self.model).items():
             hub = module._modules.get("deltas")
             if isinstance(hub, Hub) and hub.shared is self.shared:
                 yield path, module, hub
 
-    def put(self, adapter: str, entries: list[tuple[str, Site, Delta]]) -> None:
+    def put(self, adapter: str, entries: list[Entry]) -> None:
         """Graft the deltas of one adapter; an error leaves nothing of it behind."""
-        for path, module in self.model.named_modules():
+        for path, module in modules_of(self.model).items():
             if isinstance(hub := module._modules.get("deltas"), Hub) and hub.shared is not self.shared:
                 raise MethodError(
                     f"{path or 'The model'} has an adapter that was put on a part of this model, or on all of it.",
                     "Adapt the object that was adapted first, or detach that adapter.",
                 )
         try:
-            self._ground([(adapter, *e) for e in entries])
+            self._ground([adapter], {site.path for _, site, _ in entries})
             for key, site, delta in entries:
                 self._place(adapter, key, site, delta)
         except BaseException:
-            self._rebuild()
+            self._remove([adapter], entries)
+            self._connect_again()
+            self._tidy()
             raise
-        self.entries += [(adapter, key, site, delta) for key, site, delta in entries]
+        self.by[adapter] = entries
 
-    def drop(self, adapter: str) -> None:
-        """Take off the deltas of one adapter; when none are left, the model is as it was."""
-        self.entries = [e for e in self.entries if e[0] != adapter]
-        self._rebuild()
+    def drop(self, adapters: Iterable[str]) -> None:
+        """Take off the deltas of some adapters; when none are left, the model is as it was.
 
-    def check(self) -> None:
-        """Raise AdapterError if an adapted module was resized, replaced or removed."""
+        Adapters that stay keep their places: only what some of the dropped deltas shared (stacks, attention modules,
+        branches) is set up again.
+        """
+        names = list(adapters)
+        gone = [entry for name in names for entry in self.by.pop(name)]
+        self._remove(names, gone)
+        if not self.by or any(_connects(site, delta) for _, site, delta in gone):
+            self._connect_again()
+        self._tidy()
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise AdapterError if a module that one of `names` (None: all) adapts was resized, replaced or removed."""
         self.shared.check(self.model)
         here = {hub.path for *_, hub in self.hubs()}
-        gone = [site.path for _, _, site, _ in self.entries if site.path not in here]
-        read = [p for *_, d in self.entries for m in d.modules() for p in vars(m).values() if isinstance(p, Part)]
+        entries = [entry for name in (self.by if names is None else names) for entry in self.by[name]]
+        gone = [site.path for _, site, _ in entries if site.path not in here]
+        read = [p for *_, d in entries for m in d.modules() for p in vars(m).values() if isinstance(p, Part)]
         modules = dict(self.model.named_modules(remove_duplicate=False)) if read else {}
         if gone := gone + [p.site.path for p in read if modules.get(p.site.path) is not p.module]:
             raise AdapterError(
@@ -120,33 +137,66 @@ class Graft:
                 found.append(Room(state.site.tower, state.most, front))
         return found
 
-    def _rebuild(self) -> None:
-        for _, module, hub in list(self.hubs()):
+    def _remove(self, names: list[str], gone: list[Entry]) -> None:
+        """Remove the bundles of the adapters `names`, whose entries are `gone`."""
+        turned = any(site.length_first for _, site, _ in gone)
+        for _, _, hub in self.hubs():
+            if hub._modules.keys().isdisjoint(names):
+                continue
+            for name in names:
+                hub._modules.pop(name, None)
+            hub.programs.clear()
+            (self.shared.unseen.add if hub._modules else self.shared.unseen.discard)(hub.path)
+            if turned:
+                left = [site for bundle in hub._modules.values() for _, site, _ in bundle.items()]  # type: ignore
+                hub.length_first = self._turned(hub.path) or any(site.length_first for site in left)
+
+    def _connect_again(self) -> None:
+        """Make what deltas share anew, from the entries that are left: parts around stacks, attention, branches."""
+        used = set()
+        for _, module, hub in self.hubs():
             for part in hub.outer:
                 if isinstance(part, AttentionPart):
                     part.remove(module)
-            restore(module)
+            hub.outer, hub.cells, hub.sources = [], [], {}
+            vars(hub).pop("door", None)
+            hub.programs.clear()
+            used |= {hub.path} if hub._modules else set()
         self.stacks, self.shared.looks = {}, False
         self.shared.parts.clear()
         self.shared.unseen.clear()
-        if self.entries:
-            self._ground(self.entries)
-        for adapter, key, site, delta in self.entries:
-            self._place(adapter, key, site, delta)
+        self.shared.unseen |= used
+        if self.by:
+            self._ground(self.by, used)
+        for *_, site, delta in self.entries:
+            if _connects(site, delta):
+                self._connect(site, delta)
 
-    def _ground(self, entries: list[tuple[str, str, Site, Delta]]) -> None:
+    def _tidy(self) -> None:
+        """Remove hubs that hold nothing, and doors of towers without an adapter."""
+        hubs = list(self.hubs())
+        used = [hub.path for *_, hub in hubs if hub._modules]
+        for path, module, hub in hubs:
+            if hub.door is not None and path and not any(inside(p, path) for p in used):
+                hub.outer.remove(hub.door)
+                del hub.door
+            elif hub.door is not None:
+                hub.door.fresh |= self.by.keys()
+            if not (hub._modules or hub.outer or hub.cells):
+                restore(module)
+
+    def _ground(self, adapters: Iterable[str], sites: set[str]) -> None:
         """Put on what every graft needs: parts around what users call, frozen statistics in norms, no nested tensors.
 
         No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
         """
-        sites = {site.path for _, _, site, _ in entries}
-        for path, module in list(self.model.named_modules()):
+        for path, module in modules_of(self.model).items():
             keep_gradients(module)
-            if not path or (_tower(path, module) and any(_within(s, path) and s != path for s in sites)):
+            if not path or (_tower(path, module) and any(inside(s, path) for s in sites)):
                 hub = self.hub(path)
                 door = hub.door = hub.door or Door(not path)
                 hub.outer[:] = [door, *(p for p in hub.outer if p is not door)]
-                door.fresh |= {e[0] for e in entries}
+                door.fresh |= set(adapters)
             counts = isinstance(module, _NormBase) and module.running_mean is not None
             counts = counts or isinstance(module, parametrizations._SpectralNorm)
             if counts or isinstance(module, nn.TransformerEncoder):
@@ -165,16 +215,48 @@ class Graft:
         hub = Hub(self.shared, path)
         hub.training, hub.opaque = module.training, opaque(module)
         hub.packed = is_packed(module._parameters.get("weight"))
-        hub.length_first = any(path == p or _within(path, p) for p in self.first)
+        hub.length_first = self._turned(path)
         hub.swaps = self.swaps
         swap(module, hub)
         return hub
+
+    def _turned(self, path: str) -> bool:
+        return any(_within(path, p) for p in self.first)
 
     def _place(self, adapter: str, key: str, site: Site, delta: Delta) -> None:
         hub = self.hub(site.path)
         hub.length_first |= site.length_first
         hub.bundle(adapter).put(key, site, delta)
         delta.train(hub.training)  # no dropout on a model that was in eval mode when it got the adapter
+        if not isinstance(delta, Reweight | Rewrite | Attend | Prepend | Side):
+            raise MethodError(f"{type(delta).__name__} is not one of the five verbs.", "Subclass one of them.")
+        if _connects(site, delta):
+            self._connect(site, delta)
+        if isinstance(delta, Attend | Prepend | Side) or (isinstance(delta, Rewrite) and site.kind == "branch"):
+            return
+        if isinstance(delta, Rewrite) and (
+            site.kind == "raw" or ((site.kind == "conv" or site.maps) and not delta.maps)
+        ):
+            kinds = {"raw": "a single parameter", "conv": "a convolution"}
+            what = kinds.get(site.kind, "a layer of convolutions")
+            raise MethodError(
+                f"{site.name} ({site.path}) is {what}, whose output is not one vector per token.",
+                "Name linear maps, or use a method that changes weights.",
+            )
+        if isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate")):
+            raise MethodError(
+                f"{site.name} ({site.path}) is one map inside stacked experts, so its output is not visible.",
+                "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
+            )
+        if isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
+            raise MethodError(
+                f"{site.name} ({site.path}) is of kind '{site.kind}' and has no weight of its own.",
+                "Name other sites; `peftree inspect` lists them with their kinds.",
+            )
+
+    def _connect(self, site: Site, delta: Delta) -> None:
+        """Set up what a delta shares with others; see `_connects`."""
+        hub = self.hub(site.path)
         if isinstance(delta, Attend):
             self._attention(hub, site, delta)
         elif isinstance(delta, Prepend):
@@ -185,29 +267,6 @@ class Graft:
                 self._layer(state, index)
         elif isinstance(delta, Rewrite) and site.kind == "branch":
             self._branch(hub, site, delta)
-        elif isinstance(delta, Rewrite) and (
-            site.kind == "raw" or ((site.kind == "conv" or site.maps) and not delta.maps)
-        ):
-            kinds = {"raw": "a single parameter", "conv": "a convolution"}
-            what = kinds.get(site.kind, "a layer of convolutions")
-            raise MethodError(
-                f"{site.name} ({site.path}) is {what}, whose output is not one vector per token.",
-                "Name linear maps, or use a method that changes weights.",
-            )
-        elif (
-            isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate"))
-        ):
-            raise MethodError(
-                f"{site.name} ({site.path}) is one map inside stacked experts, so its output is not visible.",
-                "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
-            )
-        elif isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
-            raise MethodError(
-                f"{site.name} ({site.path}) is of kind '{site.kind}' and has no weight of its own.",
-                "Name other sites; `peftree inspect` lists them with their kinds.",
-            )
-        elif not isinstance(delta, Reweight | Rewrite):
-            raise MethodError(f"{type(delta).__name__} is not one of the five verbs.", "Subclass one of them.")
         if delta.looks or delta.blocks:
             self._scene(site, delta)
 
@@ -354,6 +413,12 @@ class Graft:
         hub = self.hub(state.site.layers[index])
         if not any(isinstance(p, LayerPart) for p in hub.outer):
             hub.outer.append(LayerPart(state, index))
+
+
+def _connects(site: Site, delta: Delta) -> bool:
+    """Return whether a delta needs more than its own module: a stack, an attention call, a branch, the scene."""
+    verb = isinstance(delta, Attend | Prepend | Side) or (isinstance(delta, Rewrite) and site.kind == "branch")
+    return verb or delta.looks or delta.blocks > 0
 
 
 def _tower(path: str, module: nn.Module) -> bool:
