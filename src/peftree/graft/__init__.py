@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrizations
-from transformers import PreTrainedModel
 
 from peftree import sites as site_tree
-from peftree.deltas import Attend, Delta, Part, Prepend, Reweight, Rewrite, Side
+from peftree.deltas import Attend, Delta, Part, Prepend, Rewrite, Side
 from peftree.deltas.packed import is_packed, keep_gradients
 from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
 from peftree.graft.call import PerThread, Shared
 from peftree.graft.entry import check_length, positions_of
 from peftree.graft.hub import Cell, Hub, opaque
+from peftree.graft.places import CLASS_TOKENS, LENGTH_FIRST, connects, join, refuse, slots, tower, within
 from peftree.graft.probe import Door
 from peftree.graft.stack import EndPart, EntryPart, LayerPart, ListenPart, StackPart
 from peftree.graft.state import Room, StackState, first_position
@@ -30,16 +30,6 @@ __all__ = ["Adapted", "Graft", "Hub", "Room"]
 
 P = TypeVar("P", bound=PerThread)
 Entry = tuple[str, Site, Delta]
-_CLASS_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-_LENGTH_FIRST = {
-    f"transformers.models.{name}"
-    for name in (
-        "fsmt.modeling_fsmt.EncoderLayer",
-        "fsmt.modeling_fsmt.DecoderLayer",
-        "led.modeling_led.LEDEncoderSelfAttention",
-        "longformer.modeling_longformer.LongformerSelfAttention",
-    )
-}  # code that turns what it is given, or gives on what was turned, to `[length, rows, width]`
 
 
 class Graft:
@@ -60,7 +50,7 @@ class Graft:
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
         kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in modules_of(model).items()}
-        self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in _LENGTH_FIRST]
+        self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in LENGTH_FIRST]
         self.swaps = any(first for _, first in kinds.values())
 
     @property
@@ -110,7 +100,7 @@ class Graft:
         names = list(adapters)
         gone = [entry for name in names for entry in self.by.pop(name)]
         self._remove(names, gone)
-        if not self.by or any(_connects(site, delta) for _, site, delta in gone):
+        if not self.by or any(connects(site, delta) for _, site, delta in gone):
             self._connect_again()
         self._tidy()
 
@@ -169,7 +159,7 @@ class Graft:
         if self.by:
             self._ground(self.by, used)
         for *_, site, delta in self.entries:
-            if _connects(site, delta):
+            if connects(site, delta):
                 self._connect(site, delta)
 
     def _tidy(self) -> None:
@@ -192,7 +182,7 @@ class Graft:
         """
         for path, module in modules_of(self.model).items():
             keep_gradients(module)
-            if not path or (_tower(path, module) and any(inside(s, path) for s in sites)):
+            if not path or (tower(path, module) and any(inside(s, path) for s in sites)):
                 hub = self.hub(path)
                 door = hub.door = hub.door or Door(not path)
                 hub.outer[:] = [door, *(p for p in hub.outer if p is not door)]
@@ -221,41 +211,19 @@ class Graft:
         return hub
 
     def _turned(self, path: str) -> bool:
-        return any(_within(path, p) for p in self.first)
+        return any(within(path, p) for p in self.first)
 
     def _place(self, adapter: str, key: str, site: Site, delta: Delta) -> None:
         hub = self.hub(site.path)
         hub.length_first |= site.length_first
         hub.bundle(adapter).put(key, site, delta)
         delta.train(hub.training)  # no dropout on a model that was in eval mode when it got the adapter
-        if not isinstance(delta, Reweight | Rewrite | Attend | Prepend | Side):
-            raise MethodError(f"{type(delta).__name__} is not one of the five verbs.", "Subclass one of them.")
-        if _connects(site, delta):
+        refuse(site, delta, self.model.get_submodule(site.path))
+        if connects(site, delta):
             self._connect(site, delta)
-        if isinstance(delta, Attend | Prepend | Side) or (isinstance(delta, Rewrite) and site.kind == "branch"):
-            return
-        if isinstance(delta, Rewrite) and (
-            site.kind == "raw" or ((site.kind == "conv" or site.maps) and not delta.maps)
-        ):
-            kinds = {"raw": "a single parameter", "conv": "a convolution"}
-            what = kinds.get(site.kind, "a layer of convolutions")
-            raise MethodError(
-                f"{site.name} ({site.path}) is {what}, whose output is not one vector per token.",
-                "Name linear maps, or use a method that changes weights.",
-            )
-        if isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate")):
-            raise MethodError(
-                f"{site.name} ({site.path}) is one map inside stacked experts, so its output is not visible.",
-                "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
-            )
-        if isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
-            raise MethodError(
-                f"{site.name} ({site.path}) is of kind '{site.kind}' and has no weight of its own.",
-                "Name other sites; `peftree inspect` lists them with their kinds.",
-            )
 
     def _connect(self, site: Site, delta: Delta) -> None:
-        """Set up what a delta shares with others; see `_connects`."""
+        """Set up what a delta shares with others; see `connects`."""
         hub = self.hub(site.path)
         if isinstance(delta, Attend):
             self._attention(hub, site, delta)
@@ -331,7 +299,7 @@ class Graft:
 
     def _owner(self, site: Site) -> Site | None:
         stacks = [s for s in self.tree if s.role == "stack" and s.tower == site.tower]
-        return next((s for s in stacks if site.path == s.embed or any(_within(site.path, p) for p in s.layers)), None)
+        return next((s for s in stacks if site.path == s.embed or any(within(site.path, p) for p in s.layers)), None)
 
     def _stack(self, site: Site) -> StackState:
         """Return the state of a stack, with its outer part in place."""
@@ -344,7 +312,7 @@ class Graft:
         decoders = [s for s in self.tree if s.role == "stack" and s.tower == "decoder"]
         keep = site.tower == "encoder" and bool(decoders)
         around = [
-            (n, m) for n, m in module.named_modules() if not any(_within(_join(site.path, n), p) for p in site.layers)
+            (n, m) for n, m in module.named_modules() if not any(within(join(site.path, n), p) for p in site.layers)
         ]
         tables = [m for _, m in around if isinstance(m, nn.Embedding) and m is not embed]
         padding = next((m.padding_idx for m in tables if m.padding_idx is not None), None)
@@ -355,7 +323,7 @@ class Graft:
         plain = text and "inputs_embeds" in takes and not any(isinstance(m, nn.Linear) for _, m in around)
         reads = inspect.signature(type(self.model.get_submodule(site.layers[0])).forward).parameters
         own = "inputs_embeds" not in takes and (site.embed or "").rpartition(".")[0] == site.path
-        inside = [] if text else [_join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
+        inside = [] if text else [join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
         state = self.stacks[site.path] = StackState(
             site, embed, text, keep, absolute=bool(tables), padding=padding,
             by_mask=any("attention_mask" in inspect.signature(type(m).forward).parameters for m in tables),
@@ -363,7 +331,7 @@ class Graft:
             window=field(config, "sliding_window"), runs=runs, shifts=shifts,
             early=not ((site.causal and shifts) or runs or plain),
             fills=text and (own or "per_layer_inputs" in takes or "input_ids" in reads),
-            offset=sum(_slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in _CLASS_TOKENS),
+            offset=sum(slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in CLASS_TOKENS),
         )  # fmt: skip
         self._known(state.here)
         self.hub(site.path).outer.append(StackPart(state))
@@ -379,10 +347,10 @@ class Graft:
         inner = [
             s.path
             for s in self.tree
-            if s.role == "stack" and s.path != site.path and (not site.path or _within(s.path, site.path))
+            if s.role == "stack" and s.path != site.path and (not site.path or within(s.path, site.path))
         ]
         others = (
-            any(_within(site.embed or "", path) for path in inner) or "position" in (site.embed or "").rsplit(".")[-1]
+            any(within(site.embed or "", path) for path in inner) or "position" in (site.embed or "").rsplit(".")[-1]
         )
         if site.embed is None or (words and others) or not ({"input_ids", "inputs_embeds"} & takes if words else flat):
             raise MethodError(
@@ -403,7 +371,7 @@ class Graft:
             if not any(isinstance(p, EntryPart) for p in entry.outer):
                 entry.outer.append(EntryPart(state))
         if state.runs:
-            end = self.hub(_join(site.path, site.layers[0].removeprefix(site.path).lstrip(".").partition(".")[0]))
+            end = self.hub(join(site.path, site.layers[0].removeprefix(site.path).lstrip(".").partition(".")[0]))
             if not any(isinstance(p, EndPart) for p in end.outer):
                 end.outer.append(EndPart(state))
         for depth in {*delta.depths, len(site.layers) - 1} - {0} | {len(site.layers) - 1}:
@@ -413,29 +381,3 @@ class Graft:
         hub = self.hub(state.site.layers[index])
         if not any(isinstance(p, LayerPart) for p in hub.outer):
             hub.outer.append(LayerPart(state, index))
-
-
-def _connects(site: Site, delta: Delta) -> bool:
-    """Return whether a delta needs more than its own module: a stack, an attention call, a branch, the scene."""
-    verb = isinstance(delta, Attend | Prepend | Side) or (isinstance(delta, Rewrite) and site.kind == "branch")
-    return verb or delta.looks or delta.blocks > 0
-
-
-def _tower(path: str, module: nn.Module) -> bool:
-    """Return whether users call this part of a model directly: one of two encoders, a model below its head."""
-    children = bool(module._modules) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-    return isinstance(module, PreTrainedModel) or ("." not in path and children)
-
-
-def _within(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".")
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _slots(module: nn.Module, name: str) -> int:
-    """Return how many tokens a class or register parameter `[1, n, d]` or `[d]` holds."""
-    parameter = module.get_parameter(name)
-    return parameter.shape[1] if parameter.dim() == 3 else 1
