@@ -43,8 +43,8 @@ GOALS: dict[str, tuple[float, str]] = {
     "command: plan, one method, 70B": (5.0, "s"),
 }
 WHY = {
-    "first adapter in a process, with imports": "imports of pydantic and peftree's modules, then 210 places; near the goal, "
-    "and over it where other programs share the processor",
+    "first adapter in a process, with imports": "imports of pydantic and peftree's modules, then 210 places; near "
+    "the goal, and over it where other programs share the processor",
     "command: plan, one method, 70B": "half of it are imports of torch and transformers; as above",
     "save, first in a process": "every weight of the base is read once for its fingerprint, and rounded twice",
     "save again": "fsync of three files and two folders, SHA-256 of the weights, and a record of the base beside them",
@@ -210,7 +210,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Operations beside Hugging Face PEFT", "",
         "Written by `make bench-operations`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
-        f"CPU seconds on one thread, the median of {result['rounds']} round(s) on a machine that other programs shared; each library in processes of its own, in "
+        f"CPU seconds on one thread, the median of {result['rounds']} round(s) on a machine that "
+        "other programs shared; each library in processes of its own, in "
         "turns. The model has the shape of SmolLM2-135M in float32 (30 layers, 210 linear maps, 107 million weights "
         "without its vocabulary); LoRA on all maps, rank 8, and rank 2 where many are attached.", "",
         "| operation | peftree, s | PEFT, s | ratio | goal | |", "|---|--:|--:|--:|---|---|",
