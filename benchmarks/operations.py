@@ -1,63 +1,269 @@
-"""One process: CPU seconds of import, attach, save, load and switch for one library; prints one JSON line."""
+"""CPU seconds of what one does with adapters, beside Hugging Face PEFT: `make bench-operations` writes the page.
+
+Each library runs in processes of its own, in turns; a figure is the median of the rounds. `--one LIBRARY` is one such
+process, which prints a line of JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
+import platform
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-start = time.process_time()
-import torch
+MANY = 64  # adapters on one model
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Operation -> goal, and what it is compared with: "s" seconds, "x" the other library's time, or another operation.
+GOALS: dict[str, tuple[float, str]] = {
+    "import beyond torch and transformers": (0.05, "s"),
+    "first adapter in a process, with imports": (0.3, "s"),
+    f"attach one more to {MANY - 1}": (2.0, "attach one more to 1"),
+    "attach the 256th": (2.0, "attach one more to 1"),
+    f"switch, {MANY} attached": (1.0, "x"),
+    f"switch all off and on, {MANY} attached": (1.0, "x"),
+    f"detach one of {MANY}": (0.03, "s"),
+    f"detach the other {MANY - 1}": (0.3, "s"),
+    "save, first in a process": (1.0, "x"),
+    "save again": (1.0, "x"),
+    "load another": (1.0, "x"),
+    "merge": (1.0, "x"),
+    "unmerge": (1.0, "x"),
+    "replace by a loaded adapter": (0.1, "x"),
+    "replace by a folder": (0.1, "x"),
+    "command: methods": (0.5, "s"),
+    "command: plan, one method, 70B": (5.0, "s"),
+}
+WHY = {
+    "first adapter in a process, with imports": "imports of pydantic and peftree's modules, then 210 places; near "
+    "the goal, and over it where other programs share the processor",
+    "command: plan, one method, 70B": "half of it are imports of torch and transformers; as above",
+    "save, first in a process": "every weight of the base is read once for its fingerprint, and rounded twice",
+    "save again": "fsync of three files and two folders, SHA-256 of the weights, and a record of the base beside them",
+    "load another": "every weight of the base is read for the check that the adapter was made for it",
+    "replace by a folder": "the folder is checked as for loading, the base too; load it once, then replace by that",
+}
+PLAN = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "dtype": "bfloat16",
+}  # fmt: skip
 
-TORCH = time.process_time() - start
-start = time.process_time()
-if sys.argv[1] == "peftree":
+
+def timed(function: Callable[[], object], times: int = 1) -> float:
+    """Return the CPU seconds of one call, the median of `times`."""
+    found = []
+    for _ in range(times):
+        gc.collect()  # not in the middle of one of the libraries' calls
+        begin = time.process_time()
+        function()
+        found.append(time.process_time() - begin)
+    return statistics.median(found)
+
+
+def smol() -> Any:
+    """Return the SmolLM2-135M shape: 30 layers, 210 linear maps, a small vocabulary."""
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=1000,
+    ))  # fmt: skip
+
+
+def ours() -> dict[str, float]:
+    """Measure peftree."""
+    model = smol()
+    out = {}
+    start = time.process_time()
     import peftree
-else:
+
+    out["import beyond torch and transformers"] = time.process_time() - start
+
+    def put(name: str, r: int = 8) -> Any:
+        return peftree.adapt(model, "lora", sites="linear", name=name, r=r)
+
+    out["first adapter in a process, with imports"] = timed(lambda: put("a"))
+    out["attach one more to 1"] = timed(lambda: put("b"))
+    a, b = (peftree.adapters(model)[name] for name in "ab")
+    with tempfile.TemporaryDirectory() as folder:
+        out["save, first in a process"] = timed(lambda: peftree.save(a, f"{folder}/a"))
+        out["save again"] = timed(lambda: peftree.save(a, f"{folder}/a"), 3)
+        out["load another"] = timed(lambda: peftree.load(model, f"{folder}/a", name="c"))
+        out["replace by a loaded adapter"] = timed(lambda: peftree.replace(a, b), 3)
+        out["replace by a folder"] = timed(lambda: peftree.replace(a, f"{folder}/a"), 3)
+    peftree.switch(model, "a")
+    pairs = [(timed(lambda: peftree.merge(model)), timed(lambda: peftree.unmerge(model))) for _ in range(5)]
+    out["merge"], out["unmerge"] = (statistics.median(column) for column in zip(*pairs, strict=True))
+    peftree.detach(model)
+    for number in range(MANY - 1):
+        put(f"m{number}", 2)
+    out[f"attach one more to {MANY - 1}"] = timed(lambda: put("last", 2))
+    out[f"switch, {MANY} attached"] = timed(lambda: peftree.switch(model, "m3"), 3)
+
+    def off() -> None:
+        with peftree.disabled(model):
+            pass
+
+    out[f"switch all off and on, {MANY} attached"] = timed(off, 3)
+    out[f"detach one of {MANY}"] = timed(lambda: peftree.detach(model, "m5"))
+    out[f"detach the other {MANY - 1}"] = timed(lambda: peftree.detach(model))
+    for number in range(255):
+        put(f"m{number}", 2)
+    out["attach the 256th"] = timed(lambda: put("last", 2))
+    return out
+
+
+def theirs() -> dict[str, float]:
+    """Measure Hugging Face PEFT."""
+    model = smol()
+    out = {}
+    start = time.process_time()
     import peft
-IMPORT = time.process_time() - start
+    from peft.utils.hotswap import hotswap_adapter
 
-from transformers import LlamaConfig, LlamaModel
+    out["import beyond torch and transformers"] = time.process_time() - start
+    lora, held = peft.LoraConfig(r=8, target_modules=EVERY), list[Any]()
+    first = timed(lambda: held.append(peft.get_peft_model(model, lora, adapter_name="a")))
+    out["first adapter in a process, with imports"] = first + out["import beyond torch and transformers"]
+    wrapped = held[0]
+    out["attach one more to 1"] = timed(lambda: wrapped.add_adapter("b", lora))
+    with tempfile.TemporaryDirectory() as folder:
+        out["save, first in a process"] = timed(lambda: wrapped.save_pretrained(folder, selected_adapters=["a"]))
+        out["save again"] = timed(lambda: wrapped.save_pretrained(folder, selected_adapters=["a"]), 3)
+        out["load another"] = timed(lambda: wrapped.load_adapter(f"{folder}/a", "c"))
+        swap = timed(lambda: hotswap_adapter(wrapped, f"{folder}/a", "a", torch_device="cpu"), 3)
+        out["replace by a loaded adapter"] = out["replace by a folder"] = swap
+    wrapped.set_adapter("a")
+    pairs = [(timed(wrapped.merge_adapter), timed(wrapped.unmerge_adapter)) for _ in range(5)]
+    out["merge"], out["unmerge"] = (statistics.median(column) for column in zip(*pairs, strict=True))
+    wrapped.delete_adapter("c")
+    small = peft.LoraConfig(r=2, target_modules=EVERY)
+    for number in range(MANY - 3):
+        wrapped.add_adapter(f"m{number}", small)
+    out[f"attach one more to {MANY - 1}"] = timed(lambda: wrapped.add_adapter("last", small))
+    out[f"switch, {MANY} attached"] = timed(lambda: wrapped.set_adapter("m3"), 3)
+
+    def off() -> None:
+        with wrapped.disable_adapter():
+            pass
+
+    out[f"switch all off and on, {MANY} attached"] = timed(off, 3)
+    out[f"detach one of {MANY}"] = timed(lambda: wrapped.delete_adapter("m5"))
+    rest = [name for name in wrapped.peft_config if name != "a"]
+    out[f"detach the other {MANY - 1}"] = timed(lambda: [wrapped.delete_adapter(name) for name in rest])
+    return out
 
 
-def timed(function: object) -> float:
-    """Return the CPU seconds of one call."""
-    begin = time.process_time()
-    function()  # type: ignore[operator]
-    return time.process_time() - begin
+def commands() -> dict[str, float]:
+    """Measure commands of peftree, each in a process of its own."""
+    words = (
+        "import sys, time, io\nfrom peftree.cli import main\nsys.argv, out, sys.stdout = {}, sys.stdout, io.StringIO()"
+    )
+    words += "\ntry: main()\nexcept SystemExit: print(time.process_time(), file=out)"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(PLAN), "utf-8")
+        asked = {"methods": ["methods"], "plan, one method, 70B": ["plan", folder, "method=lora"]}
+        found = {}
+        for name, arguments in asked.items():
+            done = _run(["-c", words.format(["peftree", *arguments])])
+            found[f"command: {name}"] = float(done)
+    return found
+
+
+def _run(arguments: list[str]) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def measured(rounds: int) -> dict[str, Any]:
+    """Return the medians of all operations, by library, and where they were measured."""
+    runs: dict[str, list[dict[str, float]]] = {"peftree": [], "peft": []}
+    for number in range(rounds):
+        for library in list(runs)[:: 1 if number % 2 else -1]:
+            runs[library].append(json.loads(_run([__file__, "--one", library])))
+        runs["peftree"][-1] |= commands()
+    medians = {lib: {n: statistics.median(r[n] for r in found) for n in found[0]} for lib, found in runs.items()}
+    return {"machine": _machine(), "rounds": rounds, "seconds": medians}
+
+
+def _machine() -> dict[str, str]:
+    from importlib.metadata import version
+
+    text = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    named = {"cpu": cpu or platform.processor(), "python": platform.python_version()}
+    return named | {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the result as a page."""
+    own, other = result["seconds"]["peftree"], result["seconds"]["peft"]
+    lines = [
+        "# Operations beside Hugging Face PEFT", "",
+        "Written by `make bench-operations`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
+        f"CPU seconds on one thread, the median of {result['rounds']} round(s) on a machine that "
+        "other programs shared; each library in processes of its own, in "
+        "turns. The model has the shape of SmolLM2-135M in float32 (30 layers, 210 linear maps, 107 million weights "
+        "without its vocabulary); LoRA on all maps, rank 8, and rank 2 where many are attached.", "",
+        "| operation | peftree, s | PEFT, s | ratio | goal | |", "|---|--:|--:|--:|---|---|",
+    ]  # fmt: skip
+    missed = []
+    for name in own:
+        theirs = other.get(name)
+        goal, met = _goal(name, own, theirs)
+        missed += [] if met else [name]
+        right = ["-", "-"] if theirs is None else [f"{theirs:.4f}", f"{own[name] / max(theirs, 1e-9):.3f}"]
+        lines.append(f"| {name} | {own[name]:.4f} | {right[0]} | {right[1]} | {goal} | {'' if met else 'missed'} |")
+    lines += ["", "PEFT's `hotswap_adapter` reads a folder. PEFT's unmerging subtracts, so the weights come back "
+              "rounded; peftree puts back the same tensors.", ""]  # fmt: skip
+    why = [f"* {name}: {WHY.get(name, 'not explained yet')}." for name in missed]
+    lines += ["## Missed", "", *why] if missed else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _goal(name: str, own: dict[str, float], theirs: float | None) -> tuple[str, bool]:
+    """Return the goal of an operation in words, and whether it is met; one without a goal is."""
+    if name not in GOALS:
+        return "", True
+    most, of = GOALS[name]
+    if of == "s":
+        return f"{most:g} s", own[name] <= most
+    if of == "x":
+        return f"{most:g} of PEFT", theirs is None or own[name] <= most * theirs
+    return f"{most:g} of '{of}'", own[name] <= most * own[of]
 
 
 def main() -> None:
-    """Measure on the SmolLM2-135M shape, 30 layers, 210 linear maps."""
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=1000,
-    )  # fmt: skip
-    model = LlamaModel(config)
-    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    out = {"import torch": TORCH, "import beyond torch": IMPORT}
-    with tempfile.TemporaryDirectory() as folder:
-        where = str(Path(folder) / "a")
-        if sys.argv[1] == "peftree":
-            out["attach"] = timed(lambda: peftree.adapt(model, "lora", sites="linear", name="a"))
-            out["save"] = timed(lambda: peftree.save(peftree.adapters(model)["a"], where))
-            out["load another"] = timed(lambda: peftree.load(model, where, name="b"))
-            out["switch"] = timed(lambda: peftree.switch(model, "a"))
-        else:
-            lora = peft.LoraConfig(r=8, target_modules=every)
-            held: list[object] = []
-            out["attach"] = timed(lambda: held.append(peft.get_peft_model(model, lora, adapter_name="a")))
-            wrapped = held[0]
-            out["save"] = timed(lambda: wrapped.save_pretrained(where))  # type: ignore[attr-defined]
-            out["load another"] = timed(lambda: wrapped.load_adapter(where + "/a", "b"))  # type: ignore[attr-defined]
-            out["switch"] = timed(lambda: wrapped.set_adapter("a"))  # type: ignore[attr-defined]
-    print(json.dumps(out))
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", choices=("peftree", "peft"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    if args.one:
+        import torch
+
+        torch.set_num_threads(1)
+        print(json.dumps(ours() if args.one == "peftree" else theirs()))
+        return
+    result = measured(args.rounds)
+    print(markdown(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if args.markdown:
+        args.markdown.write_text(markdown(result), "utf-8")
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if __name__ == "__main__":
     main()

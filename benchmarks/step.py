@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -194,22 +193,6 @@ def bases(args: argparse.Namespace) -> list[tuple[str, nn.Module, dict[str, Tens
     return out
 
 
-def operations() -> list[dict[str, Any]]:
-    """Measure import, attach, save, load and switch, each in processes of their own, interleaved."""
-    script = Path(__file__).with_name("operations.py")
-    found: dict[str, list[dict[str, float]]] = {"peftree": [], "peft": []}
-    for _ in range(3):
-        for library in found:
-            done = subprocess.run([sys.executable, str(script), library], capture_output=True, text=True, check=True)
-            found[library].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    names = found["peftree"][0]
-    rows = []
-    for name in names:
-        pair = {lib: statistics.median(r[name] for r in runs) for lib, runs in found.items()}
-        rows.append({"operation": name, "seconds": pair, "ratio": pair["peftree"] / max(pair["peft"], 1e-9)})
-    return rows
-
-
 def machine() -> dict[str, Any]:
     """Describe where this ran."""
     import peft
@@ -247,10 +230,6 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {r['noise_ratio']:.3f} | {least:.3f}-{most:.3f} "
             f"| {r['saved_ratio']:.3f} | {r['peak_ratio']:.3f} |"
         )
-    lines += ["", "| operation | peftree, s | PEFT, s | ratio |", "|---|--:|--:|--:|"]
-    for r in result["operations"]:
-        a, b = r["seconds"]["peftree"], r["seconds"]["peft"]
-        lines.append(f"| {r['operation']} | {a:.4f} | {b:.4f} | {r['ratio']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -261,7 +240,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", default="", help="methods, divided by semicolons")
-    parser.add_argument("--no-operations", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
@@ -270,7 +248,6 @@ def main() -> None:
         "machine": machine(),
         "rounds": args.rounds,
         "steps": [],
-        "operations": [],
     }
     for kind, base, batch in bases(args):
         for name in variants(kind):
@@ -284,8 +261,6 @@ def main() -> None:
                 file=sys.stderr,
             )
             gc.collect()
-    if not args.no_operations:
-        result["operations"] = operations()
     text = markdown(result)
     print(text)
     if args.json:

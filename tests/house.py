@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 72, 10, 400, 50, 20, 6330, 6
+METHOD, RECIPE, FILE, FUNCTION, NAMES, CORE, RUN = 72, 10, 400, 50, 20, 6560, 6
 PRIMITIVE = 18  # lines of code of the building blocks in deltas/ for each method file (decision 0012)
 VERBS = ("__init__", "combine", "place", "scene", "verbs")  # of deltas/, what the contract itself is made of
 DIALECTS = 2500  # lines of code of the foreign format, beside the core (decision 0007)
@@ -65,11 +65,11 @@ ON_THE_CORE = (
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
     "": 3650,
-    "sites": 2050,
+    "sites": 2060,
     "deltas": 1000,
-    "methods": 550,
-    "graft": 3100,
-    "store": 4250,
+    "methods": 570,
+    "graft": 3200,
+    "store": 4420,
     "data": 1400,
     "tasks": 2600,
     "evaluate": 1400,

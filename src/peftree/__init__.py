@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peftree.store import export as export
     from peftree.store import from_peft as from_peft
     from peftree.store import load as load
+    from peftree.store import replace as replace
     from peftree.store import save as save
     from peftree.train.trainer import AdapterTrainer as AdapterTrainer
 
@@ -33,7 +34,7 @@ _HOMES = {
     "peftree.compose": ("combine", "merge", "unmerge"),
     "peftree.errors": ("PeftreeError",),
     "peftree.registry": ("get",),
-    "peftree.store": ("export", "from_peft", "load", "save"),
+    "peftree.store": ("export", "from_peft", "load", "replace", "save"),
     "peftree.train.trainer": ("AdapterTrainer",),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}

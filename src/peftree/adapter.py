@@ -21,6 +21,7 @@ from peftree.graft.program import Group, Route
 from peftree.making import Entries, build, states, take
 from peftree.methods.contract import Method, Moment
 from peftree.sites import Site
+from peftree.sites.parts import modules_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
@@ -55,7 +56,7 @@ class Adapter:
     def __repr__(self) -> str:
         if self.model is None:
             return f"Adapter({self.name!r}, {self.method.name}, detached)"
-        own, every = self.parameters(), sum(p.numel() for p in _base(self.model, self.graft))
+        own, every = self.parameters(), sum(p.numel() for p in _base(self.model))
         count, trained = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
         return (
             f"Adapter({self.name!r}, {self.method.name}, {len(self.deltas)} sites, {count:,} parameters, "
@@ -75,7 +76,7 @@ class Adapter:
     @property
     def entries(self) -> list[tuple[str, Site, Delta]]:
         """Key, site and delta of every place, in model order; the key is `path/part_role`."""
-        return [(f"{s.path}/{k}", s, d) for a, k, s, d in self.graft.entries if a == self.name]
+        return [(f"{s.path}/{k}", s, d) for k, s, d in self.graft.by[self.name]]
 
     @property
     def deltas(self) -> dict[str, Delta]:
@@ -95,7 +96,7 @@ class Adapter:
 
     def state(self) -> dict[str, Tensor]:
         """Return its parameters and persistent buffers, each once, keyed by `path/part_role/tensor`."""
-        self.graft.check()
+        self.graft.check([self.name])
         return states(self.entries)
 
     def unused(self) -> list[str]:
@@ -253,7 +254,7 @@ def check_free(model: nn.Module, name: str) -> None:
     if kind := unread(model):
         what = f"The model's weights are packed by {kind}, in a form that no adapter can be trained on."
         raise AdapterError(what, "Load it unpacked (its quantization_config with dequantize=True), or a plain model.")
-    if found := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
+    if found := [path for path, module in modules_of(model).items() if "_orig_mod" in module._modules]:
         what = f"{found[0] or 'The model'} was returned by torch.compile, which hides its modules."
         raise AdapterError(what, "Adapt its _orig_mod before you compile it, or compile in place: module.compile().")
     present = adapters(model)
@@ -268,7 +269,7 @@ def install(model: nn.Module, name: str, method: Method, entries: Entries, head:
     record = model.__dict__.get("_peftree") or Record(model)
     record.graft.put(name, entries)
     model.__dict__["_peftree"] = record
-    for parameter in _base(model, record.graft):
+    for parameter in _base(model):
         parameter.requires_grad_(False)
     adapter = record.adapters[name] = Adapter(name, method, model, head, seed)
     named = [(f"{s.path}/{k}/{n}", p) for k, s, d in entries for n, p in d.named_parameters()]
@@ -277,18 +278,18 @@ def install(model: nn.Module, name: str, method: Method, entries: Entries, head:
     return adapter
 
 
-def _base(model: nn.Module, graft: Graft) -> list[nn.Parameter]:
+def _base(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of `model` that belong to no adapter, each once."""
-    own = {id(p) for *_, d in graft.entries for p in d.parameters()}
-    return [p for p in model.parameters() if id(p) not in own]
+    own = (p for m in modules_of(model).values() for p in m._parameters.values() if p is not None)
+    return list({id(p): p for p in own}.values())
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Detach one adapter, or all of them; the model is then as it was before, except for merged weights."""
     record = record_of(model)
     names = [known(record, name).name] if name is not None else list(record.adapters)
+    record.graft.drop(names)
     for each in names:
-        record.graft.drop(each)
         record.adapters.pop(each).model = None
     record.turn_on(record.graft.shared.default.active)
     if not record.adapters:

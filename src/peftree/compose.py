@@ -15,6 +15,7 @@ from peftree import registry
 from peftree.adapter import Adapter, active, adapt, detach, known, record_of, switch
 from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight
 from peftree.deltas.packed import dense, form_of, is_packed, packed_again
+from peftree.deltas.verbs import finite
 from peftree.errors import AdapterError, MergeError, PeftreeWarning
 from peftree.graft.hub import effective
 from peftree.methods.contract import Fusion, Method, Recipe
@@ -46,15 +47,15 @@ def merge(model: nn.Module, quantized: str = "refuse") -> float:
         raise MergeError(f"{', '.join(record.merged)} is already merged.", "Call peftree.unmerge(model) first.")
     if graft.shared.open:
         raise MergeError("Rows are being routed, or adapters are disabled.", "Leave the `with` block first.")
-    bad = sorted({type(d).__name__ for a, _, _, d in graft.entries if a in names and not isinstance(d, Reweight)})
+    bad = sorted({type(d).__name__ for n in names for *_, d in graft.by[n] if not isinstance(d, Reweight)})
     if bad or not names:
         what = f"{', '.join(names)}: {', '.join(bad)} cannot be folded into weights." if bad else "No adapter is on."
         raise MergeError(what, "`peftree methods` shows which methods merge; keep the others as adapters.")
-    graft.check()
+    graft.check(names)
     changes, error = _changes(model, names, quantized)
     for path, module, key, value in changes:
         record.originals[path, key] = module._parameters.get(key)
-        kept = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
         module._parameters[key] = value if is_packed(value) else kept  # type: ignore[assignment]
     record.merged = names
     graft.shared.switch(())
@@ -75,7 +76,9 @@ def _changes(model: nn.Module, names: tuple[str, ...], quantized: str) -> tuple[
     graft = record_of(model).graft
     changes: list[Change] = []
     errors, config = [0.0], getattr(getattr(model, "config", None), "quantization_config", None)
-    with torch.no_grad(), _evaluating(d for a, _, _, d in graft.entries if a in names):
+    with torch.no_grad(), _evaluating(d for n in names for *_, d in graft.by[n]):
+        inner = [m for n in names for *_, d in graft.by[n] for m in d.modules()]
+        held = _storages([*inner, *(module for _, module, _ in graft.hubs())])
         for path, module, hub in graft.hubs():
             program = hub.program(names)
             new = effective(module, program) if program.reweights else {}
@@ -83,14 +86,29 @@ def _changes(model: nn.Module, names: tuple[str, ...], quantized: str) -> tuple[
                 old = module._parameters.get(key)
                 if value is old:
                     continue
-                if value is not None and not torch.isfinite(value).all():
+                if value is not None and not finite([value]):
                     what = f"Merging makes {path}.{key} non-finite."
                     raise MergeError(what, "The adapter is damaged: load or retrain it.")
                 if old is not None and value is not None and is_packed(old):
                     value, error = _settled(f"{path}.{key}", module, old, value, quantized, config)
                     errors.append(error)
+                elif value is not None and not _is_new(value, held):
+                    value = value.detach().clone()
                 changes.append((path, module, key, value))
     return changes, max(errors)
+
+
+def _storages(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the addresses of the tensors that these modules themselves hold."""
+    values = (v for m in modules for group in (m._parameters, m._buffers, vars(m)) for v in group.values())
+    plain = (v for v in values if isinstance(v, Tensor) and type(v) in (Tensor, nn.Parameter))
+    return {v.untyped_storage().data_ptr() for v in plain}
+
+
+def _is_new(value: Tensor, held: set[int]) -> bool:
+    """Return whether nothing in `held` has the memory of `value`, which a delta made of a frozen weight."""
+    whole = type(value) is Tensor and value._base is None and value.is_contiguous()
+    return whole and value.untyped_storage().data_ptr() not in held
 
 
 def _settled(

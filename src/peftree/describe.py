@@ -2,33 +2,79 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from torch import nn
+from peftree.catalogue import BRANCHES
+from peftree.methods.tags import Tags, of_parts, of_recipe
+from peftree.strict import packaged_yaml
 
-from peftree import registry, sites
-from peftree.methods.contract import Method
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftree.methods.contract import Method
 
 
 def method_rows() -> list[dict[str, Any]]:
     """Return one row per method, in the order of the tree, from its declared tags."""
     return [
         {
-            "branch": cls.tags.branch, "name": name, "identity at start": cls.tags.identity_at_init,
-            "merges": cls.tags.mergeable, "adds tokens": cls.tags.lengthens_sequence,
-            "needs data": cls.tags.needs_data, "needs dense weight": cls.tags.needs_dense_weight,
-            "inference cost": cls.tags.inference_cost, "default lr": cls.tags.lr, "paper": cls.tags.paper,
-            "equation": equation(cls),
+            "branch": tags.branch, "name": name, "identity at start": tags.identity_at_init,
+            "merges": tags.mergeable, "adds tokens": tags.lengthens_sequence,
+            "needs data": tags.needs_data, "needs dense weight": tags.needs_dense_weight,
+            "inference cost": tags.inference_cost, "default lr": tags.lr, "paper": tags.paper,
+            "equation": formula,
         }
-        for name, cls in registry.methods().items()
+        for name, (tags, formula) in facts().items()
     ]  # fmt: skip
 
 
-TREE = Path(registry.__file__).parent / "methods" / "tree.yaml"
+def facts() -> dict[str, tuple[Tags, str]]:
+    """Return tags and equation of every method, in the order of the tree.
+
+    The package's files are read without running them, which needs no torch; if others add methods, all are loaded.
+    """
+    if "peftree.registry" not in sys.modules and not entry_points(group="peftree.methods"):
+        return _stated()
+    from peftree import registry
+
+    return {name: (cls.tags, equation(cls)) for name, cls in registry.methods().items()}
+
+
+def _stated() -> dict[str, tuple[Tags, str]]:
+    """Return tags (without `peft` and what depends on a model's size) and equation, as the package's files state."""
+    paths = [(branch, path) for branch in BRANCHES for path in sorted((HOME / branch).glob("*")) if path.is_file()]
+    found = {path.stem: _of_file(path) for _, path in paths if path.suffix == ".py" and path.stem != "__init__"}
+    for branch, path in paths:
+        if path.suffix == ".yaml":
+            said = packaged_yaml(path)
+            base = found[said["base"]][0] if "base" in said else of_parts({})
+            found[path.stem] = of_recipe(base, branch, said["paper"], said.get("tags", {})), said["about"].strip()
+    return dict(sorted(found.items(), key=lambda kv: (BRANCHES.index(kv[1][0].branch), kv[0])))
+
+
+def _of_file(path: Path) -> tuple[Tags, str]:
+    tree = ast.parse(path.read_text("utf-8"), str(path))
+    lines = (line for node in tree.body if isinstance(node, ast.ClassDef) for line in node.body)
+    call: Any = next(v.value for v in lines if isinstance(v, ast.AnnAssign) and ast.unparse(v.target) == "tags")
+    given = dict(zip((f.name for f in dataclasses.fields(Tags)), call.args, strict=False))
+    given |= {keyword.arg: keyword.value for keyword in call.keywords}
+    literal = {k: ast.literal_eval(v) for k, v in given.items() if k not in ("small", "known", "peft")}
+    return Tags(**literal), _formula(ast.get_docstring(tree) or "")
+
+
+def _formula(doc: str) -> str:
+    """Return the equation in line 1 of a method's file."""
+    first = doc.strip().split("\n")[0]
+    return first.partition(": ")[2].rstrip(".") or first
+
+
+HOME = Path(__file__).parent / "methods"
+TREE = HOME / "tree.yaml"
 
 
 def tree_rows() -> list[dict[str, Any]]:
@@ -36,8 +82,8 @@ def tree_rows() -> list[dict[str, Any]]:
 
     `STATES` says what a state means, `NEEDS` what is missing.
     """
-    known, found = registry.methods(), []
-    for row in yaml.safe_load(TREE.read_text("utf-8")):
+    known, found = facts(), []
+    for row in packaged_yaml(TREE):
         mine = [name for name in row.pop("methods", []) if name in known]
         needs, functions = row.pop("needs", []), row.pop("functions", [])
         marks = [state for state in ("record", "out") if row.pop(state, False)]
@@ -66,15 +112,15 @@ NEEDS = {
 
 def equation(cls: type[Method]) -> str:
     """Return the equation of a method: line 1 of its file, or what its recipe says."""
-    recipe = cls.__doc__ or ""
-    if cls.__name__ == cls.name and "=" in recipe:
-        return recipe.strip()
-    first = (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0]
-    return first.partition(": ")[2].rstrip(".") or first
+    if cls.__name__ == cls.name:
+        return (cls.__doc__ or "").strip()
+    return _formula(sys.modules[cls.__module__].__doc__ or "")
 
 
 def describe_method(name: str) -> dict[str, Any]:
     """Return equation, paper, tags and fields of one method."""
+    from peftree import registry
+
     cls = registry.get(name)
     fields = cls.model_json_schema(mode="serialization").get("properties", {})
     rows = [
@@ -109,6 +155,8 @@ def inspect_model(source: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no config, or transformers knows no class for it.
     """
+    from peftree import sites
+
     model = skeleton(source)
     return {
         "model": source, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()),

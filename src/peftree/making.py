@@ -33,6 +33,7 @@ def states(entries: Entries) -> dict[str, Tensor]:
     return out
 
 
+@site_tree.unchanged()
 def build(model: nn.Module, method: Method, head: bool | None, seed: int) -> tuple[Entries, bool]:
     """Build every delta of a method, and tell whether a task head is among them; the model is only read."""
     entries: Entries = []

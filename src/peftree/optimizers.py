@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
-from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from peftree.errors import ConfigError, did_you_mean
 
@@ -34,6 +32,10 @@ _BNB = ("paged_", "adamw_8bit", "adamw_bnb_8bit", "lion_", "ademamix", "rmsprop_
 
 def check_name(name: str, where: str = "") -> None:
     """Raise ConfigError, which starts with `where`, if no run can use an optimizer, with what to do instead."""
+    if name == DEFAULT:
+        return
+    from transformers.training_args import OptimizerNames  # seconds of imports, with transformers' Trainer
+
     known = [each.value for each in OptimizerNames]
     if name not in known:
         usable = [each for each in known if not _why_not(each)]
@@ -71,6 +73,9 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], **more: Any) -> Opti
         groups: parameters and their rates.
         more: the optimizer's own arguments.
     """
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
     fields = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}  # making one would set up the machine
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**fields | {"optim": OptimizerNames(name)}))  # type: ignore[arg-type]
     made: Optimizer = kind(groups, **settings | more)

@@ -17,9 +17,11 @@ from peftree.catalogue import BRANCHES, Branch
 from peftree.errors import ConfigError, MethodError, did_you_mean
 from peftree.files import load_module
 from peftree.methods.contract import Fusion, Method, Recipe, Tags, Union
-from peftree.strict import Strict, explain
+from peftree.methods.tags import of_parts, of_recipe
+from peftree.strict import Strict, explain, packaged_yaml
 
 _HOME = Path(__file__).parent / "methods"
+_GROUP = "peftree.methods"
 _FOLDERS: list[Path] = []
 
 
@@ -39,7 +41,7 @@ def methods() -> dict[str, type[Method]]:
                     _add(found, _from_file(path), path)
                 elif path.suffix == ".yaml":
                     recipes.append(path)
-    for point in entry_points(group="peftree.methods"):
+    for point in entry_points(group=_GROUP):
         _add(found, _checked(point.load(), point.value), Path(point.value))
     for path in recipes:
         _add(found, _from_recipe(path, found), path)
@@ -68,10 +70,21 @@ def get(name: str) -> type[Method]:
     Raises:
         MethodError: there is no such method; the message names the closest one.
     """
+    if (alone := _alone(name)) is not None:
+        return alone
     known = methods()
     if name not in known:
         raise MethodError(f"There is no method '{name}'.", did_you_mean(name, known, "Methods"))
     return known[name]
+
+
+def _alone(name: str) -> type[Method] | None:
+    """Return the method of the packaged file `name`, without loading all others; None if there may be more to it."""
+    if methods.cache_info().currsize or _FOLDERS or not name.isidentifier() or entry_points(group=_GROUP):
+        return None
+    path = next((p for b in BRANCHES if (p := _HOME / b / f"{name}.py").is_file()), None)
+    cls = None if path is None else _from_file(path)
+    return cls if cls is not None and cls.name == name else None
 
 
 def make(name: str, fields: dict[str, Any]) -> Method:
@@ -149,7 +162,7 @@ class _Recipe(Strict):
 def _from_recipe(path: Path, found: dict[str, type[Method]]) -> type[Method]:
     """Turn a recipe into a method class: a base with other defaults, or several parts."""
     try:
-        recipe = _Recipe(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        recipe = _Recipe(**packaged_yaml(path))
         return _variant(path, recipe, found) if recipe.base else _hybrid(path, recipe, found)
     except (ValidationError, yaml.YAMLError, TypeError, KeyError) as error:
         raise MethodError(f"{path} is not a valid recipe: {error}.", "See docs: recipes.") from None
@@ -157,7 +170,7 @@ def _from_recipe(path: Path, found: dict[str, type[Method]]) -> type[Method]:
 
 def _tags(path: Path, recipe: _Recipe, start: Tags) -> Tags:
     branch: Branch = path.parent.name  # type: ignore[assignment]
-    return Tags(**(vars(start) | recipe.tags | {"branch": branch, "paper": recipe.paper}))
+    return of_recipe(start, branch, recipe.paper, recipe.tags)
 
 
 def _variant(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> type[Method]:
@@ -190,8 +203,7 @@ def _hybrid(path: Path, recipe: _Recipe, found: dict[str, type[Method]]) -> type
     made.name, made.__doc__ = path.stem, recipe.about
     made.member_names, made.gated = names, recipe.gated
     small = {name: dict(fields[name][0].tags.small) for name in names}
-    start = Tags("hybrid", recipe.paper, identity_at_init=False, mergeable=False, lr=1e-3, small=small)
-    made.tags = _tags(path, recipe, start)
+    made.tags = _tags(path, recipe, of_parts(small))
     return made
 
 

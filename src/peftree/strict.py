@@ -52,6 +52,16 @@ def read_yaml(path: str | Path, lines: dict[str, str]) -> dict[str, Any]:
     return _mapping(node, path, lines, "")
 
 
+def packaged_yaml(path: Path) -> Any:
+    """Return what a YAML file of the package or of a plug-in holds, read by libyaml where PyYAML has it.
+
+    Raises:
+        yaml.YAMLError, UnicodeDecodeError, OSError: it cannot be read.
+    """
+    loader: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    return yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506 - both are safe
+
+
 _OPENING = (
     yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken,
 )  # fmt: skip

@@ -28,7 +28,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     blocks = re.findall(r"```py\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"{PAGE.name}, block {number}", "exec"), known)
-    assert len(blocks) == 7 and known["loss"].isfinite()
+    assert len(blocks) == 8 and known["loss"].isfinite()
 
 
 def rows() -> list[list[str]]:

@@ -18,6 +18,7 @@ import zoo
 from peftree import adapter as adapters
 from peftree import compose
 from peftree.errors import StoreError
+from peftree.store import digest
 from peftree.store.digest import AT_ONCE, BLOCK, digests
 from peftree.store.fingerprint import TENSORS, Fingerprint, difference, fingerprint
 from store import tools
@@ -199,3 +200,47 @@ def test_a_damaged_record_is_refused() -> None:
 def test_a_model_without_values_has_none(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="meta device"):
         fingerprint(zoo.build("llama").to("meta"))
+
+
+def test_a_weight_that_did_not_change_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = zoo.build("llama"), list[int]()
+    own = digest._digest
+    monkeypatch.setattr(digest, "_digest", lambda flat, dtype: read.append(len(flat)) or own(flat, dtype))
+    first = fingerprint(model, again=True)
+    assert read
+    read.clear()
+    assert fingerprint(model, again=True) == first and not read
+    assert fingerprint(model) == first and len(read) == first.tensors  # without `again` all are read
+    assert not difference(first, model) and len(read) == 2 * first.tensors  # and before an adapter is put on
+
+
+@pytest.mark.parametrize("how", ["in place", "data in place", "other data", "other parameter", "numpy"])
+def test_a_changed_weight_is_read_again(how: str) -> None:
+    model = zoo.build("llama")
+    before = fingerprint(model, again=True)
+    layer = model.model.layers[1].mlp
+    W = layer.up_proj.weight
+    with torch.no_grad():
+        if how == "in place":
+            W[3, 5] += 1e-3  # one value: torch counts it
+        elif how == "data in place":
+            W.data.mul_(1.001)
+        elif how == "other data":
+            W.data = W.data.clone().index_fill_(0, torch.tensor([2]), 0.5)
+        elif how == "other parameter":
+            layer.up_proj.weight = nn.Parameter(W.clone() * 2)
+        else:
+            W.detach().numpy()[:] *= 1.001
+    after = fingerprint(model, again=True)
+    assert after == fingerprint(model) and after.digests != before.digests
+
+
+def test_a_saved_adapter_names_the_base_as_it_is_then(tmp_path: Path) -> None:
+    model, adapter = tools.adapted("llama", "lora")
+    peftree.save(adapter, tmp_path / "a")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1.0
+    folder = peftree.save(adapter, tmp_path / "b")
+    peftree.load(model, folder, name="again")
+    with pytest.raises(StoreError, match=r"model.norm.weight"):
+        peftree.load(model, tmp_path / "a", name="first")

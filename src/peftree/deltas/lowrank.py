@@ -48,6 +48,8 @@ class LowRank(Reweight):
     def weight(self, W: Tensor) -> Tensor:
         """`W + scale * Bᵀ A`."""
         A, B = self.factors()
+        if W.dim() == 2 and W.dtype == A.dtype == B.dtype and not torch.is_autocast_enabled(W.device.type):
+            return torch.addmm(W, B.mT, A, alpha=self.scale)  # one pass over W
         return W + (self.scale * (B.mT @ A)).to(W.dtype)
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:

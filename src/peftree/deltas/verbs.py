@@ -244,4 +244,5 @@ class SideAttention(ABC):
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Return True if no tensor holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    # A NaN or an infinity makes the sum one; the sum of finite values may overflow, so only then every value is read.
+    return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in (t.detach() for t in tensors))

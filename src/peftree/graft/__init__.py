@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrizations
-from transformers import PreTrainedModel
 
 from peftree import sites as site_tree
-from peftree.deltas import Attend, Delta, Part, Prepend, Reweight, Rewrite, Side
+from peftree.deltas import Attend, Delta, Part, Prepend, Rewrite, Side
 from peftree.deltas.packed import is_packed, keep_gradients
 from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
 from peftree.graft.call import PerThread, Shared
 from peftree.graft.entry import check_length, positions_of
 from peftree.graft.hub import Cell, Hub, opaque
+from peftree.graft.places import CLASS_TOKENS, LENGTH_FIRST, connects, join, refuse, slots, tower, within
 from peftree.graft.probe import Door
 from peftree.graft.stack import EndPart, EntryPart, LayerPart, ListenPart, StackPart
 from peftree.graft.state import Room, StackState, first_position
 from peftree.graft.swap import Adapted, StillPart, restore, swap
 from peftree.sites import Site
-from peftree.sites.parts import field
+from peftree.sites.parts import field, inside, modules_of
 
 __all__ = ["Adapted", "Graft", "Hub", "Room"]
 
 P = TypeVar("P", bound=PerThread)
-_CLASS_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-_LENGTH_FIRST = {
-    f"transformers.models.{name}"
-    for name in (
-        "fsmt.modeling_fsmt.EncoderLayer",
-        "fsmt.modeling_fsmt.DecoderLayer",
-        "led.modeling_led.LEDEncoderSelfAttention",
-        "longformer.modeling_longformer.LongformerSelfAttention",
-    )
-}  # code that turns what it is given, or gives on what was turned, to `[length, rows, width]`
+Entry = tuple[str, Site, Delta]
 
 
 class Graft:
@@ -47,7 +38,7 @@ class Graft:
     Attributes:
         model: the base model.
         shared: the adapters that are switched on.
-        entries: every delta with its adapter, key and site, in the order in which they were put on.
+        by: key, site and delta of every place of an adapter, by its name, in the order in which they were put on.
         first: paths of modules in which a text's length comes first, and its rows second.
         swaps: whether some are torch's (`batch_first=False`), so that any other module's input may be ordered so too.
     """
@@ -55,11 +46,11 @@ class Graft:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shared = Shared()
-        self.entries: list[tuple[str, str, Site, Delta]] = []
+        self.by: dict[str, list[Entry]] = {}
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
-        kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in model.named_modules()}
-        self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in _LENGTH_FIRST]
+        kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in modules_of(model).items()}
+        self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in LENGTH_FIRST]
         self.swaps = any(first for _, first in kinds.values())
 
     @property
@@ -69,41 +60,57 @@ class Graft:
             self._tree = site_tree.tree(self.model)
         return self._tree
 
+    @property
+    def entries(self) -> list[tuple[str, str, Site, Delta]]:
+        """Every delta with its adapter, key and site."""
+        return [(name, *entry) for name, entries in self.by.items() for entry in entries]
+
     def hubs(self) -> Iterator[tuple[str, nn.Module, Hub]]:
         """Yield path, module and hub of every adapted module."""
-        for path, module in self.model.named_modules():
+        for path, module in modules_of(self.model).items():
             hub = module._modules.get("deltas")
             if isinstance(hub, Hub) and hub.shared is self.shared:
                 yield path, module, hub
 
-    def put(self, adapter: str, entries: list[tuple[str, Site, Delta]]) -> None:
+    def put(self, adapter: str, entries: list[Entry]) -> None:
         """Graft the deltas of one adapter; an error leaves nothing of it behind."""
-        for path, module in self.model.named_modules():
+        for path, module in modules_of(self.model).items():
             if isinstance(hub := module._modules.get("deltas"), Hub) and hub.shared is not self.shared:
                 raise MethodError(
                     f"{path or 'The model'} has an adapter that was put on a part of this model, or on all of it.",
                     "Adapt the object that was adapted first, or detach that adapter.",
                 )
         try:
-            self._ground([(adapter, *e) for e in entries])
+            self._ground([adapter], {site.path for _, site, _ in entries})
             for key, site, delta in entries:
                 self._place(adapter, key, site, delta)
         except BaseException:
-            self._rebuild()
+            self._remove([adapter], entries)
+            self._connect_again()
+            self._tidy()
             raise
-        self.entries += [(adapter, key, site, delta) for key, site, delta in entries]
+        self.by[adapter] = entries
 
-    def drop(self, adapter: str) -> None:
-        """Take off the deltas of one adapter; when none are left, the model is as it was."""
-        self.entries = [e for e in self.entries if e[0] != adapter]
-        self._rebuild()
+    def drop(self, adapters: Iterable[str]) -> None:
+        """Take off the deltas of some adapters; when none are left, the model is as it was.
 
-    def check(self) -> None:
-        """Raise AdapterError if an adapted module was resized, replaced or removed."""
+        Adapters that stay keep their places: only what some of the dropped deltas shared (stacks, attention modules,
+        branches) is set up again.
+        """
+        names = list(adapters)
+        gone = [entry for name in names for entry in self.by.pop(name)]
+        self._remove(names, gone)
+        if not self.by or any(connects(site, delta) for _, site, delta in gone):
+            self._connect_again()
+        self._tidy()
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raise AdapterError if a module that one of `names` (None: all) adapts was resized, replaced or removed."""
         self.shared.check(self.model)
         here = {hub.path for *_, hub in self.hubs()}
-        gone = [site.path for _, _, site, _ in self.entries if site.path not in here]
-        read = [p for *_, d in self.entries for m in d.modules() for p in vars(m).values() if isinstance(p, Part)]
+        entries = [entry for name in (self.by if names is None else names) for entry in self.by[name]]
+        gone = [site.path for _, site, _ in entries if site.path not in here]
+        read = [p for *_, d in entries for m in d.modules() for p in vars(m).values() if isinstance(p, Part)]
         modules = dict(self.model.named_modules(remove_duplicate=False)) if read else {}
         if gone := gone + [p.site.path for p in read if modules.get(p.site.path) is not p.module]:
             raise AdapterError(
@@ -120,33 +127,66 @@ class Graft:
                 found.append(Room(state.site.tower, state.most, front))
         return found
 
-    def _rebuild(self) -> None:
-        for _, module, hub in list(self.hubs()):
+    def _remove(self, names: list[str], gone: list[Entry]) -> None:
+        """Remove the bundles of the adapters `names`, whose entries are `gone`."""
+        turned = any(site.length_first for _, site, _ in gone)
+        for _, _, hub in self.hubs():
+            if hub._modules.keys().isdisjoint(names):
+                continue
+            for name in names:
+                hub._modules.pop(name, None)
+            hub.programs.clear()
+            (self.shared.unseen.add if hub._modules else self.shared.unseen.discard)(hub.path)
+            if turned:
+                left = [site for bundle in hub._modules.values() for _, site, _ in bundle.items()]  # type: ignore
+                hub.length_first = self._turned(hub.path) or any(site.length_first for site in left)
+
+    def _connect_again(self) -> None:
+        """Make what deltas share anew, from the entries that are left: parts around stacks, attention, branches."""
+        used = set()
+        for _, module, hub in self.hubs():
             for part in hub.outer:
                 if isinstance(part, AttentionPart):
                     part.remove(module)
-            restore(module)
+            hub.outer, hub.cells, hub.sources = [], [], {}
+            vars(hub).pop("door", None)
+            hub.programs.clear()
+            used |= {hub.path} if hub._modules else set()
         self.stacks, self.shared.looks = {}, False
         self.shared.parts.clear()
         self.shared.unseen.clear()
-        if self.entries:
-            self._ground(self.entries)
-        for adapter, key, site, delta in self.entries:
-            self._place(adapter, key, site, delta)
+        self.shared.unseen |= used
+        if self.by:
+            self._ground(self.by, used)
+        for *_, site, delta in self.entries:
+            if connects(site, delta):
+                self._connect(site, delta)
 
-    def _ground(self, entries: list[tuple[str, str, Site, Delta]]) -> None:
+    def _tidy(self) -> None:
+        """Remove hubs that hold nothing, and doors of towers without an adapter."""
+        hubs = list(self.hubs())
+        used = [hub.path for *_, hub in hubs if hub._modules]
+        for path, module, hub in hubs:
+            if hub.door is not None and path and not any(inside(p, path) for p in used):
+                hub.outer.remove(hub.door)
+                del hub.door
+            elif hub.door is not None:
+                hub.door.fresh |= self.by.keys()
+            if not (hub._modules or hub.outer or hub.cells):
+                restore(module)
+
+    def _ground(self, adapters: Iterable[str], sites: set[str]) -> None:
         """Put on what every graft needs: parts around what users call, frozen statistics in norms, no nested tensors.
 
         No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
         """
-        sites = {site.path for _, _, site, _ in entries}
-        for path, module in list(self.model.named_modules()):
+        for path, module in modules_of(self.model).items():
             keep_gradients(module)
-            if not path or (_tower(path, module) and any(_within(s, path) and s != path for s in sites)):
+            if not path or (tower(path, module) and any(inside(s, path) for s in sites)):
                 hub = self.hub(path)
                 door = hub.door = hub.door or Door(not path)
                 hub.outer[:] = [door, *(p for p in hub.outer if p is not door)]
-                door.fresh |= {e[0] for e in entries}
+                door.fresh |= set(adapters)
             counts = isinstance(module, _NormBase) and module.running_mean is not None
             counts = counts or isinstance(module, parametrizations._SpectralNorm)
             if counts or isinstance(module, nn.TransformerEncoder):
@@ -165,16 +205,26 @@ class Graft:
         hub = Hub(self.shared, path)
         hub.training, hub.opaque = module.training, opaque(module)
         hub.packed = is_packed(module._parameters.get("weight"))
-        hub.length_first = any(path == p or _within(path, p) for p in self.first)
+        hub.length_first = self._turned(path)
         hub.swaps = self.swaps
         swap(module, hub)
         return hub
+
+    def _turned(self, path: str) -> bool:
+        return any(within(path, p) for p in self.first)
 
     def _place(self, adapter: str, key: str, site: Site, delta: Delta) -> None:
         hub = self.hub(site.path)
         hub.length_first |= site.length_first
         hub.bundle(adapter).put(key, site, delta)
         delta.train(hub.training)  # no dropout on a model that was in eval mode when it got the adapter
+        refuse(site, delta, self.model.get_submodule(site.path))
+        if connects(site, delta):
+            self._connect(site, delta)
+
+    def _connect(self, site: Site, delta: Delta) -> None:
+        """Set up what a delta shares with others; see `connects`."""
+        hub = self.hub(site.path)
         if isinstance(delta, Attend):
             self._attention(hub, site, delta)
         elif isinstance(delta, Prepend):
@@ -185,29 +235,6 @@ class Graft:
                 self._layer(state, index)
         elif isinstance(delta, Rewrite) and site.kind == "branch":
             self._branch(hub, site, delta)
-        elif isinstance(delta, Rewrite) and (
-            site.kind == "raw" or ((site.kind == "conv" or site.maps) and not delta.maps)
-        ):
-            kinds = {"raw": "a single parameter", "conv": "a convolution"}
-            what = kinds.get(site.kind, "a layer of convolutions")
-            raise MethodError(
-                f"{site.name} ({site.path}) is {what}, whose output is not one vector per token.",
-                "Name linear maps, or use a method that changes weights.",
-            )
-        elif (
-            isinstance(delta, Rewrite) and site.kind == "expert" and (site.rows or site.role in ("ffn.up", "ffn.gate"))
-        ):
-            raise MethodError(
-                f"{site.name} ({site.path}) is one map inside stacked experts, so its output is not visible.",
-                "Use sites='ffn.down' or 'ffn', or a method that changes weights.",
-            )
-        elif isinstance(delta, Reweight) and site.parameter not in self.model.get_submodule(site.path)._parameters:
-            raise MethodError(
-                f"{site.name} ({site.path}) is of kind '{site.kind}' and has no weight of its own.",
-                "Name other sites; `peftree inspect` lists them with their kinds.",
-            )
-        elif not isinstance(delta, Reweight | Rewrite):
-            raise MethodError(f"{type(delta).__name__} is not one of the five verbs.", "Subclass one of them.")
         if delta.looks or delta.blocks:
             self._scene(site, delta)
 
@@ -272,7 +299,7 @@ class Graft:
 
     def _owner(self, site: Site) -> Site | None:
         stacks = [s for s in self.tree if s.role == "stack" and s.tower == site.tower]
-        return next((s for s in stacks if site.path == s.embed or any(_within(site.path, p) for p in s.layers)), None)
+        return next((s for s in stacks if site.path == s.embed or any(within(site.path, p) for p in s.layers)), None)
 
     def _stack(self, site: Site) -> StackState:
         """Return the state of a stack, with its outer part in place."""
@@ -285,7 +312,7 @@ class Graft:
         decoders = [s for s in self.tree if s.role == "stack" and s.tower == "decoder"]
         keep = site.tower == "encoder" and bool(decoders)
         around = [
-            (n, m) for n, m in module.named_modules() if not any(_within(_join(site.path, n), p) for p in site.layers)
+            (n, m) for n, m in module.named_modules() if not any(within(join(site.path, n), p) for p in site.layers)
         ]
         tables = [m for _, m in around if isinstance(m, nn.Embedding) and m is not embed]
         padding = next((m.padding_idx for m in tables if m.padding_idx is not None), None)
@@ -296,7 +323,7 @@ class Graft:
         plain = text and "inputs_embeds" in takes and not any(isinstance(m, nn.Linear) for _, m in around)
         reads = inspect.signature(type(self.model.get_submodule(site.layers[0])).forward).parameters
         own = "inputs_embeds" not in takes and (site.embed or "").rpartition(".")[0] == site.path
-        inside = [] if text else [_join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
+        inside = [] if text else [join(n, p) for n, m in around for p, _ in m.named_parameters(recurse=False)]
         state = self.stacks[site.path] = StackState(
             site, embed, text, keep, absolute=bool(tables), padding=padding,
             by_mask=any("attention_mask" in inspect.signature(type(m).forward).parameters for m in tables),
@@ -304,7 +331,7 @@ class Graft:
             window=field(config, "sliding_window"), runs=runs, shifts=shifts,
             early=not ((site.causal and shifts) or runs or plain),
             fills=text and (own or "per_layer_inputs" in takes or "input_ids" in reads),
-            offset=sum(_slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in _CLASS_TOKENS),
+            offset=sum(slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in CLASS_TOKENS),
         )  # fmt: skip
         self._known(state.here)
         self.hub(site.path).outer.append(StackPart(state))
@@ -320,10 +347,10 @@ class Graft:
         inner = [
             s.path
             for s in self.tree
-            if s.role == "stack" and s.path != site.path and (not site.path or _within(s.path, site.path))
+            if s.role == "stack" and s.path != site.path and (not site.path or within(s.path, site.path))
         ]
         others = (
-            any(_within(site.embed or "", path) for path in inner) or "position" in (site.embed or "").rsplit(".")[-1]
+            any(within(site.embed or "", path) for path in inner) or "position" in (site.embed or "").rsplit(".")[-1]
         )
         if site.embed is None or (words and others) or not ({"input_ids", "inputs_embeds"} & takes if words else flat):
             raise MethodError(
@@ -344,7 +371,7 @@ class Graft:
             if not any(isinstance(p, EntryPart) for p in entry.outer):
                 entry.outer.append(EntryPart(state))
         if state.runs:
-            end = self.hub(_join(site.path, site.layers[0].removeprefix(site.path).lstrip(".").partition(".")[0]))
+            end = self.hub(join(site.path, site.layers[0].removeprefix(site.path).lstrip(".").partition(".")[0]))
             if not any(isinstance(p, EndPart) for p in end.outer):
                 end.outer.append(EndPart(state))
         for depth in {*delta.depths, len(site.layers) - 1} - {0} | {len(site.layers) - 1}:
@@ -354,23 +381,3 @@ class Graft:
         hub = self.hub(state.site.layers[index])
         if not any(isinstance(p, LayerPart) for p in hub.outer):
             hub.outer.append(LayerPart(state, index))
-
-
-def _tower(path: str, module: nn.Module) -> bool:
-    """Return whether users call this part of a model directly: one of two encoders, a model below its head."""
-    children = bool(module._modules) and not isinstance(module, nn.ModuleList | nn.ModuleDict)
-    return isinstance(module, PreTrainedModel) or ("." not in path and children)
-
-
-def _within(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(outer + ".")
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _slots(module: nn.Module, name: str) -> int:
-    """Return how many tokens a class or register parameter `[1, n, d]` or `[d]` holds."""
-    parameter = module.get_parameter(name)
-    return parameter.shape[1] if parameter.dim() == 3 else 1

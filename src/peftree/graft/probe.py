@@ -18,6 +18,7 @@ from peftree.graft.call import Choice
 from peftree.graft.hub import Hub
 from peftree.graft.patched import PatchedHub
 from peftree.graft.swap import Adapted
+from peftree.sites.parts import modules_of
 
 _SHOWN = 5  # modules that the warning names
 
@@ -70,18 +71,20 @@ class Watch:
 
     def __init__(self, model: nn.Module, hub: Hub, whole: bool, choice: Choice) -> None:
         self.unseen, self.whole = hub.shared.unseen, whole
-        found = [(m, h) for m in model.modules() if isinstance(h := m._modules.get("deltas"), Hub)]
+        base = modules_of(model).values()
+        found = [(m, h) for m in base if isinstance(h := m._modules.get("deltas"), Hub)]
         self.modules = {h.path: m for m, h in found if h.shared is hub.shared}
         waiting = {h.path: h for _, h in found if h.path in self.unseen and choice.names & h._modules.keys()}
-        times = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        times = Counter(id(p) for m in base for p in m._parameters.values())
         owners = {
             id(p): path
             for path, each in waiting.items()
             if _acts(each, choice)
-            for name, p in self.modules[path].named_parameters()
-            if times[id(p)] == 1 and "deltas" not in name.split(".")
+            for m in modules_of(self.modules[path]).values()
+            for p in m._parameters.values()
+            if times[id(p)] == 1 and p is not None
         }
-        compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+        compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in base)
         self.mode = _Reads({} if compiled else owners)
         self.waiting = set(waiting)
 

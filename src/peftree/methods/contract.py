@@ -9,18 +9,18 @@ Seven optional hooks act over time, each on the whole adapter: `init`, `param_gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftree.catalogue import Branch
 from peftree.deltas import Delta, FusedOutput, FusedWeight, Place, Reweight, Rewrite, gated
 from peftree.deltas.combine import GatedMemory, GatedOutput
 from peftree.errors import MethodError
 from peftree.methods import bysite
+from peftree.methods.tags import Peft, Tags
 from peftree.sites import Site
 
 __all__ = [
@@ -30,64 +30,6 @@ __all__ = [
 
 Deltas = Mapping[str, Delta]
 """A whole adapter as hooks see it: delta by its key, in model order."""
-
-
-@dataclass(frozen=True)
-class Peft:
-    """The same method in Hugging Face PEFT, where it sits at the modules that `target_modules` names.
-
-    Attributes:
-        type: its `peft_type`.
-        fields: our field by the key of PEFT's config that means the same.
-        tensors: our tensor by the end of its name in PEFT's file; `B.T`: it is transposed there. A name that begins
-            with `base_model.` belongs to the whole model: a tensor that the deltas share.
-        fixed: values that other PEFT keys must have for the method to be this one; saving writes them.
-        kinds: the kinds of sites that PEFT can put it at.
-        values: PEFT's value by ours, for keys whose values differ; our other values have no form in PEFT.
-        frozen: names, as in `tensors`, of what PEFT's file holds and ours does not, with the delta's attribute (dotted)
-            that must equal it, or None where PEFT's file has none.
-    """
-
-    type: str
-    fields: Mapping[str, str]
-    tensors: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    kinds: tuple[str, ...] = ("linear",)
-    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
-    frozen: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Declared facts about a method; tests check them, and tables, merging and the planner derive from them.
-
-    Attributes:
-        branch: its branch of the survey's tree; equal to the folder it lives in.
-        paper: where it comes from, as `arXiv 2106.09685`.
-        identity_at_init: the adapted model equals the base model before the first step.
-        mergeable: it can be folded into the weights.
-        lengthens_sequence: it adds tokens or attention slots.
-        needs_data: `init` must see training batches first.
-        needs_dense_weight: its forward or its start reads the dense base weight.
-        inference_cost: `none` (once merged), `low`, `tokens` or `network`.
-        lr: the default learning rate with AdamW.
-        small: fields that fit models a few dozen units wide; its checks and examples use them.
-        known: checks of the contract that it fails on some model, each with the reason in the paper.
-        peft: the same method in Hugging Face PEFT, if the two differ only in names.
-    """
-
-    branch: Branch
-    paper: str
-    identity_at_init: bool
-    mergeable: bool
-    lr: float
-    lengthens_sequence: bool = False
-    needs_data: bool = False
-    needs_dense_weight: bool = False
-    inference_cost: Literal["none", "low", "tokens", "network"] = "none"
-    small: Mapping[str, Any] = field(default_factory=dict)
-    known: Mapping[str, str] = field(default_factory=dict)
-    peft: Peft | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftree.errors import SiteError
-from peftree.strict import explain
+from peftree.strict import explain, packaged_yaml
 
 Tower = Literal["text", "vision", "audio", "encoder", "decoder"]
 TOWERS: tuple[str, ...] = (*get_args(Tower), "connector", "model")
@@ -136,7 +136,7 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = packaged_yaml(path)
         record = Record.model_validate(data)
     except OSError as error:
         raise SiteError(f"The role record {path} cannot be read: {error.strerror}.") from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -51,8 +54,30 @@ class Survey:
         return {site.path: site.tower for site in self.sites}
 
 
+_surveys: ContextVar[dict[int, Survey] | None] = ContextVar("peftree_surveys", default=None)
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Inside, models are only read, so that each is surveyed once (in this thread or task)."""
+    token = _surveys.set({} if (known := _surveys.get()) is None else known)
+    try:
+        yield
+    finally:
+        _surveys.reset(token)
+
+
 def survey(model: nn.Module) -> Survey:
     """Find all that is known about `model`; an unknown structure is not an error here."""
+    known = _surveys.get()
+    if known is None:
+        return _survey(model)
+    if id(model) not in known:
+        known[id(model)] = _survey(model)  # it holds the model, so that no other one gets its id meanwhile
+    return known[id(model)]
+
+
+def _survey(model: nn.Module) -> Survey:
     modules, aliases = modules_of(model), aliases_of(model)
     around = find_composites(modules)
     stacks, why = find_stacks(modules, around)

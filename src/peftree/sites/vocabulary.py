@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from peftree.strict import packaged_yaml
 
-_FOUND = yaml.safe_load(Path(__file__).with_name("vocabulary.yaml").read_text("utf-8"))
+_FOUND = packaged_yaml(Path(__file__).with_name("vocabulary.yaml"))
 
 
 def _listed(key: str) -> tuple[str, ...]:

@@ -7,15 +7,17 @@ from typing import Any, Literal
 
 from torch import nn
 
+from peftree import sites as site_tree
 from peftree.adapter import Adapter, adapt, install
-from peftree.errors import StoreError, did_you_mean
+from peftree.errors import AdapterError, StoreError, did_you_mean
 from peftree.store import hfpeft, native, plain
 from peftree.store.build import Draft
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, newest, stamp, write_folder
+from peftree.store.hotswap import copy_in, fresh_name, movable
 from peftree.store.merged import an_adapter, export
 
-__all__ = ["Fingerprint", "export", "fingerprint", "from_peft", "load", "save"]
+__all__ = ["Fingerprint", "export", "fingerprint", "from_peft", "load", "replace", "save"]
 
 Format = Literal["auto", "native", "peft"]
 RACES = 20  # times that a folder is read again if somebody saves into it meanwhile
@@ -37,15 +39,17 @@ def save(adapter: Adapter, folder: str | Path, *, format: Format = "auto") -> Pa
     """
     if format not in ("auto", "native", "peft"):
         raise StoreError(f"There is no format {format!r}.", did_you_mean(str(format), ("auto", "native", "peft")))
-    an_adapter(adapter).graft.check()
-    files: dict[str, bytes] | None = None
-    if format != "native":
-        try:
-            files = hfpeft.files(adapter)
-        except hfpeft.InexpressibleError:
-            if format == "peft":
-                raise
-    return write_folder(folder, files or native.files(adapter))
+    an_adapter(adapter).graft.check([adapter.name])
+    with site_tree.unchanged():
+        files: dict[str, bytes] | None = None
+        if format != "native":
+            try:
+                files = hfpeft.files(adapter)
+            except hfpeft.InexpressibleError:
+                if format == "peft":
+                    raise
+        files = files or native.files(adapter)
+    return write_folder(folder, files)
 
 
 def from_peft(model: nn.Module, config: Any, *, name: str = "default", seed: int = 0) -> Adapter:
@@ -91,28 +95,59 @@ def load(
         StoreError: a file is missing, damaged, unsafe, or made for another base or method.
         ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is invalid.
     """
-    for tries in reversed(range(RACES)):
-        before = stamp(folder)
-        try:
-            called, draft, kept = _read(model, newest(folder), name, allow_other_base)
-            break
-        except StoreError:
-            if not tries or stamp(folder) == before:  # else somebody saved into it while it was read
-                raise
+    called, draft, kept = _read(model, folder, name, allow_other_base)
     adapter = install(model, called, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
     hfpeft.remember(adapter, kept)
     return adapter
 
 
-def _read(model: nn.Module, path: Path, name: str | None, allow_other_base: bool) -> tuple[str, Draft, dict[str, Any]]:
-    """Return name, filled draft and kept keys of the adapter in a folder."""
+def replace(adapter: Adapter, source: Adapter | str | Path, *, allow_other_base: bool = False) -> Adapter:
+    """Give an adapter the values of another of the same method, fields and shapes, in place, and return it (hot swap).
+
+    Its tensors stay the same objects, so that what holds them (optimizers, compiled passes, CUDA graphs) sees the new
+    values; it keeps its name, its places and whether it is on. Everything is checked before a value is changed.
+
+    Args:
+        adapter: on a model, not merged.
+        source: an adapter on the same model, which keeps its own values, or a folder, checked as `load` does.
+        allow_other_base: as for `load`.
+
+    Raises:
+        AdapterError: the two differ in method, fields, places, shapes or dtypes, or `adapter` is merged or detached.
+        StoreError: as for `load`.
+    """
+    model = movable(adapter)
+    if isinstance(source, Adapter):
+        if source.model is not model:
+            raise AdapterError(f"'{source.name}' is not on the model of '{adapter.name}'.", "Save it; pass the folder.")
+        copy_in(adapter, source, f"'{source.name}'", hfpeft.kept_of(source))
+        return adapter
+    _, draft, kept = _read(model, source, fresh_name(model), allow_other_base)
+    copy_in(adapter, draft, f"the adapter in {source}", kept)
+    return adapter
+
+
+def _read(model: nn.Module, folder: str | Path, name: str | None, other: bool) -> tuple[str, Draft, dict[str, Any]]:
+    """Return name, filled draft and kept keys of the adapter in a folder, read again if it is saved meanwhile."""
+    for tries in reversed(range(RACES)):
+        before = stamp(folder)
+        try:
+            return _read_once(model, newest(folder), name, other)
+        except StoreError:
+            if not tries or stamp(folder) == before:
+                raise
+    raise AssertionError
+
+
+@site_tree.unchanged()
+def _read_once(model: nn.Module, path: Path, name: str | None, other: bool) -> tuple[str, Draft, dict[str, Any]]:
     found = listing(path)
     if {NATIVE, PEFT} <= found:
         raise StoreError(f"{path} holds both {NATIVE} and {PEFT}.", "Remove the one that you do not want.")
     if CONFIG in found:
-        return hfpeft.read(model, path, name, allow_other_base, MANIFEST in found)
+        return hfpeft.read(model, path, name, other, MANIFEST in found)
     if MANIFEST in found:
-        return native.read(model, path, name, allow_other_base)
+        return native.read(model, path, name, other)
     raise StoreError(
         f"{path} holds no adapter: it has neither {MANIFEST} nor {CONFIG}.",
         "Name the folder that peftree.save(adapter, folder) wrote.",

@@ -69,21 +69,25 @@ class Fingerprint(Strict):
     packed: dict[str, Annotated[str, Field(max_length=64)]] = Field(default_factory=dict, max_length=1 << 16)
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, *, again: bool = False) -> Fingerprint:
     """Return the fingerprint of the base model, whatever adapters are on it.
+
+    Args:
+        model: with or without adapters.
+        again: read no weight a second time that was not changed since; see `digests`.
 
     Raises:
         StoreError: the model is on the meta device and has no values.
     """
-    return _remembered(model, ROUNDED)
+    return _taken(model, ROUNDED, again)
 
 
-def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint:
+def _taken(model: nn.Module, rounded: Sequence[torch.dtype], again: bool = False) -> Fingerprint:
     """Return the fingerprint with the digests of the bits as they are and `rounded`."""
     named = _named(model)
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in named)
     packed = {name: (module, p) for name, module, p in _base(model) if is_packed(p)}
-    digests = [_digest(group, rounded, packed) for group in _groups(named)]
+    digests = [_digest(group, rounded, packed, again) for group in _groups(named)]
     kinds = {form_of(p) for _, p in packed.values()}
     return Fingerprint(
         quantized=" ".join(sorted(kinds)), packed={name: _sampled(*where) for name, where in packed.items()},
@@ -95,7 +99,7 @@ def _remembered(model: nn.Module, rounded: Sequence[torch.dtype]) -> Fingerprint
 
 def difference(saved: Fingerprint, model: nn.Module) -> str:
     """Return how `model` differs from the base in `saved`, as the rest of a sentence, or an empty string."""
-    here = _remembered(model, ())
+    here = _taken(model, ())
     if saved.model != here.model:
         return f"it was made for a {saved.model[:80]}, but this is a {here.model}"
     for key in sorted(set(saved.config) | set(here.config)):
@@ -175,7 +179,7 @@ def _sample(p: Tensor) -> Tensor:
     count = min(SAMPLES, p.numel())
     rank = torch.arange(count, device=p.device)
     at = (2 * rank + 1) * p.numel() // max(1, 2 * count)
-    return p.reshape(-1)[at].to(torch.float32).cpu()
+    return p.detach().reshape(-1)[at].to(torch.float32).cpu()
 
 
 def _base(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -201,7 +205,7 @@ def _base(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 def _named(model: nn.Module) -> Named:
     """Return the base's tensors by name; a packed one has the shape that it stands for, on the meta device."""
-    return [(n, hollow(m, p) if is_packed(p) else p.detach()) for n, m, p in _base(model)]
+    return [(n, hollow(m, p) if is_packed(p) else p) for n, m, p in _base(model)]
 
 
 def _groups(named: Named) -> list[Named]:
@@ -210,12 +214,12 @@ def _groups(named: Named) -> list[Named]:
     return [named[at : at + step] for at in range(0, len(named), step)]
 
 
-def _digest(group: Named, rounded: Sequence[torch.dtype], packed: Container[str]) -> bytes:
+def _digest(group: Named, rounded: Sequence[torch.dtype], packed: Container[str], again: bool = False) -> bytes:
     """Return the group's digest: of the bits as they are, then of the values rounded to each of `rounded`.
 
     Tensors that are packed, here or in `packed`, do not count.
     """
-    parts = [digests(torch.empty(0) if p.is_meta or name in packed else p, rounded) for name, p in group]
+    parts = [digests(torch.empty(0) if p.is_meta or name in packed else p, rounded, again) for name, p in group]
     return b"".join(hashlib.sha256(b"".join(column)).digest()[:SIZE] for column in zip(*parts, strict=True))
 
 

@@ -88,7 +88,7 @@ def describe(
         seed=adapter.seed, head=adapter.head, weights=weights, config=config, kept=kept or {}, rest=rest or {},
         sites=[f"{site.name} {site.path}" for _, site, _ in adapter.entries],
         tensors={n: Stored(shape=list(e.shape), dtype=NAMES[e.dtype]) for n, e in entries.items()},
-        base=fingerprint(adapter.graft.model),
+        base=fingerprint(adapter.graft.model, again=True),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from peftree.store.tensors import Entry, header, pack, view
 def files(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of an adapter in the native format, by name."""
     weights = pack(adapter.state())
-    manifest = describe(adapter, "native", header(bytearray(weights), NATIVE), sha256(weights))
+    manifest = describe(adapter, "native", header(weights, NATIVE), sha256(weights))
     return {NATIVE: weights, MANIFEST: manifest.text()}
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save as pack_bytes
 from torch import Tensor
 
+from peftree.deltas.verbs import finite
 from peftree.errors import StoreError
 from peftree.files import parse_object
 
@@ -52,13 +53,13 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise StoreError if `tensor` holds a NaN or an infinity."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not finite([tensor]):
         raise StoreError(
             f"{name} holds NaN or infinite values.", "Training diverged; go back to an earlier checkpoint."
         )
 
 
-def header(data: bytearray, where: str) -> dict[str, Entry]:
+def header(data: bytes | bytearray, where: str) -> dict[str, Entry]:
     """Return what the header of a safetensors file states, checked against the file's length.
 
     Args:

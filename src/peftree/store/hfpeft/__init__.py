@@ -70,7 +70,7 @@ def files(adapter: Adapter) -> dict[str, bytes]:
     weights = pack(_renamed(encoded(work.links(), state) | dialect.extras(work.view), PREFIX, dialect.root))
     config = _config(dialect, adapter, work, own)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    entries = header(bytearray(weights), PEFT)
+    entries = header(weights, PEFT)
     manifest = describe(adapter, "peft", entries, sha256(weights), _canonical(config), _KEPT.get(adapter), rest)
     return {PEFT: weights, CONFIG: text.encode(), MANIFEST: manifest.text()}
 
@@ -288,7 +288,13 @@ def _check_extras(known: Mapping[str, Tensor], given: Mapping[str, Tensor], path
             )
 
 
+def kept_of(adapter: Adapter) -> dict[str, Any]:
+    """Return what `remember` keeps of an adapter."""
+    return dict(_KEPT.get(adapter, {}))
+
+
 def remember(adapter: Adapter, keys: dict[str, Any]) -> None:
     """Keep the unknown keys of the file that an adapter was read from, to write them again."""
+    _KEPT.pop(adapter, None)
     if keys:
         _KEPT[adapter] = keys

@@ -1,0 +1,78 @@
+"""What is read of the methods without running their files is what running them gives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import house
+from peftree import describe, registry
+from peftree.errors import MethodError
+
+ROOT = Path(__file__).parents[1] / "src"
+PLUGIN = '''"""Mine: W' = W + 1, a method with the name of another.
+
+Invented.
+"""
+
+from typing import ClassVar
+
+from peftree.methods.contract import Method, Tags
+
+
+class Mine(Method):
+    """A method."""
+
+    tags: ClassVar[Tags] = Tags("additive", "none", True, True, lr=1e-3)
+
+    def count(self, sites: object) -> int:
+        return 0
+
+    def build(self, place: object) -> None:
+        return None
+'''
+
+
+def test_the_files_state_what_the_loaded_methods_do() -> None:
+    loaded = {name: (cls.tags, describe.equation(cls)) for name, cls in registry.methods().items()}
+    stated = describe._stated()
+    assert list(stated) == list(loaded)
+    for name, (tags, formula) in stated.items():
+        want = vars(loaded[name][0]) | {"small": {}, "known": {}, "peft": None}
+        assert vars(tags) | {"small": {}, "known": {}} == want and formula == loaded[name][1], name
+
+
+@pytest.mark.parametrize("more", ["", "'--tree', "])
+def test_listing_the_methods_needs_no_torch(more: str) -> None:
+    words = f"import sys; sys.argv = ['peftree', 'methods', {more}'--json']\nfrom peftree.cli import main\n"
+    quiet = "import io; sys.stdout = io.StringIO()\ntry: main()\nexcept SystemExit: sys.stdout = sys.__stdout__"
+    loaded = house.loaded_by(words + quiet, ROOT)
+    assert "peftree" in loaded and not {"torch", "transformers"} & loaded
+
+
+def test_one_method_is_had_without_all_others() -> None:
+    words = "from peftree import registry\nassert registry.get('lora').name == 'lora'\nimport sys"
+    words += "\nassert 'peftree.methods.reparameterized.lora' in sys.modules"
+    words += (
+        "\nassert 'peftree.methods.additive.ia3' not in sys.modules\nassert registry.get('lora_fa').name == 'lora_fa'"
+    )
+    words += "\nassert registry.methods()['lora'] is registry.get('lora')"
+    assert "torch" in house.loaded_by(words, ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "additive").mkdir()
+    (tmp_path / "additive" / "lora.py").write_text(PLUGIN, "utf-8")
+    registry.register_folder(tmp_path)
+    yield tmp_path
+    registry.forget_folder(tmp_path)
+    sys.modules.pop("peftree.methods.additive.lora", None)
+
+
+def test_two_files_of_one_name_are_refused_however_one_asks(folder: Path) -> None:
+    with pytest.raises(MethodError, match="the name 'lora' is taken"):
+        registry.get("lora")
