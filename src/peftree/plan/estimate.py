@@ -267,7 +267,7 @@ def _whole(text: str) -> Whole:
     each = [formulas.size(frozen) for _, frozen in divided(adapter)]
     return Whole(
         type(model).__name__, parts, scratch, layer, formulas.size(trained) if training else 0, *counts, slots, rooms,
-        (sum(each), max(each, default=0)),
+        (sum(each), max(each, default=0)) if request.quantize == "none" else None,
     )  # fmt: skip
 
 
@@ -371,6 +371,8 @@ def _plan(
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
     notes += request.left_out
+    if request.shard == "fsdp" and request.quantize != "none":
+        notes.append("`peftree train` does not shard a quantised base")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
         whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),

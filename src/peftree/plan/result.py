@@ -22,7 +22,7 @@ class Whole:
         scratch: bytes that the optimizer's step takes and releases.
         layer: bytes of the largest layer.
         divided: bytes of the frozen weights that sharding divides, and of the layer that has most; None: it divides
-            all, the adapter too (PEFT's code).
+            all, the adapter too (PEFT's code, a quantised base).
         gradients: bytes of all gradients.
         trainable, total, sites: as in a plan.
         shared: whether layers share trained tensors.

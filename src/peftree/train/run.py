@@ -112,30 +112,25 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
         lr = method.tags.lr if config.lr is None else config.lr
         resolved = config.resolved(registry.spec(method)["fields"], lr)
         used, done = _begun(config, resolved, team)
-        with calm(config.quiet):
-            data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
+        data, task, adapter = _opened(config, method, onto, team)
         sharded = config.shard != "none"
-        if sharded and onto is None:
-            shard(adapter, team)
         resolved["task"] = data.task
         task.progress = not config.quiet
         items = {s: task.items(getattr(data, s)) for s in ("valid", "test")}
         items["train"] = training_items(task, data.train, config)
         trainer = _trainer(config, task, adapter, items, clock, lr)
-        for line in (*data.warnings, *task.notes):
-            trainer.say(f"note: {line}")
+        trainer.say(*(f"note: {line}" for line in (*data.warnings, *task.notes)))
         saved = Saved(lambda: _saved(config, task, items["train"]), clock)
         if team.first:
             check_inputs(config, data, task.model, used)
             write_resolved(Path(config.output) / SETTINGS, resolved)
-            if not sharded:
-                trainer.add_callback(saved)
+        if sharded:
+            team.sum(0)  # the first may still be reading; for a layer, the others wait minutes at most
+        elif team.first:
+            trainer.add_callback(saved)
         trainer.ends, trainer.scored_at = True, done
     split = data.scored[0]
-    scores_too = team.first or sharded  # what they share, all of them gather
-    if sharded:
-        team.sum(0)  # the first may still be reading; in a layer, others wait minutes at most
-    base = _base_score(config, task, items[split], clock) if config.base_score and scores_too else None
+    base = _base_score(config, task, items[split], clock) if config.base_score and (team.first or sharded) else None
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
@@ -143,7 +138,7 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
     opened = OpenRun(config, task, adapter, data)
     peaks = {"peak_rss_bytes": peak_rss(), "device_peak_bytes": device_peak(trainer.args.device)}
     sizes = training_bytes(adapter.parameters(), trainer.optimizer)
-    scores = _score(config, task, items[split], clock) if scores_too else None
+    scores = _score(config, task, items[split], clock) if team.first or sharded else None
     if scores is None or not team.first:
         return Run(**team.told(None)), opened
     folder = store.save(adapter, Path(config.output) / "adapter", format="native")
@@ -160,6 +155,14 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
     _write_metrics(result, trainer, told)
     team.told(result.model_dump(mode="json"))
     return result, opened
+
+
+def _opened(config: RunConfig, method: Method, onto: OpenRun | None, team: Team) -> tuple[Data, Task, Adapter]:
+    with calm(config.quiet):
+        found = _prepare(config, method) if onto is None else _goes_on(config, onto)
+    if config.shard != "none" and onto is None:
+        shard(found[2], team)
+    return found
 
 
 def _begun(config: RunConfig, resolved: dict[str, Any], team: Team) -> tuple[bool, int | None]:
