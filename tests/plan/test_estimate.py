@@ -142,6 +142,9 @@ def test_what_devices_share(folders: dict[str, Path]) -> None:
     half = 4 * sum(p.numel() for p in layers.parameters()) // 2
     assert two.parts["weights"] == alone.parts["weights"] - half
     assert (two.parts["optimizer"], two.parts["adapter"]) == (alone.parts["optimizer"], alone.parts["adapter"])
+    packed = asked | {"method": "lora", "quantize": "nf4"}  # which `peftree train` does not divide
+    one, half = plan(request(**packed)), plan(request(**packed, devices=2, shard="fsdp"))
+    assert half.parts["weights"] == -(-one.parts["weights"] // 2)
     rows = plan(request(**asked, devices=2, shard="ddp"))
     assert rows.low - alone.low == pytest.approx(4 * alone.trainable, rel=0.01)  # buckets of the gradients
 
