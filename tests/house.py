@@ -74,7 +74,7 @@ ROOMS = {
     "tasks": 2600,
     "evaluate": 1400,
     "runs": 450,
-    "train": 3150,
+    "train": 3250,
     "plan": 3450,
     "assets": 1600,
     "probes": 850,

@@ -149,10 +149,12 @@ class Adapter:
 class Record:
     """What peftree keeps on a model: the graft, the adapters, and what merging replaced.
 
-    `write` is what `save_pretrained` of an adapted model does; the store sets it.
+    `write` is what `save_pretrained` of an adapted model does; the store sets it. `base` is the base's fingerprint
+    while its weights are divided among processes, none of which could take it alone.
     """
 
     write: ClassVar[Callable[[nn.Module, Any, dict[str, Any]], None] | None] = None
+    base: Any = None
 
     def __init__(self, model: nn.Module) -> None:
         self.graft = Graft(model)

@@ -163,6 +163,9 @@ class RunConfig(BaseModel):
     processes: int | None = Field(
         None, ge=1, le=1024, description="processes that train together, each on its own rows; none: as many as started"
     )
+    shard: Literal["none", "fsdp"] = Field(
+        "none", description="what several processes divide: rows alone, or (fsdp) also the layers of the frozen base"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; none: torch decides")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the base model; auto: its own; adapters stay float32"

@@ -137,14 +137,20 @@ def test_few_bits_a_weight() -> None:
 def test_what_devices_share(folders: dict[str, Path]) -> None:
     asked = {"model": str(folders["llama"]), "method": "full", "batch_size": 1, "max_length": 8}
     alone, two = plan(request(**asked)), plan(request(**asked, devices=2, shard="fsdp"))
-    for part in ("weights", "optimizer"):
-        assert two.parts[part] == -(-alone.parts[part] // 2)
+    with torch.device("meta"):
+        layers = tf.LlamaForCausalLM(CONFIGS["llama"]).model.layers
+    half = 4 * sum(p.numel() for p in layers.parameters()) // 2
+    assert two.parts["weights"] == alone.parts["weights"] - half
+    assert (two.parts["optimizer"], two.parts["adapter"]) == (alone.parts["optimizer"], alone.parts["adapter"])
+    packed = asked | {"method": "lora", "quantize": "nf4"}  # which `peftree train` does not divide
+    one, half = plan(request(**packed)), plan(request(**packed, devices=2, shard="fsdp"))
+    assert half.parts["weights"] == -(-one.parts["weights"] // 2)
     rows = plan(request(**asked, devices=2, shard="ddp"))
     assert rows.low - alone.low == pytest.approx(4 * alone.trainable, rel=0.01)  # buckets of the gradients
 
 
 def test_fsdp_gathers_the_largest_layer_and_the_next(folders: dict[str, Path]) -> None:
-    """Where a peak lies in the forward pass: two whole layers, with their adapters, stand beside the shards."""
+    """Where a peak lies in the forward pass: two whole layers stand beside the shards, and gradients are copied."""
     with torch.device("meta"):
         layers = tf.LlamaForCausalLM(CONFIGS["llama"]).model.layers
     layer = max(sum(p.numel() * p.element_size() for p in one.parameters()) for one in layers)
@@ -153,7 +159,7 @@ def test_fsdp_gathers_the_largest_layer_and_the_next(folders: dict[str, Path]) -
     alone, two, rows = (
         plan(request(**asked, **more)) for more in ({}, {"devices": 2, "shard": "fsdp"}, {"devices": 2, "shard": "ddp"})
     )
-    assert two.parts["temporaries"] - alone.parts["temporaries"] == 2 * (layer + lora)
+    assert two.parts["temporaries"] - alone.parts["temporaries"] == 2 * layer + 6 * lora
     assert rows.parts["temporaries"] - alone.parts["temporaries"] == 6 * lora  # every gradient, and no layer
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from peftree.adapter import disabled
 from peftree.settings import load_config
-from peftree.train.run import run
+from peftree.tasks import build_task
+from peftree.train.run import OpenRun, _options, complete
 from peftree.train.trainer import AdapterTrainer
 
 
@@ -37,6 +40,23 @@ class Injured(AdapterTrainer):
         return super().compute_loss(*args, **more)
 
 
+def check_base(opened: OpenRun) -> None:
+    """After a sharded run, each process has its part of the layers, and the base is as in the file, to the bit."""
+    model: Any = opened.task.model
+    base = {n: p for n, p in model.named_parameters() if ".deltas." not in n}
+    parts = {n: p for n, p in base.items() if isinstance(p, DTensor)}
+    assert parts.keys() == {n for n in base if ".layers." in n or ".layer." in n}
+    held, whole = (sum(count(p) for p in parts.values()) for count in (lambda p: p.to_local().numel(), torch.numel))
+    assert held <= 0.6 * whole
+    plain: Any = build_task(opened.config.model, opened.data, _options(opened.config)).model
+    read = dict(plain.named_parameters())
+    assert all(torch.equal(p.full_tensor(), read[n]) for n, p in parts.items())
+    plain.load_state_dict({n: p for n, p in base.items() if n not in parts}, strict=False)  # its head may be new
+    ids = torch.arange(2, 10).view(2, 4)
+    with torch.no_grad(), disabled(model):
+        assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+
+
 def main(jobs: str) -> None:
     """Train the jobs in turn."""
     torch.set_num_threads(1)
@@ -45,7 +65,9 @@ def main(jobs: str) -> None:
 
         peftree.train.run.AdapterTrainer = Injured  # type: ignore[attr-defined, misc]
     for words in json.loads(Path(jobs).read_text()):
-        run(load_config(None, words))
+        _, opened = complete(load_config(None, words))
+        if opened.config.shard == "fsdp":
+            check_base(opened)
 
 
 if __name__ == "__main__":

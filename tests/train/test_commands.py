@@ -64,8 +64,8 @@ def test_settings_of_other_trainers_say_what_to_do(encoder: str, review_data: Pa
     ):
         assert advice in refused("train", *given, words)
     planned = shown("plan", encoder, "method=lora", "quantize=nf4", "devices=2", "shard=fsdp")
-    assert "`peftree train` cannot run shard=fsdp yet" in " ".join(planned.split())
-    assert "cannot run" not in shown("plan", encoder, "method=lora")
+    assert "`peftree train` does not shard a quantised base" in " ".join(planned.split())
+    assert "does not shard" not in shown("plan", encoder, "method=lora", "devices=2", "shard=fsdp")
 
 
 def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:

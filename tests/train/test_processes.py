@@ -342,4 +342,5 @@ def test_a_plan_has_a_runs_processes(tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": str(tmp_path), "method": "lora"}
     assert (request(**given, processes=4).devices, request(**given, processes=4).shard) == (4, "ddp")
     assert request(**given, processes=4, shard="fsdp").shard == "fsdp"
+    assert request(**given, processes=4, shard="none").shard == "ddp"  # as a run's resolved settings have it
     assert (request(**given, processes=1).devices, request(**given).shard) == (1, "none")

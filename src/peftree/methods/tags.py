@@ -46,6 +46,7 @@ class Tags:
         lengthens_sequence: it adds tokens or attention slots.
         needs_data: `init` must see training batches first.
         needs_dense_weight: its forward or its start reads the dense base weight.
+        keeps_weight: a hook reads base weights that a pass has read before; a run that shards the base has freed them.
         inference_cost: `none` (once merged), `low`, `tokens` or `network`.
         lr: the default learning rate with AdamW.
         small: fields that fit models a few dozen units wide; its checks and examples use them.
@@ -61,6 +62,7 @@ class Tags:
     lengthens_sequence: bool = False
     needs_data: bool = False
     needs_dense_weight: bool = False
+    keeps_weight: bool = False
     inference_cost: Literal["none", "low", "tokens", "network"] = "none"
     small: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, str] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from peftree.optimizers import DEFAULT, check_name
 from peftree.plan import caches, formulas, kept, sizes, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.hfpeft import configs
+from peftree.plan.layers import divided
 from peftree.plan.ledger import Timeline, supported
 from peftree.plan.question import Request
 from peftree.plan.reserved import WORKSPACE
@@ -268,8 +269,10 @@ def _whole(text: str) -> Whole:
     counts = sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter)
     layer, rooms = _largest_layer(model), tuple(adapter.graft.rooms((adapter.name,)))
     slots = _slots(model, config, request, dtype) if request.mode == "generate" else ()
+    each = [formulas.size(frozen) for _, frozen in divided(adapter)]
     return Whole(
         type(model).__name__, parts, scratch, layer, formulas.size(trained) if training else 0, *counts, slots, rooms,
+        (sum(each), max(each, default=0)) if request.quantize == "none" else None,
     )  # fmt: skip
 
 
@@ -311,8 +314,8 @@ def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str
         out[part] += formulas.rounded(max(value, 0))
     if form_of(request) != "none" and phase != "step":  # a layer's weight is read through a dense copy of it
         out["temporaries"] += whole.layer // 4
-    gathered = whole.layer if phase != "step" else 0
-    return formulas.sharded(out, request, gathered, whole.gradients)
+    cut, layer = whole.divided or (None, whole.layer)
+    return formulas.sharded(out, request, layer if phase != "step" else 0, whole.gradients, cut)
 
 
 def _generation(config: Any, whole: Whole, request: Request, dtype: torch.dtype) -> dict[str, int]:
@@ -373,8 +376,8 @@ def _plan(
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
     notes += request.left_out
-    if request.shard not in ("none", "ddp"):
-        notes.append(f"`peftree train` cannot run shard={request.shard} yet")
+    if request.shard == "fsdp" and request.quantize != "none":
+        notes.append("`peftree train` does not shard a quantised base")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},
         whole.trainable, whole.total, whole.sites, operations, how, tuple(notes),

@@ -67,19 +67,25 @@ def quantised(weights: Iterable[Tensor], base: str, nested: bool = True) -> int:
     return total
 
 
-def sharded(parts: dict[str, int], request: Request, layer: int, trainable: int) -> dict[str, int]:
+def sharded(
+    parts: dict[str, int], request: Request, layer: int, trainable: int, divided: int | None = None
+) -> dict[str, int]:
     """Return the parts on one of several devices.
 
     Args:
         parts: bytes by name on one device that holds all.
         request: says how they are shared.
         layer: bytes of the largest layer's weights; FSDP gathers them and those of the next layer.
-        trainable: bytes of the gradients, which DDP copies into buckets.
+        trainable: bytes of the gradients, which are copied for averaging.
+        divided: bytes of the weights that FSDP divides, where the rest stays whole; None: it divides all.
     """
     out = dict(parts)
-    if request.shard == "ddp":
+    if request.shard == "ddp" or (request.shard == "fsdp" and divided is not None):
         out["temporaries"] = out.get("temporaries", 0) + trainable
-    if request.shard == "fsdp":
+    if request.shard == "fsdp" and divided is not None:
+        out["weights"] += -(-divided // request.devices) - divided
+        out["temporaries"] += 2 * layer
+    elif request.shard == "fsdp":
         for name in ("weights", "adapter", "gradients", "optimizer"):
             out[name] = -(-out.get(name, 0) // request.devices)
         out["temporaries"] = out.get("temporaries", 0) + 2 * layer

@@ -58,7 +58,9 @@ class Request(RunConfig):
     padded: bool = Field(True, description="rows are padded to one length, so attention takes a mask")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention implementation")
     devices: int = Field(1, ge=1, le=100_000, description="devices that train together")
-    shard: Literal["none", "ddp", "fsdp"] = Field("none", description="what is split: nothing, rows, or also weights")
+    shard: Literal["none", "ddp", "fsdp"] = Field(  # type: ignore[assignment]
+        "none", description="what devices divide: nothing, rows (ddp), or also the layers of the frozen base (fsdp)"
+    )
     mode: Mode = Field("train", description="train, eval (a forward pass), or generate (with its cache)")
     new_tokens: int = Field(128, ge=1, le=10_000_000, description="tokens to generate")
     device: Literal["cpu", "cuda"] = Field("cuda", description="whose allocator the expected figure is for")
@@ -73,7 +75,8 @@ class Request(RunConfig):
     def _of_run(cls, value: Any) -> Any:
         """Plan a run's processes as devices that share its rows."""
         if isinstance(value, Mapping) and value.get("processes") not in (None, 1, "1"):
-            return {"devices": value["processes"], "shard": "ddp", **value}
+            how = value.get("shard", "none")
+            return {"devices": value["processes"], **value, "shard": "ddp" if how == "none" else how}
         return value
 
     @model_validator(mode="after")

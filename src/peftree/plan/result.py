@@ -21,6 +21,8 @@ class Whole:
         parts: bytes of weights, adapter and optimizer state.
         scratch: bytes that the optimizer's step takes and releases.
         layer: bytes of the largest layer.
+        divided: bytes of the frozen weights that sharding divides, and of the layer that has most; None: it divides
+            all, the adapter too (PEFT's code, a quantised base).
         gradients: bytes of all gradients.
         trainable, total, sites: as in a plan.
         shared: whether layers share trained tensors.
@@ -39,6 +41,7 @@ class Whole:
     shared: bool
     slots: tuple[Slot, ...] = ()
     rooms: tuple[Room, ...] = ()
+    divided: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

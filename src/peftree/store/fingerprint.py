@@ -79,7 +79,13 @@ def fingerprint(model: nn.Module, *, again: bool = False) -> Fingerprint:
     Raises:
         StoreError: the model is on the meta device and has no values.
     """
-    return _taken(model, ROUNDED, again)
+    return _kept(model) or _taken(model, ROUNDED, again)
+
+
+def _kept(model: nn.Module) -> Fingerprint | None:
+    """Return the fingerprint that was taken before the base was spread over processes."""
+    record = model.__dict__.get("_peftree")
+    return record.base if isinstance(record, Record) else None
 
 
 def _taken(model: nn.Module, rounded: Sequence[torch.dtype], again: bool = False) -> Fingerprint:
@@ -99,7 +105,7 @@ def _taken(model: nn.Module, rounded: Sequence[torch.dtype], again: bool = False
 
 def difference(saved: Fingerprint, model: nn.Module) -> str:
     """Return how `model` differs from the base in `saved`, as the rest of a sentence, or an empty string."""
-    here = _taken(model, ())
+    here = _kept(model) or _taken(model, ())
     if saved.model != here.model:
         return f"it was made for a {saved.model[:80]}, but this is a {here.model}"
     for key in sorted(set(saved.config) | set(here.config)):
@@ -125,12 +131,13 @@ def _values(saved: Fingerprint, here: Fingerprint, named: Named) -> str:
         return "its record of the base's values has the wrong length"
     if saved.packed.keys() != here.packed.keys():
         now = bytearray(b"".join(_digest(group, (), saved.packed) for group in groups))
+    each = len(now) // len(groups)  # with the rounded ones, if it was kept
     for number, group in enumerate(groups):
-        record = was[number * whole :][:whole]
+        record, held = was[number * whole :][:whole], now[number * each :][:each]
         unknown = any(name in here.packed and name not in saved.packed for name, _ in group)
-        if unknown or record[:SIZE] == now[number * SIZE :][:SIZE]:
+        if unknown or record[:SIZE] == held[:SIZE]:
             continue
-        cast = saved.dtype != here.dtype and _digest(group, ROUNDED, saved.packed)
+        cast = saved.dtype != here.dtype and (held if each == whole else _digest(group, ROUNDED, saved.packed))
         if not cast or all(record[at : at + SIZE] != cast[at : at + SIZE] for at in range(SIZE, whole, SIZE)):
             more = f" (or of one of the {len(group) - 1} tensors after it)" if len(group) > 1 else ""
             return f"the values of {group[0][0]}{more} are not those of its base"

@@ -43,7 +43,7 @@ def peak(
     try:
         with torch.random.fork_rng():
             train, scored = batches(task, items, config)
-            if device.type == "cpu":
+            if device.type == "cpu" and config.shard == "none":  # passes of one process would wait for the others
                 found, when = _measured(config, task, adapter, items, optimizer, train, scored)
             found["planned_bytes"] = plan(_asked(config, task, train, scored, device)).low
     except Exception as error:  # noqa: BLE001  a model's own code may want real values; a run never ends over it
@@ -107,7 +107,8 @@ def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: t
     """Return the planner's request for a run."""
     values = {name: getattr(config, name) for name in RunConfig.model_fields}
     own: Any = task.model.config
-    values |= {"processes": None}  # what is measured is a pass of this process
+    if config.shard == "none":
+        values |= {"processes": None}  # what is measured is a pass of this process
     values |= {"task": task.name, "labels": max(len(task.labels), 1), "device": device.type}
     values |= {"attention": "eager" if own._attn_implementation == "eager" else "sdpa"}
     return Request(**values).model_copy(update=feeds(train, scored, config))

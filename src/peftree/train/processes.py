@@ -143,10 +143,25 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TrainError(
-            "Another process of this run ended or cannot be reached.",
-            "Its own message says why. If there is a checkpoint, resume=true continues from it.",
-        ) from error
+        raise _lost() from error
+
+
+@contextlib.contextmanager
+def noticing() -> Iterator[None]:
+    """Say the same of torch's own messages, such as those of a sharded base; other errors stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise _lost() from error
+        raise
+
+
+def _lost() -> TrainError:
+    return TrainError(
+        "Another process of this run ended or cannot be reached.",
+        "Its own message says why. If there is a checkpoint, resume=true continues from it.",
+    )
 
 
 def started() -> int:

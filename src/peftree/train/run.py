@@ -53,7 +53,8 @@ from peftree.train.output import (
     written,
 )
 from peftree.train.peak import peak
-from peftree.train.processes import Team, join
+from peftree.train.processes import Team, join, noticing
+from peftree.train.sharded import check_shard, shard
 from peftree.train.trainer import AdapterTrainer
 
 POINTS = 20  # of the loss curve, at the least, if there are as many steps
@@ -95,10 +96,12 @@ def complete(config: RunConfig, onto: OpenRun | None = None) -> tuple[Run, OpenR
         config = config.model_copy(update={"processes": team.size, "quiet": config.quiet or not team.first})
     check_place(config)
     check_trackers(config)
-    check_machine(config, make_method(config))
+    method = make_method(config)
+    check_machine(config, method)
+    check_shard(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with held(config.output) if team.first else nullcontext():
+    with held(config.output) if team.first else nullcontext(), noticing():
         return _complete(config, onto, team)
 
 
@@ -109,34 +112,35 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
         lr = method.tags.lr if config.lr is None else config.lr
         resolved = config.resolved(registry.spec(method)["fields"], lr)
         used, done = _begun(config, resolved, team)
-        with calm(config.quiet):
-            data, task, adapter = _prepare(config, method) if onto is None else _goes_on(config, onto)
+        data, task, adapter = _opened(config, method, onto, team)
+        sharded = config.shard != "none"
         resolved["task"] = data.task
         task.progress = not config.quiet
         items = {s: task.items(getattr(data, s)) for s in ("valid", "test")}
         items["train"] = training_items(task, data.train, config)
         trainer = _trainer(config, task, adapter, items, clock, lr)
-        for line in (*data.warnings, *task.notes):
-            trainer.say(f"note: {line}")
+        trainer.say(*(f"note: {line}" for line in (*data.warnings, *task.notes)))
         saved = Saved(lambda: _saved(config, task, items["train"]), clock)
         if team.first:
             check_inputs(config, data, task.model, used)
             write_resolved(Path(config.output) / SETTINGS, resolved)
+        if sharded:
+            team.sum(0)  # the first may still be reading; for a layer, the others wait minutes at most
+        elif team.first:
             trainer.add_callback(saved)
         trainer.ends, trainer.scored_at = True, done
     split = data.scored[0]
-    base = _base_score(config, task, items[split], clock) if config.base_score and team.first else None
+    base = _base_score(config, task, items[split], clock) if config.base_score and (team.first or sharded) else None
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
         trainer.train(resume_from_checkpoint=config.resume)
     opened = OpenRun(config, task, adapter, data)
-    if not team.first:
-        return Run(**team.told(None)), opened
     peaks = {"peak_rss_bytes": peak_rss(), "device_peak_bytes": device_peak(trainer.args.device)}
     sizes = training_bytes(adapter.parameters(), trainer.optimizer)
-    with clock("eval"):
-        scores = task.score(items[split], config.eval_batch_size)
+    scores = _score(config, task, items[split], clock) if team.first or sharded else None
+    if scores is None or not team.first:
+        return Run(**team.told(None)), opened
     folder = store.save(adapter, Path(config.output) / "adapter", format="native")
     memory, told = peak(config, task, adapter, items, trainer.optimizer)
     result = Run(
@@ -144,13 +148,21 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
         labels=task.labels, n_train=len(data.train), steps=trainer.state.global_step,
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), **peaks,
         **memory, gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
-        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
+        rss_after_load_bytes=loaded, saved_for_backward_bytes=None if sharded else saved.bytes, **clock.results(),
         **throughput(items["train"], rows_of_step(config.model_dump()), clock.step_seconds()),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
     _write_metrics(result, trainer, told)
     team.told(result.model_dump(mode="json"))
     return result, opened
+
+
+def _opened(config: RunConfig, method: Method, onto: OpenRun | None, team: Team) -> tuple[Data, Task, Adapter]:
+    with calm(config.quiet):
+        found = _prepare(config, method) if onto is None else _goes_on(config, onto)
+    if config.shard != "none" and onto is None:
+        shard(found[2], team)
+    return found
 
 
 def _begun(config: RunConfig, resolved: dict[str, Any], team: Team) -> tuple[bool, int | None]:
@@ -265,7 +277,7 @@ def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
 
 def _goes_on(config: RunConfig, onto: OpenRun) -> tuple[Data, Task, Adapter]:
     data, old = rows_of(config), onto.config
-    pairs = {"model": (config.model, old.model), "method": (config.method, old.method)}
+    pairs = {name: (getattr(config, name), getattr(old, name)) for name in ("model", "method", "shard")}
     pairs |= {"task": (data.task, onto.data.task), "labels": (set(data.labels), set(onto.data.labels))}
     for what, (new, before) in pairs.items():
         if new != before:
@@ -285,13 +297,12 @@ def _trainer(
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
 
     def score() -> Scores:
-        with clock("eval"):
-            return task.score(items["valid"], config.eval_batch_size)
+        return _score(config, task, items["valid"], clock)
 
     rows = len(items["train"])  # type: ignore[arg-type]
     return AdapterTrainer(
         adapter, _arguments(config, task, rows), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
-        compiles=config.compile,
+        compiles=config.compile, sharded=config.shard != "none",
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip
@@ -361,9 +372,14 @@ def _counts(task: Task, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _base_score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
-    with clock("eval"), disabled(task.model):
+def _score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
+    with clock("eval"):
         return task.score(items, config.eval_batch_size)
+
+
+def _base_score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
+    with disabled(task.model):
+        return _score(config, task, items, clock)
 
 
 def _write_metrics(result: Run, trainer: AdapterTrainer, memory: str) -> None:

@@ -63,9 +63,9 @@ class Together(Trainer):
         if self.team.size > 1:
             args.accelerator_config.even_batches = False  # type: ignore[union-attr]
 
-    def say(self, line: str) -> None:
-        """Print one line above the progress bar, unless the trainer is quiet."""
-        if not self.quiet:
+    def say(self, *lines: str) -> None:
+        """Print lines above the progress bar, unless the trainer is quiet."""
+        for line in () if self.quiet else lines:
             tqdm.write(plain(line), file=sys.stderr)
 
     def stop(self, number: int) -> None:

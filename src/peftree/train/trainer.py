@@ -60,6 +60,7 @@ class AdapterTrainer(Together):
         lr: learning rate; None: `args.learning_rate` if it is not transformers' default, else the
             method's default.
         stop: id of the token that ends a completion, to check that it is in the loss.
+        sharded: the base is spread over the processes, which therefore score together.
         compiles: run the training passes compiled; everything else uses the plain model.
         score: scores the model on the validation items; replaces the Trainer's own evaluation.
             Its score is `eval_score` to `metric_for_best_model`.
@@ -78,6 +79,7 @@ class AdapterTrainer(Together):
         lr: float | None = None,
         stop: int | None = None,
         score: Callable[[], Scores] | None = None,
+        sharded: bool = False,
         compiles: bool = False,
         quiet: bool = False,
         **more: Any,
@@ -89,7 +91,7 @@ class AdapterTrainer(Together):
         self.join(args)
         self.quiet = quiet = quiet or not self.team.first
         self.score = score
-        self.compiles = compiles
+        self.sharded, self.compiles = sharded, compiles
         self.health = Health(adapter, stop)
         self.ends = False  # whether the caller writes results, which a run may have been killed before
         self.scored_at: int | None = None  # the step that results were written after
@@ -322,7 +324,7 @@ class AdapterTrainer(Together):
         """Evaluate with `score` if the trainer has one and no other data is given; otherwise as transformers does."""
         if self.score is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores = self.score() if self.team.first else None
+        scores = self.score() if self.team.first or self.sharded else None
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.values.items()} if scores else {}
         metrics |= {f"{metric_key_prefix}_score": scores.score} if scores else {}
         metrics = dict(self.team.told(metrics))

@@ -24,7 +24,7 @@ class ID3(Method):
 
     tags: ClassVar[Tags] = Tags(
         "selective", "arXiv 2408.14470", True, True, lr=1e-3, needs_data=True, needs_dense_weight=True,
-        small={"share": 0.05},
+        keeps_weight=True, small={"share": 0.05},
     )  # fmt: skip
     sites: str = Field("linear", description="weights whose entries compete")
     share: float = Field(0.005, gt=0, le=1, description="share of all entries that train in the end")
