@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional
 
 import peftree
+import zoo
 from peftree.errors import AdapterError
 from peftree.loss import Logits, deferred, obstacle
 
@@ -128,9 +128,11 @@ READS: dict[str, Any] = {
     "smoothed in chunks": lambda z: functional.cross_entropy(
         z.view(-1, zoo.VOCAB), BATCH["labels"].view(-1), label_smoothing=0.1
     ),
-    "one by one": lambda z: functional.cross_entropy(
-        z.view(-1, zoo.VOCAB) * 2, BATCH["labels"].view(-1), reduction="none"
-    )[3:].square().sum(),
+    "one by one": lambda z: (
+        functional.cross_entropy(z.view(-1, zoo.VOCAB) * 2, BATCH["labels"].view(-1), reduction="none")[3:]
+        .square()
+        .sum()
+    ),
     "weights of words": lambda z: functional.cross_entropy(
         z.view(-1, zoo.VOCAB), BATCH["labels"].view(-1), torch.arange(zoo.VOCAB) + 1.0
     ),
@@ -141,8 +143,9 @@ READS: dict[str, Any] = {
     "a number's tensor": lambda z: (z * torch.tensor(3.0)).square().mean(),
     "a trained scale": lambda z: (z + torch.ones(zoo.VOCAB, requires_grad=True)).square().mean(),
     "double": lambda z: functional.cross_entropy(z.double().view(-1, zoo.VOCAB), BATCH["labels"].view(-1)).float(),
-    "cut": lambda z: functional.cross_entropy(z[..., :-1, :].tanh().contiguous().view(-1, zoo.VOCAB) * 2,
-                                              BATCH["labels"][..., 1:].reshape(-1)),
+    "cut": lambda z: functional.cross_entropy(
+        z[..., :-1, :].tanh().contiguous().view(-1, zoo.VOCAB) * 2, BATCH["labels"][..., 1:].reshape(-1)
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree
 
+from peftree.deltas.packed import is_packed
 from peftree.errors import AdapterError
 from peftree.loss.chunked import OFF, Head, Step, token_losses
 
@@ -27,6 +28,19 @@ _INTO = {f"__i{n}__" for n in ("add", "sub", "mul", "div", "truediv", "floordiv"
 _IGNORED = -100
 
 
+@dataclass
+class Waiting:
+    """What is known of the logits of one `deferred` block.
+
+    Attributes:
+        count: the number of labelled places, if they cannot be counted (in a plan).
+        reads: how often logits were computed whole, because something but a loss read them.
+    """
+
+    count: int | None = None
+    reads: int = 0
+
+
 class Logits(Tensor):
     """Logits without data.
 
@@ -34,14 +48,14 @@ class Logits(Tensor):
         hidden: `[..., width]`, what the head got.
         head: its weights, and what was done to the logits since.
         graph: whether the graph was recorded when the head ran.
-        count: the number of labelled places, if they cannot be counted (in a plan); else None.
+        waiting: the block in which it ran.
         viewed: whether this is a view of other logits, or others are a view of this.
     """
 
     hidden: Tensor
     head: Head
     graph: bool
-    count: int | None
+    waiting: Waiting
     viewed: bool
     _whole: Tensor | None
 
@@ -70,6 +84,7 @@ class Logits(Tensor):
     def whole(self) -> Tensor:
         """Return the logits, computed the first time with the graph that the head's run would have had."""
         if self._whole is None:
+            self.waiting.reads += 1
             head = self.head.cast()
             with torch.autocast(self.hidden.device.type, enabled=False), torch.set_grad_enabled(self.graph):
                 z = functional.linear(self.hidden.to(head.dtype), head.weight, head.bias)
@@ -80,16 +95,16 @@ class Logits(Tensor):
 
     def _like(self, hidden: Tensor, head: Head, viewed: bool) -> Logits:
         self.viewed |= viewed
-        return _made(hidden, head, self.graph, self.count, viewed)
+        return _made(hidden, head, self.graph, self.waiting, viewed)
 
 
-def _made(hidden: Tensor, head: Head, graph: bool, count: int | None, viewed: bool = False) -> Logits:
+def _made(hidden: Tensor, head: Head, graph: bool, waiting: Waiting, viewed: bool = False) -> Logits:
     shape = (*hidden.shape[:-1], len(head.weight))
     leaf = graph and hidden.requires_grad
     out: Any = Tensor._make_wrapper_subclass(
         Logits, shape, dtype=head.out, device=hidden.device, requires_grad=leaf
     )  # fmt: skip
-    out.hidden, out.head, out.graph, out.count, out.viewed, out._whole = hidden, head, graph, count, viewed, None
+    out.hidden, out.head, out.graph, out.waiting, out.viewed, out._whole = hidden, head, graph, waiting, viewed, None
     if leaf:
         with torch._C.DisableTorchFunctionSubclass():
             out.register_hook(_lost)
@@ -172,7 +187,7 @@ def _view(me: Logits, *shape: Any, **more: Any) -> Logits | None:
 def _item(me: Logits, index: Any) -> Logits | None:
     """Take some places; the words of each stay."""
     found = list(index) if isinstance(index, tuple) else [index]
-    if not all(i is Ellipsis or isinstance(i, int | slice | Tensor) and not isinstance(i, bool) for i in found):
+    if not all(i is Ellipsis or (isinstance(i, int | slice | Tensor) and not isinstance(i, bool)) for i in found):
         return None
     named = [i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in found if i is not Ellipsis]
     ends = any(i is Ellipsis for i in found) and found[-1] is not Ellipsis
@@ -198,7 +213,7 @@ def _cross_entropy(
     if me.graph != torch.is_grad_enabled() and me.hidden.requires_grad:
         return None
     valid = target.ne(ignore_index)
-    count = None if me.count is None else min(me.count, len(target))
+    count = None if me.waiting.count is None else min(me.waiting.count, len(target))
     places = (valid.nonzero() if count is None else torch.nonzero_static(valid, size=count))[:, 0]
     losses = token_losses(me.hidden, me.head, places, target[places], label_smoothing)
     wide = torch.is_autocast_enabled(me.device.type)  # whose list has this loss in float32
@@ -225,18 +240,31 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
 }
 
 
+def source(output: Tensor) -> Tensor:
+    """Return a tensor that a model's output depends on: of deferred logits the hidden states, else itself."""
+    return output.hidden if isinstance(output, Logits) else output
+
+
+def has_head(model: nn.Module) -> bool:
+    """Return whether the model has a head whose logits may be deferred, see `obstacle`."""
+    return _head(model) is not None
+
+
 def obstacle(model: nn.Module) -> str:
     """Return why a model's head cannot be deferred; empty if it can, or if the model has none."""
     head = _head(model)
     if head is None:
         return ""
+    if model._compiled_call_impl is not None:
+        return "the model is compiled"
     if type(head) is not nn.Linear:
         return "an adapter is on the head" if isinstance(head, nn.Linear) else f"the head is a {type(head).__name__}"
     if any(p.requires_grad for p in head.parameters()):
         return "the head is trained"
-    if not head.weight.is_floating_point() or type(head.weight) is not nn.Parameter:
+    if is_packed(head.weight):
         return "the head's weight is packed"
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if "forward" in vars(head) or any(hooks):
         return "something hooks into the head"
     return ""
 
@@ -252,17 +280,17 @@ def _head(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def deferred(model: nn.Module, on: bool = True, count: int | None = None) -> Iterator[None]:
-    """Let the model's head return `Logits` inside, where that is possible.
+def deferred(model: nn.Module, on: bool = True, count: int | None = None) -> Iterator[Waiting]:
+    """Let the model's head return `Logits` inside, where that is possible; yield what becomes of them.
 
     Args:
         model: any model; one without a frozen linear head runs as it is.
         on: do nothing if False.
         count: the number of labelled places, where tensors have no values.
     """
-    head = _head(model) if on and not obstacle(model) else None
+    head, waiting = _head(model) if on and not obstacle(model) else None, Waiting(count)
     if head is None:
-        yield
+        yield waiting
         return
 
     def forward(hidden: Tensor) -> Tensor:
@@ -271,10 +299,10 @@ def deferred(model: nn.Module, on: bool = True, count: int | None = None) -> Ite
         if torch.compiler.is_compiling() or (hidden.dtype != head.weight.dtype and not cast):
             return functional.linear(hidden, head.weight, head.bias)
         dtype = torch.get_autocast_dtype(kind) if cast else head.weight.dtype
-        return _made(hidden, Head(head.weight, head.bias, dtype), torch.is_grad_enabled(), count)
+        return _made(hidden, Head(head.weight, head.bias, dtype), torch.is_grad_enabled(), waiting)
 
     vars(head)["forward"] = forward
     try:
-        yield
+        yield waiting
     finally:
         del vars(head)["forward"]
