@@ -105,3 +105,10 @@ def test_a_second_derivative_is_refused() -> None:
     losses = token_losses(hidden, Head(torch.randn(7, 4), None, torch.float32), torch.arange(3), torch.arange(3))
     with pytest.raises(AdapterError, match="chunked_loss=false"):
         torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+
+
+def test_a_trace_needs_two_chunks_at_most() -> None:
+    assert chunked.spans(0, 4) == chunked.spans(0, 4, True) == []
+    assert chunked.spans(9, 4) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert chunked.spans(9, 4, True) == [slice(0, 4), slice(0, 4)] == chunked.spans(5, 4, True)
+    assert chunked.spans(4, 4, True) == [slice(0, 4)]

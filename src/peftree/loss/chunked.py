@@ -71,7 +71,9 @@ class Head:
         return Head(self.weight.to(self.dtype), bias, self.dtype, self.steps)
 
 
-def token_losses(hidden: Tensor, head: Head, places: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def token_losses(
+    hidden: Tensor, head: Head, places: Tensor, targets: Tensor, smoothing: float = 0.0, traced: bool = False
+) -> Tensor:  # fmt: skip
     """Return the cross-entropy of chosen tokens, `[tokens]`, float32; its gradient reaches `hidden` only.
 
     The gradient with regard to the hidden states is computed with the losses and kept, `[tokens, width]`, so that
@@ -83,12 +85,13 @@ def token_losses(hidden: Tensor, head: Head, places: Tensor, targets: Tensor, sm
         places: rows of `hidden`, each at most once, int64 `[tokens]`.
         targets: int64 `[tokens]`.
         smoothing: share of the target that is spread over the vocabulary, as in `torch.nn.functional.cross_entropy`.
+        traced: the tensors have no values, so that of all chunks, which hold the same, two will do; see `spans`.
 
     Raises:
         AdapterError: in the backward pass, if it is to be differentiated again.
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
-    found: Tensor = _Losses.apply(hidden, head, places, targets, smoothing, wanted)  # type: ignore[no-untyped-call]
+    found: Tensor = _Losses.apply(hidden, head, places, targets, smoothing, wanted, traced)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -97,18 +100,27 @@ def rows(vocabulary: int, device: torch.device) -> int:
     return max(_FEWEST, _CHUNK.get(device.type, _CHUNK["other"]) // (4 * vocabulary))
 
 
+def spans(count: int, size: int, traced: bool = False) -> list[slice]:
+    """Return the chunks of `count` tokens; for a trace the first, and again the first where there are several.
+
+    A trace then has the same events at all sizes with several chunks, so that plans can derive one from others.
+    """
+    found = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return [found[0]] * min(len(found), 2) if traced and found else found
+
+
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, places: Tensor, targets: Tensor, smoothing: float, wanted: bool
+        ctx: Any, hidden: Tensor, head: Head, places: Tensor, targets: Tensor, smoothing: float, wanted: bool,
+        traced: bool,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(hidden.device.type, enabled=False):
             head, count = head.cast(), len(places)
             losses = hidden.new_empty(count, dtype=torch.float32)
             gradient = hidden.new_empty(count if wanted else 0, hidden.shape[1], dtype=head.dtype)
             size = rows(len(head.weight), hidden.device)
-            for start in range(0, count, size):
-                part = slice(start, min(start + size, count))
+            for part in spans(count, size, traced):
                 into = gradient[part] if wanted else None
                 losses[part] = _chunk(hidden[places[part]].to(head.dtype), head, targets[part], smoothing, into)
         ctx.save_for_backward(gradient, places)
@@ -123,7 +135,7 @@ class _Losses(torch.autograd.Function):
         shape, dtype = ctx.like
         out = gradient.new_zeros(shape, dtype=dtype)
         out.index_copy_(0, places, (gradient * upstream[:, None]).to(dtype))
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 def _chunk(hidden: Tensor, head: Head, targets: Tensor, smoothing: float, into: Tensor | None) -> Tensor:

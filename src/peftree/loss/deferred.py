@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from peftree.deltas.packed import is_packed
 from peftree.errors import AdapterError
-from peftree.loss.chunked import OFF, Head, Step, token_losses
+from peftree.loss.chunked import OFF, Head, Step, rows, spans, token_losses
 
 _GET = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized")
 _CALL = ("size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "is_complex", "__len__")
@@ -34,10 +34,12 @@ class Waiting:
 
     Attributes:
         count: the number of labelled places, if they cannot be counted (in a plan).
+        skipped: floating-point operations of chunks that a plan leaves out, since others hold the same.
         reads: how often logits were computed whole, because something but a loss read them.
     """
 
     count: int | None = None
+    skipped: int = 0
     reads: int = 0
 
 
@@ -215,7 +217,10 @@ def _cross_entropy(
     valid = target.ne(ignore_index)
     count = None if me.waiting.count is None else min(me.waiting.count, len(target))
     places = (valid.nonzero() if count is None else torch.nonzero_static(valid, size=count))[:, 0]
-    losses = token_losses(me.hidden, me.head, places, target[places], label_smoothing)
+    losses = token_losses(me.hidden, me.head, places, target[places], label_smoothing, count is not None)
+    if count is not None:
+        run = sum(s.stop - s.start for s in spans(count, rows(len(me.head.weight), me.device), True))
+        me.waiting.skipped += (count - run) * (4 if losses.requires_grad else 2) * me.head.weight.numel()
     wide = torch.is_autocast_enabled(me.device.type)  # whose list has this loss in float32
     dtype = torch.float32 if wide else me.dtype
     if reduction == "none":

@@ -156,11 +156,12 @@ def _training(
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> None:
-        with autocast(torch.device("cpu"), request.precision), deferred(model, chunked, labelled):
+        with autocast(torch.device("cpu"), request.precision), deferred(model, chunked, labelled) as waiting:
             out = model(**batch)
             extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
             kept["loss"] = out.loss if extra is None else out.loss + extra
             del out, extra
+        ledger.operations += waiting.skipped
         ledger.keep("activations", ledger.living())
 
     def backward() -> None:
