@@ -46,7 +46,7 @@ LAYERS = (
     ("tasks", "evaluate", "factors"),
     ("data",),
     ("store", "compose", "adapter"),
-    ("making", "named_method"),
+    ("making", "named_method", "loss"),
     ("graft",),
     ("registry",),  # it yields Method classes, so it stands above the contract
     ("methods",),
@@ -59,7 +59,7 @@ LAYERS = (
 ON_THE_CORE = (
     *("advise", "assets", "bench", "catalogue", "cli", "data", "demo", "describe", "doctor", "evaluate", "factors"),
     *("machine", "named_method", "optimizers", "plan", "precision", "printing", "probes", "report", "resolver", "runs"),
-    *("setting_rows", "settings", "table", "tasks", "text", "train", "trusted"),
+    *("loss", "setting_rows", "settings", "table", "tasks", "text", "train", "trusted"),
 )
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
@@ -69,6 +69,7 @@ ROOMS = {
     "deltas": 1000,
     "methods": 570,
     "graft": 3200,
+    "loss": 500,
     "store": 4420,
     "data": 1400,
     "tasks": 2600,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import zoo
 from peftree.adapter import Adapter, adapt
 from peftree.evaluate.cost import allocator_peak
+from peftree.loss import deferred
 from peftree.plan.question import Request, request
 from peftree.plan.step import Traced, adapted, recompute, trace
 from peftree.precision import autocast
@@ -45,6 +46,8 @@ def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tenso
     batch = {k: v[:, : wanted.length] if v.dim() == 2 else v for k, v in zoo.batch(key, wanted.batch_size).items()}
     if not wanted.padded:
         batch.pop("attention_mask", None)
+    if "labels" in batch and batch["labels"].dim() == 2:  # a plan without rows is of tokens that are all learned
+        batch["labels"] = torch.where(batch["labels"].eq(-100), 9, batch["labels"])
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     if adapter.method.tags.needs_data:
@@ -54,11 +57,14 @@ def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tenso
     return model.train(), adapter, batch
 
 
-def loss(model: nn.Module, adapter: Adapter, batch: dict[str, Tensor], precision: str = "float32") -> Tensor:
+def loss(
+    model: nn.Module, adapter: Adapter, batch: dict[str, Tensor], precision: str = "float32", chunked: bool = True
+) -> Tensor:  # fmt: skip
     """Return what training would differentiate, the method's own term included."""
     with autocast(torch.device("cpu"), precision):
-        out = model(**batch)
-        extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
+        with deferred(model, chunked):
+            out = model(**batch)
+            extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
         found: Tensor = out.loss if extra is None else out.loss + extra
     return found
 
@@ -69,7 +75,7 @@ def real_peak(key: str, wanted: Request) -> int:
 
     def step() -> None:
         for _ in range(min(wanted.accumulation, 2)):
-            loss(model, adapter, batch, wanted.precision).backward()
+            loss(model, adapter, batch, wanted.precision, wanted.chunked_loss).backward()
         model.zero_grad(set_to_none=True)
 
     step()  # tables that a first step makes are there afterwards

@@ -180,6 +180,11 @@ class RunConfig(BaseModel):
         description="precision of the products in training passes (autocast); adapters stay float32; "
         "fp16 scales the loss and is slow on CPUs",
     )
+    chunked_loss: bool = Field(
+        True,
+        description="compute a language model's loss some tokens at a time, without keeping logits: the same value, "
+        "less memory; whole logits are computed where something reads them",
+    )
     compile: bool = Field(False, description="compile the model of training passes with torch.compile")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations instead of keeping them: less memory, more time"

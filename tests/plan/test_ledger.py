@@ -13,6 +13,7 @@ from torch import nn
 import plantruth
 from peftree import registry
 from peftree.errors import AdapterError, MethodError, SiteError
+from peftree.loss import chunked
 from peftree.plan import kept
 from peftree.plan.ledger import Ledger, faking, record
 from plantruth import ATTENTIONS, MODELS
@@ -102,6 +103,19 @@ def test_so_it_is_with_masks_sums_of_batches_and_other_families(
 ) -> None:
     wanted = plantruth.asked(key, method, attention, **fields)
     assert plantruth.traced(key, wanted).timeline.peak() == plantruth.real_peak(key, wanted)
+
+
+def test_so_it_is_with_a_loss_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace runs two of them; the operations are those of all."""
+    wanted = plantruth.asked("llama", "lora")
+    whole = plantruth.traced("llama", wanted)
+    monkeypatch.setattr(chunked, "_CHUNK", {"cpu": 0, "other": 0})
+    monkeypatch.setattr(chunked, "_FEWEST", 5)
+    found = plantruth.traced("llama", wanted)
+    assert found.timeline.peak() == plantruth.real_peak("llama", wanted) < whole.timeline.peak()
+    assert found.operations == whole.operations
+    plain = plantruth.asked("llama", "lora", chunked_loss=False)
+    assert plantruth.traced("llama", plain).timeline.peak() == plantruth.real_peak("llama", plain)
 
 
 @pytest.mark.parametrize("key", MODELS.values())

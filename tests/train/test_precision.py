@@ -48,7 +48,7 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
 
 
-def trained(model: str, output: Path, **settings: Any) -> tuple[Watched, Path]:
+def trained(model: str, output: Path, chunked: bool = False, **settings: Any) -> tuple[Watched, Path]:
     """Train LoRA with plain AdamW; return the trainer and the files of its start, for PEFT."""
     base = tf.LlamaForCausalLM.from_pretrained(model)
     adapter = peftree.adapt(base, "lora", r=4, sites="linear", seed=1)
@@ -58,7 +58,8 @@ def trained(model: str, output: Path, **settings: Any) -> tuple[Watched, Path]:
         save_strategy="no", lr_scheduler_type="constant", max_grad_norm=1e9, learning_rate=RATE, use_cpu=True,
         **settings,
     )  # fmt: skip
-    made = Watched(adapter, args, quiet=True, train_dataset=rows(), data_collator=collate)
+    more = {"train_dataset": rows(), "data_collator": collate, "chunked_loss": chunked}
+    made = Watched(adapter, args, quiet=True, **more)
     made.train()
     return made, start
 
@@ -95,6 +96,10 @@ def test_lora_is_peft_under_autocast(kind: str, decoder: str, tmp_path: Path) ->
     assert far(made.seen, half) < 1e-3 and made.seen[-1] < made.seen[0] - 0.01
     assert {p.dtype for p in made.adapter.parameters()} == {torch.float32}
     assert "forward" not in vars(made._base), "nothing of the run stays on the model"
+    (tmp_path / "chunked").mkdir()
+    made, _ = trained(decoder, tmp_path / "chunked", True, **{kind: True})
+    assert made.seen[0] == pytest.approx(half[0], rel=1e-6)
+    assert far(made.seen, half) < 0.02, "gradients of single tokens are rounded otherwise, no worse"
 
 
 class Overflow(tf.TrainerCallback):

@@ -64,7 +64,7 @@ def _found(job: dict[str, Any], run: Run, opened: OpenRun) -> dict[str, Any]:
     score, items, values = run.score, run.items, run.values
     task, size, peak = opened.task, opened.config.batch_size, None
     if job["facts"]["phase"] == "final":
-        peak = step_peak(task, task.items(opened.data.train[:size]), size, opened.config.precision)
+        peak = step_peak(task, task.items(opened.data.train[:size]), size, opened.config)
     if job.get("shifted"):
         sets = {name: opened.score_rows(_rows(opened, data)) for name, data in job["shifted"].items()}
         probes["shift"] = {name: _part(scores) for name, scores in sets.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftree.adapter import adapt
 from peftree.errors import ConfigError
+from peftree.loss import deferred
 from peftree.machine import free_memory
 from peftree.named_method import make_method
 from peftree.optimizers import check_optimizer, make_optimizer
@@ -115,7 +116,7 @@ def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.opt
         adapter.init([lambda: model(**batch).loss])
 
     def run() -> Tensor:
-        with passing:
+        with passing, deferred(model, asked.chunked_loss and not asked.peft):
             out = model(**batch)
             extra = adapter.aux_loss(1, STEPS, out, lambda: model(**batch)) if adapter is not None else None
             loss: Tensor = out.loss if extra is None else out.loss + extra

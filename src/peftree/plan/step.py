@@ -16,6 +16,7 @@ from transformers import masking_utils
 
 from peftree.adapter import Adapter, adapt
 from peftree.evaluate.quality import token_scores
+from peftree.loss import deferred
 from peftree.named_method import make_method
 from peftree.plan import skeleton
 from peftree.plan.batch import inputs, open_images, scored
@@ -68,15 +69,15 @@ def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = F
     `scores`: whether tokens are scored after the forward pass, as a task does.
     """
     open_images(model)
-    batch = inputs(model, request, labels=request.mode == "train")
-    wanted = torch.empty(scored(model, request) if scores else 0, dtype=torch.long, device="meta")
+    batch, labelled = inputs(model, request, labels=request.mode == "train"), scored(model, request)
+    wanted = torch.empty(labelled if scores else 0, dtype=torch.long, device="meta")
     with faking(model) as fake, _texts("position_ids" in batch):
         fed = {k: fake(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
         wanted = fake(wanted)
         held = [v for v in (*fed.values(), wanted) if isinstance(v, Tensor)]
         ledger = Ledger([*model.parameters(), *model.buffers(), *held], scratch=request.device == "cpu")
         if request.mode == "train":
-            phases = _training(model, adapter, fed, request, ledger)
+            phases = _training(model, adapter, fed, request, ledger, labelled)
         else:
             phases = _reading(model, fed, request, ledger, wanted)
         with Fused(request.precision) if request.device == "cuda" else nullcontext():
@@ -147,16 +148,20 @@ _WIDE = _WIDENS | {
 Phases = list[tuple[str, Callable[[], object]]]
 
 
-def _training(model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger) -> Phases:
+def _training(
+    model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger, labelled: int
+) -> Phases:  # fmt: skip
     kept: dict[str, Any] = {}
+    chunked = request.chunked_loss and not request.compile
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> None:
-        with autocast(torch.device("cpu"), request.precision):
+        with autocast(torch.device("cpu"), request.precision), deferred(model, chunked, labelled) as waiting:
             out = model(**batch)
             extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
             kept["loss"] = out.loss if extra is None else out.loss + extra
             del out, extra
+        ledger.operations += waiting.skipped
         ledger.keep("activations", ledger.living())
 
     def backward() -> None:

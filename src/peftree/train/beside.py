@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from peftree.adapter import Adapter
 from peftree.errors import TrainError
+from peftree.loss import deferred
 from peftree.optimizers import check_optimizer
 from peftree.train.draws import Draws
+from peftree.train.together import Together
 
 _ANY = {"adamw_torch", "adamw_torch_fused"}  # what arguments have that name none
 
 
-def losses(trainer: Trainer, model: nn.Module, draws: Draws, step: int) -> Iterator[Callable[[], Tensor]]:
+def losses(trainer: Together, model: nn.Module, draws: Draws, step: int) -> Iterator[Callable[[], Tensor]]:
     """Yield callables that return the loss of batches of training rows, each row once, in an order set by the step.
 
     Batches are made when they are taken and run in eval mode. Random states are not changed, and the order is the
@@ -45,11 +47,11 @@ def losses(trainer: Trainer, model: nn.Module, draws: Draws, step: int) -> Itera
         number += 1
 
 
-def _loss(trainer: Trainer, model: nn.Module, batch: Any) -> Tensor:
+def _loss(trainer: Together, model: nn.Module, batch: Any) -> Tensor:
     training = model.training
     model.eval()
     try:
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), deferred(model, trainer.chunked):
             loss: Tensor = model(**batch).loss
     finally:
         model.train(training)

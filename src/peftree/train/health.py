@@ -182,8 +182,8 @@ class Health:
             switch(model, on)
             model.train(training)
         same = new.shape == old.shape and new.dim()
-        rows = zip(new, old, strict=True)  # one by one: the logits of a batch are its largest tensor
-        change = max(float((n.float() - o.float()).abs().max()) for n, o in rows) if same else float("inf")
+        rows = range(len(new) if same else 0)  # one by one: the logits of a batch are its largest tensor
+        change = max((float((new[i].float() - old[i].float()).abs().max()) for i in rows), default=float("inf"))
         if change == 0:
             raise TrainError(
                 f"Adapter '{self.adapter.name}' is switched on and trained, but the output equals the base's.",

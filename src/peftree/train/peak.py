@@ -15,6 +15,7 @@ from peftree.adapter import Adapter
 from peftree.errors import PeftreeError
 from peftree.evaluate.cost import allocator_peak, device_peak, held_peak, tensor_bytes, training_bytes
 from peftree.evaluate.quality import evaluating
+from peftree.loss import deferred
 from peftree.plan import plan
 from peftree.plan.question import Request
 from peftree.plan.rows import batches, feeds
@@ -64,7 +65,7 @@ def _measured(
     model: Any = task.model.train()
 
     def loss() -> Tensor:
-        with autocast(torch.device("cpu"), config.precision):
+        with autocast(torch.device("cpu"), config.precision), deferred(model, _chunks(config)):
             out = model(**train)
             extra = adapter.aux_loss(1, 100, out, partial(model, **train))
             found: Tensor = out.loss if extra is None else out.loss + extra
@@ -75,7 +76,7 @@ def _measured(
             loss().backward()
         model.zero_grad(set_to_none=True)
 
-    one = step_peak(task, items["train"], config.batch_size, config.precision)
+    one = step_peak(task, items["train"], config.batch_size, config)
     most = allocator_peak(lambda: step(min(config.accumulation, 2)))
     with evaluating(model):
         read = allocator_peak(lambda: task.read(scored))
@@ -85,14 +86,14 @@ def _measured(
     return found, " (scoring)" if read > most else " (training)"
 
 
-def step_peak(task: Task, items: Items, size: int, precision: str = "float32") -> int:
+def step_peak(task: Task, items: Items, size: int, config: RunConfig) -> int:
     """Return the allocator's peak in a forward and a backward pass of the first batch, without the optimizer."""
     model: Any = task.model.train()
     device = next(model.parameters()).device
     batch = next(task.batches(items, size))
 
     def step() -> None:
-        with autocast(device, precision):
+        with autocast(device, config.precision), deferred(model, _chunks(config)):
             loss = model(**batch).loss
         loss.backward()
         del loss
@@ -101,6 +102,11 @@ def step_peak(task: Task, items: Items, size: int, precision: str = "float32") -
     with torch.random.fork_rng():
         step()  # tables that a first step makes are there afterwards
         return held_peak(step, device)
+
+
+def _chunks(config: RunConfig) -> bool:
+    """Return whether the passes of a run compute no whole logits."""
+    return config.chunked_loss and not config.compile
 
 
 def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: torch.device) -> Request:

@@ -29,6 +29,7 @@ from peftree.evaluate.cost import (
 )
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
+from peftree.loss import deferred
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
 from peftree.precision import autocast
@@ -302,7 +303,7 @@ def _trainer(
     rows = len(items["train"])  # type: ignore[arg-type]
     return AdapterTrainer(
         adapter, _arguments(config, task, rows), lr=lr, stop=task.stop, score=score, quiet=config.quiet,
-        compiles=config.compile, sharded=config.shard != "none",
+        compiles=config.compile, chunked_loss=config.chunked_loss, sharded=config.shard != "none",
         train_dataset=items["train"], eval_dataset=items["valid"], data_collator=task.collate,
         callbacks=callbacks,
     )  # fmt: skip
@@ -349,7 +350,8 @@ def _saved(config: RunConfig, task: Task, items: Items) -> int:
     batch = next(task.batches(items, config.batch_size))
     model, training = task.model, task.model.training
     model.train()
-    with torch.random.fork_rng(), autocast(next(model.parameters()).device, config.precision):
+    device, chunked = next(model.parameters()).device, config.chunked_loss and not config.compile
+    with torch.random.fork_rng(), autocast(device, config.precision), deferred(model, chunked):
         found = saved_bytes(lambda: model(**batch).loss, model)
     model.train(training)
     return found

@@ -36,6 +36,7 @@ class Together(Trainer):
         team, streams: the processes, and what they draw.
         stopped: the number of the signal that all processes stop for; 0: none.
         counts: `health.counts` of all processes, after a step's last pass.
+        chunked: whether training passes compute no whole logits, see `peftree.loss`.
     """
 
     adapter: Adapter
@@ -43,6 +44,7 @@ class Together(Trainer):
     draws: Draws
     finite: Finite
     quiet: bool
+    chunked: bool
 
     def join(self, args: TrainingArguments) -> None:
         """Find the other processes; call this before the Trainer is made.

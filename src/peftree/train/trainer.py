@@ -27,6 +27,7 @@ from peftree import store
 from peftree.adapter import Adapter
 from peftree.errors import TrainError
 from peftree.evaluate.quality import Scores
+from peftree.loss import deferred, has_head, obstacle, source
 from peftree.precision import autocast
 from peftree.train import checkpoint as checkpoints
 from peftree.train.bar import Bar
@@ -62,6 +63,7 @@ class AdapterTrainer(Together):
         stop: id of the token that ends a completion, to check that it is in the loss.
         sharded: the base is spread over the processes, which therefore score together.
         compiles: run the training passes compiled; everything else uses the plain model.
+        chunked_loss: compute the loss of training passes without whole logits, where the head is a frozen linear map.
         score: scores the model on the validation items; replaces the Trainer's own evaluation.
             Its score is `eval_score` to `metric_for_best_model`.
         quiet: print only errors.
@@ -81,6 +83,7 @@ class AdapterTrainer(Together):
         score: Callable[[], Scores] | None = None,
         sharded: bool = False,
         compiles: bool = False,
+        chunked_loss: bool = True,
         quiet: bool = False,
         **more: Any,
     ) -> None:
@@ -91,7 +94,7 @@ class AdapterTrainer(Together):
         self.join(args)
         self.quiet = quiet = quiet or not self.team.first
         self.score = score
-        self.sharded, self.compiles = sharded, compiles
+        self.sharded, self.compiles, self.chunked = sharded, compiles, chunked_loss
         self.health = Health(adapter, stop)
         self.ends = False  # whether the caller writes results, which a run may have been killed before
         self.scored_at: int | None = None  # the step that results were written after
@@ -131,6 +134,7 @@ class AdapterTrainer(Together):
         output = str(self.args.output_dir)
         with held(output) if self.is_world_process_zero() else contextlib.nullcontext():
             self.say(first_line(self._base, self.adapter))
+            self._see_head()
             source = self._resume(resume_from_checkpoint)
             if source is None:
                 self._see_data()
@@ -207,6 +211,16 @@ class AdapterTrainer(Together):
         self.say(f"resuming from {found}")
         return str(found)
 
+    def _see_head(self) -> None:
+        """Say why training passes compute whole logits, if they do although the run asks for none."""
+        compiled = "the passes are compiled" if self.compiles or self.args.torch_compile else ""
+        self._whole_logits(obstacle(self._base) or (compiled if has_head(self._base) else ""))
+
+    def _whole_logits(self, why: str) -> None:
+        if self.chunked and why:
+            self.chunked = False
+            self.say(f"note: the loss is computed from whole logits: {why}")
+
     def _see_data(self) -> None:
         """Show the first batches to a method that needs data; random states are not changed."""
         method = self.adapter.method
@@ -263,15 +277,17 @@ class AdapterTrainer(Together):
             self._last = inputs
         if watching and not weightless:
             self.health.see_batch(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, None if weighed else num_items_in_batch)
-        if not model.training:
-            return (loss, outputs) if return_outputs else loss
-        if weighed and num_items_in_batch is not None:
-            world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            # The mean over no item is not a number; a pass without one has no part in the step.
-            loss = loss * (own * world / num_items_in_batch) if own else main_output(outputs).sum() * 0.0
-        step, total = self.state.global_step, self.state.max_steps
-        extra = self.adapter.aux_loss(step, total, outputs, functools.partial(model, **inputs))
+        with deferred(self._base, self.chunked and model.training) as waiting:
+            loss, outputs = super().compute_loss(model, inputs, True, None if weighed else num_items_in_batch)
+            if not model.training:
+                return (loss, outputs) if return_outputs else loss
+            if weighed and num_items_in_batch is not None:
+                world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                # The mean over no item is not a number; a pass without one has no part in the step.
+                loss = loss * (own * world / num_items_in_batch) if own else source(main_output(outputs)).sum() * 0.0
+            step, total = self.state.global_step, self.state.max_steps
+            extra = self.adapter.aux_loss(step, total, outputs, functools.partial(model, **inputs))
+        self._whole_logits("something else in the pass reads them" if waiting.reads else "")
         if extra is not None:
             loss = loss + extra / self.passes
         if weightless:
@@ -313,7 +329,7 @@ class AdapterTrainer(Together):
         self.finite.see_weights([p for p in self.adapter.parameters() if p.requires_grad])
         last = min(STEPS, self.state.max_steps)
         if not self.health.done and self.health.steps >= last:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), deferred(self._base, self.chunked):
                 change = self.health.effect(self._base, self._last)
             self.say(self.health.report(change))
             self.health.done, self._last = True, {}

@@ -1,0 +1,61 @@
+"""A training step of SmolLM2-135M without whole logits, beside one with them and Hugging Face PEFT's.
+
+    python benchmarks/loss.py [--rounds 5]
+
+LoRA on all linear maps, 8 x 128 tokens, float32, AdamW; with a label for each token, and for the second half of each
+row, as where a prompt comes first. Time, saved bytes and peak are those of `benchmarks/step.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from step import Step, compare, ours, peak_bytes, smol, spread, theirs, variants
+from torch import Tensor
+
+from peftree.evaluate.cost import saved_bytes
+from peftree.loss import deferred
+
+
+class Chunked(Step):
+    """A step whose loss is computed some tokens at a time, as in `peftree train`."""
+
+    def loss(self) -> Tensor:
+        with deferred(self.model):
+            return super().loss()
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    base = smol(30, True)
+    ids = torch.randint(5, 20000, (8, 128), generator=torch.Generator().manual_seed(1))
+    half = ids.clone()
+    half[:, :64] = -100
+    (method, fields), config = variants("whole")["lora all"]
+    print("| labels | loss | CPU time / PEFT | quartiles | saved / PEFT | allocator peak, MiB | peak / PEFT |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for labels, target in (("all tokens", ids), ("half", half)):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": target}
+        made = {
+            "chunked": Chunked(ours(base, method, fields), batch),
+            "whole logits": Step(ours(base, method, fields), batch),
+        }
+        made |= {"PEFT": Step(theirs(base, config), batch)}
+        peak = {name: peak_bytes(step) for name, step in made.items()}
+        saved = {name: saved_bytes(step.loss, step.model) for name, step in made.items()}
+        seconds = compare(made, rounds)
+        for name in made:
+            time, (low, high) = spread(seconds[name], seconds["PEFT"])
+            figures = f"{time:.2f} | {low:.2f}-{high:.2f} | {saved[name] / saved['PEFT']:.2f}"
+            print(
+                f"| {labels} | {name} | {figures} | {peak[name] >> 20} | {peak[name] / peak['PEFT']:.2f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
