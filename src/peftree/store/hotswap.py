@@ -61,7 +61,7 @@ def _tensors(delta: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _differences(here: Any, there: Any, name: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yield what differs between two specs, by its dotted name."""
     if isinstance(here, dict) and isinstance(there, dict):
-        for key in here.keys() | there.keys():
+        for key in {**here, **there}:
             yield from _differences(here.get(key), there.get(key), str(key))
     elif here != there:
         yield name, (here, there)
