@@ -28,6 +28,8 @@ from peftree.plan.show import Shown
 from peftree.tasks import quantized
 from peftree.tasks.base import Options
 from peftree.tasks.loading import load
+from peftree.train.processes import Team
+from peftree.train.sharded import shard
 from quantized.llama import logits, tokens
 
 FORMS = ("nf4", "nf4 single", "fp4", "int8", "int8_torchao", "fp8_torchao", "int-quantized",
@@ -231,6 +233,14 @@ def test_a_packed_folder_is_not_planned_in_other_forms(
     assert Shown.of(request(**asked, memory=2 * made.expected)).ways == ()
     monkeypatch.setattr(fit, "TRIES", 8)  # nothing fits, so each is used for a change
     assert fit.ways(request(**asked), made.parts["weights"] + 1) == []
+
+
+def test_a_packed_folder_is_not_divided(source: Path, tmp_path: Path) -> None:
+    folder = _packed("nf4 single", source, tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"weights are packed in forms that are not divided.*Set shard to none"):
+        shard(peftree.adapt(_loaded(folder), "lora"), Team(0, 2))
+    made = plan(request(model=str(folder), max_length=16, method="lora", processes=2, shard="fsdp"))
+    assert any("does not shard a quantised base" in note for note in made.notes)
 
 
 def test_weights_that_no_delta_reads_are_refused(source: Path, tmp_path: Path) -> None:

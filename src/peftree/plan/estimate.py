@@ -21,10 +21,9 @@ from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
 from peftree.named_method import make_method
 from peftree.optimizers import DEFAULT, check_name
-from peftree.plan import caches, formulas, kept, sizes, skeleton
+from peftree.plan import caches, formulas, kept, layers, sizes, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.hfpeft import configs
-from peftree.plan.layers import divided
 from peftree.plan.ledger import Timeline, supported
 from peftree.plan.question import Request
 from peftree.plan.reserved import WORKSPACE
@@ -269,10 +268,9 @@ def _whole(text: str) -> Whole:
     counts = sum(p.numel() for p in trained), sum(p.numel() for p in base), len(adapter.deltas), _shares(adapter)
     layer, rooms = _largest_layer(model), tuple(adapter.graft.rooms((adapter.name,)))
     slots = _slots(model, config, request, dtype) if request.mode == "generate" else ()
-    each = [formulas.size(frozen) for _, frozen in divided(adapter)]
     return Whole(
         type(model).__name__, parts, scratch, layer, formulas.size(trained) if training else 0, *counts, slots, rooms,
-        (sum(each), max(each, default=0)) if request.quantize == "none" else None,
+        layers.sizes(adapter) if form_of(request) == "none" else None,
     )  # fmt: skip
 
 
@@ -303,8 +301,8 @@ def _shares(adapter: Adapter) -> bool:
 
 
 def _largest_layer(model: nn.Module) -> int:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    return max((formulas.size(layer.parameters()) for layers in lists for layer in layers), default=0)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return max((formulas.size(layer.parameters()) for stack in stacks for layer in stack), default=0)
 
 
 def _with(whole: Whole, parts: Mapping[str, float], request: Request, phase: str) -> dict[str, int]:
@@ -376,7 +374,7 @@ def _plan(
     else:
         notes.append("with glibc, MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps a process near the low figure")
     notes += request.left_out
-    if request.shard == "fsdp" and request.quantize != "none":
+    if request.shard == "fsdp" and form_of(request) != "none":
         notes.append("`peftree train` does not shard a quantised base")
     return Plan(
         request, whole.model, low, expected, high, phase, totals, {k: v for k, v in phases[phase].items() if v},

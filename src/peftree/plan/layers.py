@@ -7,6 +7,7 @@ from collections import defaultdict
 from torch import nn
 
 from peftree.adapter import Adapter
+from peftree.plan.formulas import size
 
 
 def divided(adapter: Adapter) -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -30,3 +31,9 @@ def divided(adapter: Adapter) -> list[tuple[nn.Module, list[nn.Parameter]]]:
         if len(where) == 1 and where != {-1}:
             found[where.pop()].append(parameter)
     return list(zip(layers, found, strict=True))
+
+
+def sizes(adapter: Adapter) -> tuple[int, int]:
+    """Return the bytes of what the processes divide, and of its largest layer."""
+    each = [size(frozen) for _, frozen in divided(adapter)]
+    return sum(each), max(each, default=0)

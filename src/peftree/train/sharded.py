@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peftree.adapter import Adapter, record_of
+from peftree.deltas.packed import is_packed
 from peftree.errors import ConfigError
 from peftree.methods.contract import Method
 from peftree.plan.layers import divided
@@ -24,10 +25,8 @@ def check_shard(config: RunConfig, method: Method) -> None:
     keeps = [part.name for part in (method, *method.parts()) if part.tags.keeps_weight]
     why, instead = "", "Set shard to none, or leave out the other."
     if (config.processes or 1) == 1:
-        why, instead = (
-            "this run has one process, which holds all of the base",
-            "Set processes to 2 or more, or leave out shard.",
-        )
+        why = "this run has one process, which holds all of the base"
+        instead = "Set processes to 2 or more, or leave out shard."
     elif config.quantize != "none":
         why = f"quantize={config.quantize} packs weights in forms that are not divided"
     elif config.compile:
@@ -46,13 +45,15 @@ def shard(adapter: Adapter, team: Team) -> None:
     shares with something else. The base's fingerprint is taken before, since afterwards no process has the base alone.
 
     Raises:
-        ConfigError: the model has no stack of layers that is known.
+        ConfigError: the model has no stack of layers that is known, its weights are packed, or layers are left out.
     """
     model: Any = adapter.model
     layers = divided(adapter)
     kind = type(model).__name__
     if not any(weights for _, weights in layers):
         raise ConfigError(f"shard: {kind} has no stack of layers that is known to peftree.", "Set shard to none.")
+    if any(is_packed(weight) for _, weights in layers for weight in weights):
+        raise ConfigError("shard: the model's weights are packed in forms that are not divided.", "Set shard to none.")
     drops = [k for k, v in model.config.to_dict().items() if k.endswith("layerdrop") and v]
     if drops:
         raise ConfigError(
