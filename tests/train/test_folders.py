@@ -292,7 +292,7 @@ MOVES: dict[str, Any] = {
     "method": {"name": "lora", "fields": {"r": 3}},
 }  # fmt: skip
 STAYS = {
-    "compile": True, "workers": 2,
+    "compile": True, "workers": 2, "chunked_loss": False, "shard": "fsdp",
     "output": "o", "task": "text-regression", "resume": True, "quiet": True, "threads": 2, "save_every": 3, "keep": 3,
     "epochs": 9.0, "steps": 99, "base_score": False, "log_every": 3, "data": {"train": "b.csv"}, "model": "m",
     "report_to": ["wandb"],

@@ -34,7 +34,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 # Settings that a resumed run may change. Data and model may have moved: what they hold is compared instead.
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
-    *("log_every", "report_to", "workers", "data", "model", "compile", "processes", "shard"),
+    *("log_every", "report_to", "workers", "data", "model", "compile", "processes", "shard", "chunked_loss"),
 )
 _STEP = ("batch_size", "accumulation", "processes")  # their product, the rows of a step, stays
 # What scoring a finished run depends on.
