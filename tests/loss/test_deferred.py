@@ -238,6 +238,9 @@ def test_the_head_runs_as_ever_outside_and_where_it_cannot_wait() -> None:
     peftree.adapt(adapted, "lora", sites="head")
     packed = _llama()
     packed.lm_head = nn.Sequential(packed.lm_head)
+    own = _llama()
+    own.lm_head.__class__ = type("Own", (nn.Linear,), {})
+    assert obstacle(own) == "the head is a Own"
     for why, odd in {"trained": zoo.build("llama"), "hooks": frozen, "adapter": adapted, "Sequential": packed}.items():
         assert why in obstacle(odd)
         with deferred(odd):
@@ -246,3 +249,45 @@ def test_the_head_runs_as_ever_outside_and_where_it_cannot_wait() -> None:
     assert not obstacle(classifier)
     with deferred(classifier):
         assert type(classifier(**zoo.batch("bert_cls")).logits) is Tensor
+
+
+@pytest.mark.parametrize("what", ["hidden", "weight"])
+def test_what_the_logits_come_from_may_not_change_before_they_are_read(what: str) -> None:
+    model = _llama()
+    with deferred(model):
+        logits = model(**BATCH).logits
+    with torch.no_grad():
+        (logits.hidden if what == "hidden" else model.lm_head.weight).mul_(2)
+    for read in (lambda: logits + 0, lambda: functional.cross_entropy(logits[0], BATCH["labels"][0])):
+        with pytest.raises(AdapterError, match="chunked_loss=false"):
+            read()
+
+
+@pytest.mark.parametrize("hear", [lambda z: z.retain_grad(), lambda z: z.register_hook(print)])
+def test_a_hook_on_logits_that_get_no_gradient_is_an_error(hear: Any) -> None:
+    model = _llama()
+    with deferred(model):
+        logits = model(**BATCH).logits
+    with pytest.raises(AdapterError, match="chunked_loss=false"):
+        hear(logits)
+    with deferred(model):
+        logits = model(**{k: v for k, v in BATCH.items() if k != "labels"}).logits
+    logits.retain_grad()
+    functional.cross_entropy(logits.view(-1, zoo.VOCAB), BATCH["labels"].view(-1)).backward()
+    assert logits.grad is not None and logits.grad.any()
+
+
+def test_the_head_may_be_called_with_a_keyword_and_within_torch_func() -> None:
+    model, x = _llama(), torch.randn(2, zoo.HIDDEN)
+    wanted = torch.func.grad(lambda x: model.lm_head(x).square().sum())(x)
+    with deferred(model):
+        assert torch.equal(model.lm_head(input=x) + 0, model.lm_head(x) + 0)
+        assert torch.equal(torch.func.grad(lambda x: model.lm_head(x).square().sum())(x), wanted)
+
+
+def test_logits_that_were_made_without_a_graph_have_a_loss_without_one() -> None:
+    model, x = _llama(), torch.randn(2, zoo.HIDDEN, requires_grad=True)
+    with deferred(model):
+        with torch.no_grad():
+            logits = model.lm_head(x)
+        assert not functional.cross_entropy(logits, torch.tensor([3, 4])).requires_grad

@@ -152,3 +152,21 @@ def test_the_change_that_the_first_steps_report_is_that_of_the_logits(tmp_path: 
     wanted = made.health.effect(made._base, batch)
     with deferred(made._base):
         assert made.health.effect(made._base, batch) == pytest.approx(wanted, rel=1e-6)
+
+
+class _Own(AdapterTrainer):
+    """Computes its loss without the trainer's own."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **more: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_trainer_with_a_loss_of_its_own_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = peftree.adapt(zoo.build("llama"), "lora", sites="linear")
+    args = tf.TrainingArguments(
+        str(tmp_path / "own"), max_steps=3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    ids = torch.randint(3, 60, (8, 12)).tolist()
+    _Own(adapter, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    assert "step 3: gradients 28/28 finite and non-zero, optimizer 28/28 tensors\n" in capsys.readouterr().err

@@ -184,3 +184,25 @@ def test_a_base_that_was_divided_is_known_by_its_fingerprint(tmp_path: Path) -> 
     again = bert().to(torch.bfloat16)
     peftree.load(again, tmp_path / "saved")
     assert difference(fingerprint(again), model) == ""
+
+
+def test_a_divided_model_still_gives_what_it_records(tmp_path: Path) -> None:
+    """Hidden states, and the routers' logits that the loss of a mixture of experts needs."""
+    config = tf.MixtralConfig(
+        **SHAPE, num_key_value_heads=2, num_local_experts=4, vocab_size=20, output_router_logits=True
+    )
+    ids, found = torch.arange(3, 12)[None], []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for divides in (False, True):
+            torch.manual_seed(0)
+            model = tf.MixtralForCausalLM(config)
+            adapter = peftree.adapt(model, "lora", r=2)
+            if divides:
+                shard(adapter, Team(0, 1))
+            found.append(model(input_ids=ids, labels=ids, output_hidden_states=True))
+    finally:
+        dist.destroy_process_group()
+    plain, divided_one = found
+    assert len(divided_one.hidden_states) == 3 and len(divided_one.router_logits) == 2
+    assert float(divided_one.aux_loss.detach()) > 0 and torch.equal(divided_one.loss, plain.loss)

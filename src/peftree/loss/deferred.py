@@ -19,12 +19,14 @@ from torch.utils import _pytree
 
 from peftree.deltas.packed import is_packed
 from peftree.errors import AdapterError
+from peftree.graft.swap import Adapted
 from peftree.loss.chunked import OFF, Head, Step, rows, spans, token_losses
 
 _GET = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized")
 _CALL = ("size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "is_complex", "__len__")
 _LOOKS = {getattr(Tensor, n).__get__ for n in _GET} | {getattr(Tensor, n) for n in _CALL}
 _INTO = {f"__i{n}__" for n in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_HEARS = {Tensor.register_hook, Tensor.retain_grad}
 _IGNORED = -100
 
 
@@ -52,6 +54,8 @@ class Logits(Tensor):
         graph: whether the graph was recorded when the head ran.
         waiting: the block in which it ran.
         viewed: whether this is a view of other logits, or others are a view of this.
+        used: whether something was made of this without computing it.
+        age: how often the hidden states and the weight had been changed in place.
     """
 
     hidden: Tensor
@@ -59,6 +63,8 @@ class Logits(Tensor):
     graph: bool
     waiting: Waiting
     viewed: bool
+    used: bool
+    age: list[int]
     _whole: Tensor | None
 
     @classmethod
@@ -69,9 +75,13 @@ class Logits(Tensor):
                 return func(*args, **kwargs)
         me = args[0] if args and isinstance(args[0], Logits) else None
         if me is not None and me._whole is None and func in _KNOWN:
+            me._still()
             found = _KNOWN[func](me, *args[1:], **kwargs)
             if found is not None:
+                me.used |= found is not me
                 return found
+        if me is not None and me.used and func in _HEARS:
+            raise AdapterError("The loss was computed without these logits, so they get no gradient.", OFF)
         changed = _changed(func, args, kwargs)
         if changed is not None and changed.viewed:
             raise AdapterError(
@@ -86,6 +96,7 @@ class Logits(Tensor):
     def whole(self) -> Tensor:
         """Return the logits, computed the first time with the graph that the head's run would have had."""
         if self._whole is None:
+            self._still()
             self.waiting.reads += 1
             head = self.head.cast()
             with torch.autocast(self.hidden.device.type, enabled=False), torch.set_grad_enabled(self.graph):
@@ -94,6 +105,10 @@ class Logits(Tensor):
                     z = _apart(step, z)
             self._whole = z
         return self._whole
+
+    def _still(self) -> None:
+        if self.age != _age(self.hidden, self.head):
+            raise AdapterError("What the logits are computed from was changed in place after the head ran.", OFF)
 
     def _like(self, hidden: Tensor, head: Head, viewed: bool) -> Logits:
         self.viewed |= viewed
@@ -107,10 +122,15 @@ def _made(hidden: Tensor, head: Head, graph: bool, waiting: Waiting, viewed: boo
         Logits, shape, dtype=head.out, device=hidden.device, requires_grad=leaf
     )  # fmt: skip
     out.hidden, out.head, out.graph, out.waiting, out.viewed, out._whole = hidden, head, graph, waiting, viewed, None
+    out.used, out.age = False, _age(hidden, head)
     if leaf:
         with torch._C.DisableTorchFunctionSubclass():
             out.register_hook(_lost)
     return out  # type: ignore[no-any-return]
+
+
+def _age(hidden: Tensor, head: Head) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in (hidden, head.weight)]
 
 
 def _lost(gradient: Tensor) -> None:
@@ -263,7 +283,7 @@ def obstacle(model: nn.Module) -> str:
     if model._compiled_call_impl is not None:
         return "the model is compiled"
     if type(head) is not nn.Linear:
-        return "an adapter is on the head" if isinstance(head, nn.Linear) else f"the head is a {type(head).__name__}"
+        return "an adapter is on the head" if isinstance(head, Adapted) else f"the head is a {type(head).__name__}"
     if any(p.requires_grad for p in head.parameters()):
         return "the head is trained"
     if is_packed(head.weight):
@@ -298,13 +318,14 @@ def deferred(model: nn.Module, on: bool = True, count: int | None = None) -> Ite
         yield waiting
         return
 
-    def forward(hidden: Tensor) -> Tensor:
-        kind = hidden.device.type
+    def forward(input: Tensor) -> Tensor:  # noqa: A002  the name that nn.Linear gives it
+        kind = input.device.type
         cast = torch.is_autocast_enabled(kind)
-        if torch.compiler.is_compiling() or (hidden.dtype != head.weight.dtype and not cast):
-            return functional.linear(hidden, head.weight, head.bias)
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or (input.dtype != head.weight.dtype and not cast):
+            return functional.linear(input, head.weight, head.bias)
         dtype = torch.get_autocast_dtype(kind) if cast else head.weight.dtype
-        return _made(hidden, Head(head.weight, head.bias, dtype), torch.is_grad_enabled(), waiting)
+        return _made(input, Head(head.weight, head.bias, dtype), torch.is_grad_enabled(), waiting)
 
     vars(head)["forward"] = forward
     try:

@@ -191,7 +191,7 @@ class Health:
             )
         return change
 
-    def report(self, change: float) -> str:
+    def report(self, change: float | None) -> str:
         """Return the line that says what was checked."""
         count = len(self._trained())
         parts = [f"gradients {len(self.alive)}/{count} finite and non-zero"]
@@ -201,7 +201,8 @@ class Health:
             parts.append(f"labels {kept:,}/{labels:,} in the loss")
         if self.stop is not None:
             parts.append(f"stop token in {stops}/{rows} rows")
-        parts.append(f"output changed by up to {change:.1e}")
+        if change is not None:
+            parts.append(f"output changed by up to {change:.1e}")
         return f"step {self.steps}: {', '.join(parts)}"
 
 

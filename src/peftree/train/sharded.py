@@ -71,4 +71,7 @@ def shard(adapter: Adapter, team: Team) -> None:
     for site in adapter.graft.tree:
         if site.role == "stack":  # holds nothing itself; lets its layers use the same streams
             stack = model.get_submodule(site.path)
+            own = type(stack)
             fully_shard(stack, mesh=mesh, ignored_params=set(stack.parameters()))
+            # transformers finds what a model records (hidden states, routers' logits) by what its class prints as.
+            type(stack).__module__, type(stack).__qualname__ = own.__module__, own.__qualname__

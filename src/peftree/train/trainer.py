@@ -330,7 +330,7 @@ class AdapterTrainer(Together):
         last = min(STEPS, self.state.max_steps)
         if not self.health.done and self.health.steps >= last:
             with self.compute_loss_context_manager(), deferred(self._base, self.chunked):
-                change = self.health.effect(self._base, self._last)
+                change = self.health.effect(self._base, self._last) if self._last else None  # of a loss of one's own
             self.say(self.health.report(change))
             self.health.done, self._last = True, {}
 
