@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,36 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_two_files_of_one_name_are_refused_however_one_asks(folder: Path) -> None:
     with pytest.raises(MethodError, match="the name 'lora' is taken"):
         registry.get("lora")
+
+
+POINTS = {
+    "absent_module:X": "does not load: ModuleNotFoundError",
+    "peftree:Absent": "does not load",
+    "json:dumps": "not a",
+}
+
+
+@pytest.mark.parametrize("value", sorted(POINTS))
+def test_an_entry_point_that_gives_no_method_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("theirs", value, "peftree.methods")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry.methods.cache_clear()
+    try:
+        with pytest.raises(MethodError, match=POINTS[value]) as caught:
+            registry.get("lora")
+    finally:
+        registry.methods.cache_clear()
+    assert value in str(caught.value) and caught.value.fix
+
+
+def test_a_class_without_a_name_is_called_as_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (describe.HOME / "selective" / "bitfit.py").read_text("utf-8")
+    (tmp_path / "their_module.py").write_text(source.replace("BitFit", "Theirs"), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("theirs", "their_module:Theirs", "peftree.methods")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry.methods.cache_clear()
+    try:
+        assert registry.get("theirs").name == "theirs"
+    finally:
+        registry.methods.cache_clear()

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def methods() -> dict[str, type[Method]]:
                 elif path.suffix == ".yaml":
                     recipes.append(path)
     for point in entry_points(group=_GROUP):
-        _add(found, _checked(point.load(), point.value), Path(point.value))
+        _add(found, _from_point(point), Path(point.value))
     for path in recipes:
         _add(found, _from_recipe(path, found), path)
     return dict(sorted(found.items(), key=lambda kv: (BRANCHES.index(kv[1].tags.branch), kv[0])))
@@ -123,6 +123,18 @@ def _from_file(path: Path) -> type[Method]:
     cls = classes[0]
     cls.name = cls.name or path.stem
     return _checked(cls, str(path), path.parent.name)
+
+
+def _from_point(point: EntryPoint) -> type[Method]:
+    """Load the method class that an entry point of an installed package names."""
+    try:
+        loaded = point.load()
+    except Exception as error:  # any fault of a plug-in is reported with its entry point
+        what = f"The entry point {point.name} = {point.value} does not load: {type(error).__name__}: {error}."
+        raise MethodError(what, "Fix the package that it is in, or uninstall it.") from error
+    cls = _checked(loaded, point.value)
+    cls.name = cls.name or point.name
+    return cls
 
 
 def _checked(cls: Any, where: str, branch: str | None = None) -> type[Method]:

@@ -134,3 +134,13 @@ def test_a_merged_or_detached_adapter_has_no_values_to_replace() -> None:
         peftree.replace(a, b)
     with pytest.raises(AdapterError, match="not an adapter"):
         peftree.replace(model, b)  # type: ignore[arg-type]
+
+
+def test_a_folder_is_read_beside_adapters_that_are_on(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    a = put(model, "dept", name="a", std=0.1, **peftree.get("dept").tags.small)  # its start runs the embedding
+    folder = peftree.save(a, tmp_path / "a")
+    want = run("llama", model)
+    peftree.replace(a, folder)
+    peftree.load(model, folder, name="b")
+    assert torch.equal(run("llama", model), want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftree.adapter import adapters, disabled
 from peftree.deltas import Delta, Reweight
 from peftree.deltas.packed import hollow
 from peftree.deltas.place import read
@@ -51,7 +53,8 @@ def drafted(model: nn.Module, method: Method, head: bool, seed: int, given: Shap
             after its `post_hoc` (a folded prefix, merged experts), the draft takes that form; tensors whose
             sizes training decides (`Delta.elastic`) get the sizes in the file.
     """
-    entries, with_head = built(model, method, head, seed)
+    with disabled(model) if adapters(model) else contextlib.nullcontext():  # a start is made from the base alone
+        entries, with_head = built(model, method, head, seed)
     draft = Draft(method, entries, with_head, seed)
     if set(draft.state()) != set(given):
         with torch.no_grad():
