@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_table_has_a_row_for_a_method_and_says_which_are_left_out(
 ) -> None:
     monkeypatch.setattr(fit, "BATCHES", (1, 2))
     some = {name: registry.get(name) for name in ("lora", "vpt", "full")}
-    monkeypatch.setattr(registry, "methods", lambda: some)
+    monkeypatch.setattr(registry, "methods", cache(lambda: some))
     said = run(str(short), "max_length=16")
     assert said.index("full") < said.index("lora") and said.split().count("16") == 2
     assert "Not for this model: vpt." in said and "is next" not in said and "…" not in said
