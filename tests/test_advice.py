@@ -30,8 +30,9 @@ MARKUP = ("report", "plan/html.py")  # these write HTML and SVG, whose attribute
 PROSE = {"cannot", "did", "has", "is", "knows", "needs", "only", "reads", "that", "writes"}
 OTHERS = {"hash", "max-lora-rank", "nproc-per-node"}
 FOREIGN = {
-    "alpha", "attn_implementation", "dequantize", "config.is_decoder", "format", "init_lora_weights", "key", "slurm_partition",
+    "alpha", "attn_implementation", "config.is_decoder", "format", "init_lora_weights", "key", "slurm_partition",
     "target_modules", "use_cpu", "use_reentrant", "name", "n", "mode", "text", "workers",
+    "dequantize",
 }  # fmt: skip
 
 
