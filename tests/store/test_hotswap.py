@@ -74,12 +74,21 @@ def test_an_optimizer_goes_on_with_the_new_values() -> None:
     assert not torch.equal(run("bert_cls", model), before)
 
 
+def off(model: nn.Module, adapter: peftree.Adapter) -> peftree.Adapter:
+    """Detach an adapter, and return it."""
+    peftree.detach(model, adapter.name)
+    return adapter
+
+
 FAULTS: dict[str, tuple[Callable[[nn.Module, peftree.Adapter], Any], str]] = {
     "rank": (lambda m, a: peftree.adapt(m, "lora", name="c", r=4), "r of 'a' is 8"),
     "method": (lambda m, a: peftree.adapt(m, "ia3", name="c"), "method of 'a' is lora"),
     "sites": (lambda m, a: peftree.adapt(m, "lora", name="c", sites="attn.q"), "sites of 'a'"),
     "head": (lambda m, a: peftree.adapt(m, "lora", name="c", head=False), "Only one of 'a' and 'c' adapts"),
     "model": (lambda m, a: put(zoo.build("bert_cls"), "lora", name="c"), "not on the model of 'a'"),
+    "detached": (lambda m, a: off(m, peftree.adapt(m, "lora", name="c")), "'c' was detached"),
+    "number": (lambda m, a: 3, "int is not an adapter"),
+    "model itself": (lambda m, a: m, "is not an adapter"),
 }
 
 
