@@ -70,7 +70,7 @@ ROOMS = {
     "methods": 570,
     "graft": 3200,
     "loss": 525,
-    "store": 4420,
+    "store": 4425,
     "data": 1400,
     "tasks": 2600,
     "evaluate": 1400,
