@@ -119,7 +119,7 @@ def replace(adapter: Adapter, source: Adapter | str | Path, *, allow_other_base:
     model = movable(adapter)
     if not isinstance(source, str | Path):
         if an_adapter(source).model is None:
-            raise AdapterError(f"'{source.name}' was detached.", "Replace by it before, or by a folder it was saved to.")
+            raise AdapterError(f"'{source.name}' was detached.", "Replace by it before, or by a folder of it.")
         if source.model is not model:
             raise AdapterError(f"'{source.name}' is not on the model of '{adapter.name}'.", "Save it; pass the folder.")
         copy_in(adapter, source, f"'{source.name}'", hfpeft.kept_of(source))
