@@ -142,7 +142,7 @@ def test_a_plan_is_what_the_device_counts(precision: str, dtype: str, device: to
     found = plan(
         request(
             model=str(tmp_path), method={"name": "lora", "sites": "linear"}, batch_size=4, eval_batch_size=1,
-            max_length=128, padded=False,
+            max_length=128, padded=False, chunked_loss=False,
             dtype=dtype, precision=precision, device=device.type, optimizer="sgd",
         )
     )  # fmt: skip
