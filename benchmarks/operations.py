@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from step import machine
 
 MANY = 64  # adapters on one model
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -192,16 +193,7 @@ def measured(rounds: int) -> dict[str, Any]:
             runs[library].append(json.loads(_run([__file__, "--one", library])))
         runs["peftree"][-1] |= commands()
     medians = {lib: {n: statistics.median(r[n] for r in found) for n in found[0]} for lib, found in runs.items()}
-    return {"machine": _machine(), "rounds": rounds, "seconds": medians}
-
-
-def _machine() -> dict[str, str]:
-    from importlib.metadata import version
-
-    text = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    named = {"cpu": cpu or platform.processor(), "python": platform.python_version()}
-    return named | {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"machine": machine(), "rounds": rounds, "seconds": medians}
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -218,6 +218,11 @@ class RunConfig(BaseModel):
             raise ValueError("early_stopping needs evaluations, but eval_every is 0")
         return self
 
+    @property
+    def defers_logits(self) -> bool:
+        """Whether training passes compute no whole logits where that is possible."""
+        return self.chunked_loss and not self.compile
+
     def where(self, key: str) -> str:
         """Return `file:line: ` where `key` (dotted) was set, or an empty string."""
         found = self._lines.get(key)

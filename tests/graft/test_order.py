@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -110,6 +112,16 @@ def test_detaching_each_kind_among_all_others_is_as_if_it_had_never_come(gone: s
         peftree.switch(model, stack)
         peftree.switch(twin, stack)
         assert torch.equal(run("bert_cls", model), run("bert_cls", twin))
+
+
+def test_what_was_detached_is_released_from_modules_that_others_adapt() -> None:
+    model = fresh("bert_cls", {"a1": "lora", "a2": "lora", "a3": "ia3"})
+    peftree.switch(model, ["a1", "a2", "a3"])
+    run("bert_cls", model)
+    gone = [weakref.ref(delta) for delta in peftree.adapters(model)["a2"].deltas.values()]
+    peftree.detach(model, "a2")
+    gc.collect()
+    assert gone and not any(ref() for ref in gone)
 
 
 def test_what_is_left_where_an_adapter_was_taken_off_counts_as_unused() -> None:

@@ -377,3 +377,18 @@ def test_a_spectral_norm_of_the_base_keeps_its_vectors_in_training() -> None:
     assert not torch.equal(
         before["0.parametrizations.weight.0._u"], model.state_dict()["0.parametrizations.weight.0._u"]
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "fishmask"])
+def test_merged_weights_are_not_an_adapters_own(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("llama")
+    adapter = put(model, method, name="a", **METHODS.get(method, {}))
+    deltas = [d for d in adapter.deltas.values() if isinstance(d, Reweight)]
+    made = type(deltas[0]).weight
+    for kind in {type(d) for d in deltas}:  # what a method may do: keep what it made, and return that
+        monkeypatch.setattr(kind, "weight", lambda self, W: vars(self).setdefault("_kept", made(self, W).detach()))
+    peftree.merge(model)
+    peftree.unmerge(model)
+    peftree.merge(model)  # now they have one
+    kept = {d._kept.untyped_storage().data_ptr() for d in deltas}
+    assert kept and kept.isdisjoint(p.untyped_storage().data_ptr() for p in model.parameters())

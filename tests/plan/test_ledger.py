@@ -37,9 +37,6 @@ MORE = dict.fromkeys(("eva", "lora_ga", "sora"), 12)
 INSIDE = {("vit", "sparse_adapter"): 4 * plantruth.ROWS * 64}
 # Two numbers in the backward pass through the router of a sub-layer, which the trace lacks.
 INSIDE |= {("decoder", "mixlora"): 8, ("decoder", "perft"): 8}
-# Eight bytes at the peak of these since the loss takes its logits in chunks; with whole logits the trace has all. Not
-# explained yet: see the roadmap.
-INSIDE |= {("decoder", method): 8 for method in ("diff_pruning", "hra", "ivon_lora", "nola", "moelora")}
 WORKSPACES = ("c3a", "convpass", "p_tuning")
 EVERY = [(m, k, a) for k in MODELS for m in METHODS for a in ("eager", "sdpa")]
 QUICK = [case for case in EVERY if case[0] in SOME]

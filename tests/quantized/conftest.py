@@ -6,23 +6,14 @@ import functools
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantized.llama import Loader, loaded
+from quantized.llama import Loader, loaded, saved
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers, 64 units wide."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, max_position_embeddings=64,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("llama"), 64)
 
 
 @pytest.fixture

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peftree.tasks.quantized import left_plain, quantization
 
 KINDS = ("nf4", "int8", "int8_torchao", "fp8")
 Loader = Callable[..., Any]
+
+
+def saved(folder: Path, width: int) -> Path:
+    """Write a Llama of two layers, `width` units wide, into a folder; return the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def tokens() -> Tensor:

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     TorchAoConfig,
 )
@@ -30,7 +29,7 @@ from peftree.tasks.base import Options
 from peftree.tasks.loading import load
 from peftree.train.processes import Team
 from peftree.train.sharded import shard
-from quantized.llama import logits, tokens
+from quantized.llama import logits, saved, tokens
 
 FORMS = ("nf4", "nf4 single", "fp4", "int8", "int8_torchao", "fp8_torchao", "int-quantized",
          "pack-quantized", "float-quantized", "fp8")  # fmt: skip
@@ -42,14 +41,7 @@ forms = pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f in QUICK 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain Llama, wide enough for groups of 128 weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, max_position_embeddings=64,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("plain")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("plain"), 256)
 
 
 def _as_transformers_saves(source: Path, out: Path, config: Any) -> None:

@@ -15,9 +15,10 @@ import zoo
 from graft.helpers import put, run
 from peftree.errors import AdapterError, StoreError
 
+# The last two have buffers that the seed decides.
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"sites": "linear"}, "vera": {"r": 4}, "prompt_tuning": {"length": 2}, "fishmask": {"share": 0.1},
-    "bitfit": {},
+    "bitfit": {}, "spiel": {"share": 0.1}, "lora_ga": {"r": 4},
 }  # fmt: skip
 
 

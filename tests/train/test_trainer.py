@@ -284,7 +284,7 @@ def test_resuming_with_another_adapter_changes_nothing(saved: Path, decoder: str
     assert all(torch.equal(t, before[k]) for k, t in adapter.state().items())
 
 
-def test_resuming_from_nothing_starts_anew(decoder: str, prompt_data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_resuming_from_nothing_starts_at_step_one(decoder: str, prompt_data: Path, tmp_path: Path, capsys: Any) -> None:
     task, adapter = fresh(decoder, prompt_data)
     trainer(adapter, task, prompt_data, tmp_path, steps=3).train(resume_from_checkpoint=True)
     assert "starting at step 0" in capsys.readouterr().err

@@ -142,7 +142,7 @@ class Graft:
                 hub.length_first = self._turned(hub.path) or any(site.length_first for site in left)
 
     def _connect_again(self) -> None:
-        """Make what deltas share anew, from the entries that are left: parts around stacks, attention, branches."""
+        """Set up again what deltas share, from the entries that are left: parts around stacks, attention, branches."""
         used = set()
         for _, module, hub in self.hubs():
             for part in hub.outer:

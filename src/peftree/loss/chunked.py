@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from peftree.errors import AdapterError
 
-# Bytes of one chunk of float32 logits by device, and the fewest tokens of a chunk (measured on a CPU: `docs/scale.md`).
+# Bytes of one chunk of float32 logits by device, and the fewest tokens of a chunk (measured on a CPU: decision 0040).
 _CHUNK = {"cpu": 24 << 20, "other": 128 << 20}
 _FEWEST = 128
 OFF = "Set chunked_loss=false."
@@ -173,9 +173,6 @@ def _back(gradient: Tensor, head: Head, capped: list[Tensor]) -> Tensor:
         dtypes.append(step.value if step.name == "to" else dtypes[-1])
     gradient = gradient.to(dtypes[-1])
     for step, dtype in zip(reversed(head.steps), dtypes[-2::-1], strict=True):
-        gradient = gradient.to(dtype) if step.name == "to" else step.back(gradient, _given(step, capped))
+        given = capped.pop() if step.name == "tanh" else None
+        gradient = gradient.to(dtype) if step.name == "to" else step.back(gradient, given)
     return gradient
-
-
-def _given(step: Step, capped: list[Tensor]) -> Tensor | None:
-    return capped.pop() if step.name == "tanh" else None

@@ -118,9 +118,7 @@ class Logits(Tensor):
 def _made(hidden: Tensor, head: Head, graph: bool, waiting: Waiting, viewed: bool = False) -> Logits:
     shape = (*hidden.shape[:-1], len(head.weight))
     leaf = graph and hidden.requires_grad
-    out: Any = Tensor._make_wrapper_subclass(
-        Logits, shape, dtype=head.out, device=hidden.device, requires_grad=leaf
-    )  # fmt: skip
+    out: Any = Tensor._make_wrapper_subclass(Logits, shape, dtype=head.out, device=hidden.device, requires_grad=leaf)
     out.hidden, out.head, out.graph, out.waiting, out.viewed, out._whole = hidden, head, graph, waiting, viewed, None
     out.used, out.age = False, _age(hidden, head)
     if leaf:

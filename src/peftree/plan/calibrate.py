@@ -116,7 +116,7 @@ def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.opt
         adapter.init([lambda: model(**batch).loss])
 
     def run() -> Tensor:
-        with passing, deferred(model, asked.chunked_loss and not asked.peft):
+        with passing, deferred(model, asked.defers_logits and not asked.peft):
             out = model(**batch)
             extra = adapter.aux_loss(1, STEPS, out, lambda: model(**batch)) if adapter is not None else None
             loss: Tensor = out.loss if extra is None else out.loss + extra

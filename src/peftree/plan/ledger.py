@@ -176,7 +176,7 @@ class Ledger(TorchDispatchMode):
         if func.overloadpacket not in _ARITHMETIC or len(args) < 2 or isinstance(args[1], Tensor):
             return []
         of, value = args[0], args[1]
-        key = (func.overloadpacket, value)
+        key = (func, value)  # a gradient that multiplies by a number of its own, as a square's by 2, has `mul.Scalar`
         saved = func.overloadpacket in _SAVES_NUMBER
         if saved and not torch.is_grad_enabled() and self._saved.get(key):
             own = self._saved[key].pop()

@@ -152,11 +152,11 @@ def _training(
     model: nn.Module, adapter: Adapter, batch: dict[str, Any], request: Request, ledger: Ledger, labelled: int
 ) -> Phases:  # fmt: skip
     kept: dict[str, Any] = {}
-    chunked = request.chunked_loss and not request.compile
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> None:
-        with autocast(torch.device("cpu"), request.precision), deferred(model, chunked, labelled) as waiting:
+        passing = autocast(torch.device("cpu"), request.precision)
+        with passing, deferred(model, request.defers_logits, labelled) as waiting:
             out = model(**batch)
             extra = adapter.aux_loss(1, 100, out, lambda: model(**batch))
             kept["loss"] = out.loss if extra is None else out.loss + extra

@@ -65,7 +65,7 @@ def _measured(
     model: Any = task.model.train()
 
     def loss() -> Tensor:
-        with autocast(torch.device("cpu"), config.precision), deferred(model, _chunks(config)):
+        with autocast(torch.device("cpu"), config.precision), deferred(model, config.defers_logits):
             out = model(**train)
             extra = adapter.aux_loss(1, 100, out, partial(model, **train))
             found: Tensor = out.loss if extra is None else out.loss + extra
@@ -93,7 +93,7 @@ def step_peak(task: Task, items: Items, size: int, config: RunConfig) -> int:
     batch = next(task.batches(items, size))
 
     def step() -> None:
-        with autocast(device, config.precision), deferred(model, _chunks(config)):
+        with autocast(device, config.precision), deferred(model, config.defers_logits):
             loss = model(**batch).loss
         loss.backward()
         del loss
@@ -102,11 +102,6 @@ def step_peak(task: Task, items: Items, size: int, config: RunConfig) -> int:
     with torch.random.fork_rng():
         step()  # tables that a first step makes are there afterwards
         return held_peak(step, device)
-
-
-def _chunks(config: RunConfig) -> bool:
-    """Return whether the passes of a run compute no whole logits."""
-    return config.chunked_loss and not config.compile
 
 
 def _asked(config: RunConfig, task: Task, train: Batch, scored: Batch, device: torch.device) -> Request:

@@ -350,8 +350,8 @@ def _saved(config: RunConfig, task: Task, items: Items) -> int:
     batch = next(task.batches(items, config.batch_size))
     model, training = task.model, task.model.training
     model.train()
-    device, chunked = next(model.parameters()).device, config.chunked_loss and not config.compile
-    with torch.random.fork_rng(), autocast(device, config.precision), deferred(model, chunked):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(), autocast(device, config.precision), deferred(model, config.defers_logits):
         found = saved_bytes(lambda: model(**batch).loss, model)
     model.train(training)
     return found
