@@ -69,7 +69,7 @@ ROOMS = {
     "deltas": 1000,
     "methods": 570,
     "graft": 3200,
-    "loss": 525,
+    "loss": 540,
     "store": 4425,
     "data": 1400,
     "tasks": 2600,

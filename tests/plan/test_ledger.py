@@ -11,11 +11,16 @@ import torch
 from torch import nn
 
 import plantruth
+import zoo
 from peftree import registry
+from peftree.adapter import adapt
 from peftree.errors import AdapterError, MethodError, SiteError
+from peftree.evaluate.cost import allocator_peak
+from peftree.evaluate.quality import completed, evaluating
 from peftree.loss import chunked
 from peftree.plan import kept
 from peftree.plan.ledger import Ledger, faking, record
+from peftree.plan.step import adapted, trace
 from plantruth import ATTENTIONS, MODELS
 from sampled import quick
 
@@ -116,6 +121,31 @@ def test_so_it_is_with_a_loss_in_several_chunks(monkeypatch: pytest.MonkeyPatch)
     assert found.operations == whole.operations
     plain = plantruth.asked("llama", "lora", chunked_loss=False)
     assert plantruth.traced("llama", plain).timeline.peak() == plantruth.real_peak("llama", plain)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("on", [True, False])
+def test_so_it_is_where_completions_are_scored(on: bool, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if several:
+        monkeypatch.setattr(chunked, "_CHUNK", {"cpu": 0, "other": 0})
+        monkeypatch.setattr(chunked, "_FEWEST", 5)
+    wanted = plantruth.asked("llama", "lora", mode="eval", chunked_loss=on)
+    real: Any = zoo._make("LlamaForCausalLM", "LlamaConfig", **zoo.LLAMA | {"vocab_size": 1024})
+    real.set_attn_implementation("eager")
+    model, adapter = adapted(real.config, type(real), wanted, torch.float32)
+    planned = trace(model, adapter, wanted, scores=True).timeline.peak()
+    adapt(real, "lora")
+    batch = plantruth.real("llama", wanted)[2]
+
+    def read() -> None:
+        completed(real, batch, on)
+
+    with evaluating(real), plantruth.quiet():
+        read()
+        found = allocator_peak(read)
+    tokens, rows = 18, 3
+    assert planned + tokens * (1 + 3 * 8) + rows * 8 == found  # which are scored, their places, and how many a row has
+    assert (found < 4 * 1024 * 18) == (on and several)
 
 
 @pytest.mark.parametrize("key", MODELS.values())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.errors import DivergedError, TrainError
+from peftree.loss import deferred, pieces
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _answers(
     return found, wanted
 
 
-def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
+def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]], chunked: bool = True) -> Scores:
     """Score a language model on batches whose `labels` `[batch, tokens]` are -100 outside completions.
 
     Labels are those of the tokens themselves, which earlier places predict; in a batch with `decoder_input_ids`,
@@ -104,7 +105,8 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
 
     Perplexity is `exp` of the mean over items of an item's mean negative log-likelihood.
     `token_accuracy` is the mean over items of the share of tokens that come first; `exact_match` the
-    share of items where all do, which is when greedy decoding gives the completion.
+    share of items where all do, which is when greedy decoding gives the completion. If `chunked`, only the logits that
+    are scored are computed, some tokens at a time; see `loss`.
 
     Raises:
         TrainError: there are no items, an item has no token to score, or a value is not finite.
@@ -113,7 +115,7 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Scores:
     shares: list[float] = []
     with evaluating(model):
         for batch in batches:
-            losses, hits = completed(model, batch)
+            losses, hits = completed(model, batch, chunked)
             items += losses
             shares += hits
     _check_count(items)
@@ -208,14 +210,17 @@ def _places(similar: Tensor, right: Tensor) -> Tensor:
     return ((similar >= best) & ~right).sum(1)
 
 
-def completed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+def completed(
+    model: nn.Module, batch: Mapping[str, Any], chunked: bool = True
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Return the mean negative log-likelihood of each item of a batch, and its share of hits; see `complete`."""
     labels = batch["labels"] if "decoder_input_ids" in batch else batch["labels"][:, 1:]
     kept = labels.ne(-100)
     counts = kept.sum(1).cpu()
     if not bool(counts.all()):
         raise TrainError("An item has no completion token.", "Raise max_length.")
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    with deferred(model, chunked):
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     found, right, finite = token_scores(logits, kept.nonzero(as_tuple=True), labels[kept])
     if not bool(finite):
         raise _not_finite()
@@ -229,13 +234,17 @@ def token_scores(logits: Tensor, places: tuple[Tensor, ...], wanted: Tensor) -> 
     """Return negative log-likelihoods and hits of tokens, `[tokens]` each, and whether all logits are finite.
 
     Args:
-        logits: `[batch, places, vocabulary]`.
+        logits: `[batch, places, vocabulary]`; of deferred ones only those of `places` are computed, some at a time.
         places: rows and columns of the logits that predict.
         wanted: the tokens.
     """
-    chosen = logits[places].float()  # [tokens, vocabulary]: the prompts' logits are not widened
-    finite = torch.isfinite(torch.stack(torch.aminmax(chosen))).all()  # takes no copy
-    return functional.cross_entropy(chosen, wanted, reduction="none"), chosen.argmax(-1) == wanted, finite
+    losses, hits = wanted.new_empty(len(wanted), dtype=torch.float32), torch.empty_like(wanted, dtype=torch.bool)
+    finite = hits.new_ones(())
+    for part, chosen in pieces(logits, places):
+        finite &= torch.isfinite(torch.stack(torch.aminmax(chosen))).all()  # takes no copy
+        losses[part] = functional.cross_entropy(chosen, wanted[part], reduction="none")
+        hits[part] = chosen.argmax(-1) == wanted[part]
+    return losses, hits, finite
 
 
 def macro_f1(predicted: list[int], wanted: list[int]) -> float:

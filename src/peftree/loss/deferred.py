@@ -263,6 +263,21 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
 }
 
 
+def pieces(logits: Tensor, places: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits of chosen places, float32 `[tokens, vocabulary]`, and which they are; deferred ones in chunks.
+
+    Args:
+        logits: `[batch, places, vocabulary]`.
+        places: rows and columns of the logits.
+    """
+    chosen = logits[places]
+    if isinstance(chosen, Logits):
+        for part in spans(len(chosen), rows(chosen.shape[-1], chosen.device), chosen.waiting.count is not None):
+            yield part, chosen[part].whole().float()  # type: ignore[attr-defined]
+    else:
+        yield slice(None), chosen.float()  # the prompts' logits are not widened
+
+
 def source(output: Tensor) -> Tensor:
     """Return a tensor that a model's output depends on: of deferred logits the hidden states, else itself."""
     return output.hidden if isinstance(output, Logits) else output

@@ -178,7 +178,8 @@ def _reading(model: nn.Module, batch: dict[str, Any], request: Request, ledger: 
 
     @torch.no_grad()
     def forward() -> None:
-        out = model(**batch, **more)
+        with deferred(model, len(wanted) > 0 and request.chunked_loss, len(wanted)):
+            out = model(**batch, **more)
         ledger.keep("activations", ledger.living())
         logits.extend([out.logits] if len(wanted) else [])
 

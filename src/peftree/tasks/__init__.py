@@ -31,7 +31,9 @@ def build_task(model: str, data: Data, options: Options | None = None) -> Task:
     Raises:
         ConfigError: the model does not load or has no such task, or a length or size does not fit.
     """
-    task, fresh = kind(data.task).load(model, data, options or Options())
+    options = options or Options()
+    task, fresh = kind(data.task).load(model, data, options)
+    task.chunked = options.chunked_loss
     if fresh:
         task.notes.append(f"new tensors, not in the model's files: {', '.join(fresh)}")
     return task

@@ -33,6 +33,7 @@ class Options:
     chat: bool = False
     seed: int = 0
     generate: int = 0
+    chunked_loss: bool = True
 
 
 class Task(ABC):
@@ -46,6 +47,7 @@ class Task(ABC):
         notes: sentences for the user (a new head, rows that were cut).
         stop: id of the token that must end a completion; None for other tasks.
         length: most tokens per row; 0 if rows are not text.
+        chunked: whether scores compute logits some tokens at a time.
         progress: whether to show a bar for a pass over items that takes longer than `DELAY`.
     """
 
@@ -62,6 +64,7 @@ class Task(ABC):
         self.labels = tuple(labels)
         self.notes = list(notes)
         self.stop: int | None = None
+        self.chunked = True
         self.length = 0
         self.progress = False
 

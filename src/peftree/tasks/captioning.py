@@ -101,5 +101,5 @@ class Captioning(Completions):
         assert isinstance(items, Pairs)
         if len(items) < 2:
             return scores
-        control = quality.complete(self.model, self.batches(items.shuffled(), batch_size))
+        control = quality.complete(self.model, self.batches(items.shuffled(), batch_size), self.chunked)
         return replace(scores, values={**scores.values, "shuffled_perplexity": control.score})

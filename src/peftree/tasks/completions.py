@@ -120,7 +120,7 @@ class Completions(Task):
         If `generate` is set, that many of the first rows are completed by greedy decoding, with as many tokens as
         their longest completion has, and `exact`, `rouge_l` and `chrf` compare the texts; see `text_metrics`.
         """
-        scores = quality.complete(self.model, self.batches(items, batch_size))
+        scores = quality.complete(self.model, self.batches(items, batch_size), self.chunked)
         first = [items[i] for i in range(min(self.generate, len(scores.items)))]
         if not first:
             return scores
@@ -132,7 +132,7 @@ class Completions(Task):
 
     def read(self, batch: Batch) -> object:
         """Read the completions of a batch as `score` does."""
-        return quality.completed(self.model, batch)
+        return quality.completed(self.model, batch, self.chunked)
 
     def write(self, features: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
         """Return the tokens that greedy decoding writes after each row's prompt."""
