@@ -225,6 +225,20 @@ def test_a_saved_adapter_needs_no_plain_files(layout: Any, folder: Path, tmp_pat
         peftree.load(other, tmp_path / "a", name=f"two_{how}")
         peftree.combine(other, {"one": 0.25, f"two_{how}": 0.75}, name=f"both_{how}", how=how)
         torch.testing.assert_close(logits(other), on, rtol=0, atol=1e-5)
+    mixed = peftree.adapt(other, "moa", name="mixed", sources=["one", "two_weights"])
+    one = peftree.adapters(other)["one"].deltas
+    assert all(torch.equal(d.members[0].A, one[key].A) for (key, d) in mixed.deltas.items())
+
+
+def test_peft_reads_it(load: Loader, tmp_path: Path) -> None:
+    model, plain = load("nf4"), load("nf4")
+    peftree.export(peftree.adapt(model, "loftq", r=R), tmp_path / "p")
+    for module in plain.modules():
+        keep_gradients(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "p")).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
 
 
 def test_a_weight_that_packing_leaves_as_it_is_trains(folder: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _listed(model: nn.Module) -> tuple[str, dict[str, Path]]:
         raise LookupError("the model was not loaded from a folder")
     if getattr(vars(model).get("hf_quantizer"), "pre_quantized", False):
         raise LookupError(f"{folder} is packed itself")
-    asked: dict[str, Any] = {"local_files_only": True, "revision": vars(config).get("_commit_hash")}
+    asked: dict[str, Any] = {"local_files_only": True}
     asked |= {f"_raise_exceptions_for_{n}": False for n in ("missing_entries", "connection_errors", "gated_repo")}
 
     def path(name: str) -> Path | None:
