@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftree import registry
-from peftree.deltas import Delta
+from peftree.deltas import Delta, filled
 from peftree.deltas.packed import unread
 from peftree.errors import AdapterError, did_you_mean, no_model, no_name
 from peftree.graft import Graft
@@ -240,7 +240,11 @@ def adapt(
         raise AdapterError(f"sources={sources!r} is one string.", "Pass a list of adapter names: sources=['a', 'b'].")
     members = {n: known(record_of(model), n) for n in sources}
     made = made.of([a.method for a in members.values()]) if members else made
-    with disabled(model) if adapters(model) else contextlib.nullcontext():  # a start is made from the base alone
+    with contextlib.ExitStack() as inside:
+        if adapters(model):
+            inside.enter_context(disabled(model))  # a start is made from the base alone
+        if members:
+            inside.enter_context(filled())  # by `take`
         entries, with_head = build(model, made, head, seed)
     take(entries, {n: a.entries for n, a in members.items()})
     return install(model, name, made, entries, with_head, seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftree import registry
 from peftree.adapter import Adapter, active, adapt, detach, known, record_of, switch
-from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight
+from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight, filled
 from peftree.deltas.packed import dense, form_of, is_packed, packed_again
 from peftree.deltas.verbs import finite
 from peftree.errors import AdapterError, MergeError, PeftreeWarning
@@ -221,7 +221,8 @@ def _make(
 ) -> Adapter:
     """Adapt `model` and fill every delta from the members' by `fill`; an error leaves nothing behind."""
     before = active(model)
-    made = adapt(model, method, name=name, head=members[0].head, seed=members[0].seed)
+    with filled():
+        made = adapt(model, method, name=name, head=members[0].head, seed=members[0].seed)
     try:
         with torch.no_grad():
             if fill is _average and made.state().keys() != members[0].state().keys():

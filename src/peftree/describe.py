@@ -104,7 +104,6 @@ NEEDS = {
     "GRAD": "gradients over several steps, or an optimizer that the method brings",
     "PROC": "stages and searches over recipes",
     "PROMPT": "virtual tokens that enter at a deeper layer, or queries that belong to an adapter",
-    "QUANT": "quantised bases",
     "TASK": "the batch in a method's loss",
     "TEXT": "token ids of a phrase when the adapter is built",
 }

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import peftree
 from peftree.cli import app
-from peftree.deltas.packed import is_packed, stored
+from peftree.deltas.packed import dense, is_packed, stored
 from peftree.errors import ConfigError, MergeError
 from peftree.plan import plan, request
 from peftree.settings import RunConfig
@@ -157,3 +157,49 @@ def test_one_run_file_plans_a_7b_model_and_trains_its_tiny_twin(
     opened = open_run(tmp_path / "out")
     assert sum(is_packed(p) for p in opened.task.model.parameters()) == 2 * 7
     assert len(opened.adapter.deltas) == 2 * 7 and all(bool(d.B.any()) for d in opened.adapter.deltas.values())  # type: ignore[operator]
+
+
+def test_a_loftq_run_starts_near_the_plain_model_resumes_and_merges(
+    decoder: str, prompt_data: Path, tmp_path: Path
+) -> None:
+    """From its file to a merged folder; only the start of training reads the plain weights."""
+    shutil.copytree(decoder, tmp_path / "m")
+    file, out = tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(
+        f"model: {tmp_path / 'm'}\ntask: generation\ndata: {{train: {prompt_data}}}\noutput: {out}\nquantize: nf4\n"
+        "method: {name: loftq, r: 4, alpha: 4}\nmax_length: 32\nbatch_size: 2\nsteps: 4\nsave_every: 2\nlr: 1.0e-9\n"
+    )
+
+    def shown(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        return done.stdout
+
+    fields = "r: 4, alpha: 4, sites: linear}"
+    planned = [
+        json.loads(shown("plan", str(file), f"method={{name: {n}, {fields}", "--json")) for n in ("loftq", "lora")
+    ]
+    assert planned[0]["parts"] == planned[1]["parts"] and planned[0]["trainable"] == planned[1]["trainable"] > 0
+    shown("train", str(file), "-q")
+    whole = (out / "adapter" / "adapter.safetensors").read_bytes()
+    for name in ("adapter", "checkpoint-4"):
+        shutil.rmtree(out / name)
+    (out / "metrics.json").unlink()
+    shown("train", f"{out}/resolved.yaml", "resume=true", "-q")
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == whole
+
+    opened = open_run(out)
+    model, twin = opened.task.model, LlamaForCausalLM.from_pretrained(tmp_path / "m")
+    for _, site, delta in opened.adapter.entries:  # at this rate, where it started
+        module: Any = model.get_submodule(site.path)
+        E = twin.get_submodule(site.path).weight - dense(module, module.weight)  # type: ignore[operator]
+        left, best = E - delta.weight(torch.zeros_like(E)), torch.linalg.svdvals(E)[4:]
+        assert float(left.detach().norm()) == pytest.approx(float(best.detach().norm()), rel=1e-4)
+    with peftree.disabled(model):
+        base = model.eval()(torch.arange(8)[None]).logits
+    shown("merge", str(out), str(tmp_path / "merged"), "--quantized", "dequantize")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    far, near = (
+        (m - twin.eval()(torch.arange(8)[None]).logits).norm() for m in (base, merged(torch.arange(8)[None])[0])
+    )
+    assert near < 0.9 * far

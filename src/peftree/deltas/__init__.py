@@ -1,4 +1,7 @@
-"""The primitives that methods are made of: verbs, places, and shared building blocks. Torch only."""
+"""The primitives that methods are made of: verbs, places, and shared building blocks.
+
+Torch alone; what packed a weight is known in `packed`, where a model came from in `origin`.
+"""
 
 from peftree.deltas.affine import Affine, Offset, ScaledInput, takes_shift
 from peftree.deltas.bank import MaskedBank
@@ -15,7 +18,7 @@ from peftree.deltas.grid import over_grid
 from peftree.deltas.grow import Growing
 from peftree.deltas.importance import InLayer
 from peftree.deltas.kron import KroneckerBottleneck, glorot, kronecker_rows
-from peftree.deltas.lowrank import LowRank, Residual, lora_factors, orthogonal_factors, principal_factors
+from peftree.deltas.lowrank import LowRank, Residual, lora_factors, orthogonal_factors, packing_error, principal_factors
 from peftree.deltas.mask import MaskedBottleneck, pack_bits, top_mask, unpack_bits
 from peftree.deltas.matrix import (
     LINEAR,
@@ -31,6 +34,7 @@ from peftree.deltas.matrix import (
 )
 from peftree.deltas.memory import KeyValues
 from peftree.deltas.noise import Drawn, Ivon, ivon
+from peftree.deltas.origin import filled
 from peftree.deltas.place import Place, read
 from peftree.deltas.probe import probed_gradients
 from peftree.deltas.prompt import VirtualTokens, start_tokens
@@ -112,6 +116,7 @@ __all__ = [
     "circulant",
     "convolved",
     "factor_pair",
+    "filled",
     "follow",
     "from_top",
     "gated",
@@ -128,6 +133,7 @@ __all__ = [
     "orthogonal_factors",
     "over_grid",
     "pack_bits",
+    "packing_error",
     "pick",
     "places",
     "pooled",

@@ -10,6 +10,8 @@ from peftree.deltas.matrix import matrix
 from peftree.deltas.place import Place
 from peftree.deltas.verbs import Frozen, Reweight
 
+FAR = 0.5  # of a weight's norm, what no packing takes; four bits take a tenth
+
 
 class LowRank(Reweight):
     """`W' = W + scale * Bᵀ A` with A `[r, in]` and B `[r, out]` (B is kept transposed: its gradient is cheaper).
@@ -100,6 +102,22 @@ def principal_factors(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
     root = (S[..., :r] / scale).sqrt().unsqueeze(-1)
     return root * Vh[..., :r, :], (root * U[..., :r].mT).contiguous()
+
+
+def packing_error(place: Place) -> Tensor | None:
+    """Return `W - Q`, what packing took from the weight W; None where nothing is packed, lost or to be read.
+
+    Raises:
+        MethodError: W is not known, or is another weight.
+    """
+    W = place.plain
+    if W is None:
+        return None
+    Q = place.frozen.weight.to(place.dtype)
+    E = W.to(place.dtype) - Q
+    if not bool(E.norm() <= FAR * Q.norm()):
+        raise place.without_plain("that in the model's folder is another one")
+    return E if bool(E.any()) else None
 
 
 def orthogonal_factors(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

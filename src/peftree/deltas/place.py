@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftree.deltas.origin import before_packing
 from peftree.deltas.packed import dense, is_packed
 from peftree.deltas.verbs import Frozen, Part
 from peftree.errors import MethodError
@@ -79,6 +80,26 @@ class Place:
                 held._parameters = values
                 return read(held, self.site)
             return read(self.module, self.site)
+
+    @property
+    def plain(self) -> Tensor | None:
+        """The weight of `frozen` as it was before it was packed, read from the files that the model was loaded from.
+
+        None: it is not packed, it has no values, or values are at hand (`filled`).
+
+        Raises:
+            MethodError: they do not hold it as it is.
+        """
+        try:
+            W = before_packing(self._model, self.module, self.site, self._memo)
+        except LookupError as error:
+            raise self.without_plain(str(error)) from None
+        return None if W is None else W.to(self.device)
+
+    def without_plain(self, why: str) -> MethodError:
+        """Return the error to raise if there is no plain weight to start from; `why` is a sentence's end."""
+        fix = "Load the model from its plain safetensors, packed while they are read (quantize=nf4), or set start=zero."
+        return self.refuse(f"has no plain weight to start from: {why}", fix)
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree.adapter import adapters, disabled
-from peftree.deltas import Delta, Reweight
+from peftree.deltas import Delta, Reweight, filled
 from peftree.deltas.packed import hollow
 from peftree.deltas.place import read
 from peftree.errors import StoreError
@@ -53,7 +53,7 @@ def drafted(model: nn.Module, method: Method, head: bool, seed: int, given: Shap
             after its `post_hoc` (a folded prefix, merged experts), the draft takes that form; tensors whose
             sizes training decides (`Delta.elastic`) get the sizes in the file.
     """
-    with disabled(model) if adapters(model) else contextlib.nullcontext():  # a start is made from the base alone
+    with disabled(model) if adapters(model) else contextlib.nullcontext(), filled():  # made from the base alone
         entries, with_head = built(model, method, head, seed)
     draft = Draft(method, entries, with_head, seed)
     if set(draft.state()) != set(given):

@@ -3,8 +3,10 @@
 Hu et al. 2021, arXiv 2106.09685, equation 3. A [r, in] starts Kaiming uniform, B [out, r] at zero. `rank_stabilized`
 scales by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732). Other starts leave the function unchanged by subtracting a frozen
 copy: `pissa` the principal triplets of W (arXiv 2404.02948, equations 2-4), `olora` first columns and rows of W = QR
-(arXiv 2406.01775). `lr_ratio` trains B at that multiple of A's rate (LoRA+, arXiv 2402.12354, section 4). `freeze_a`
-trains only B (LoRA-FA, arXiv 2308.03303, section 3); for an embedding, where A is the factor at zero, only A.
+(arXiv 2406.01775). `loftq` starts with the principal triplets of W - Q, what packing took from a weight W (arXiv
+2310.08659, algorithm 1 with T = 1), without subtracting them; where nothing is packed it is `zero`. `lr_ratio` trains B
+at that multiple of A's rate (LoRA+, arXiv 2402.12354, section 4). `freeze_a` trains only B (LoRA-FA, arXiv 2308.03303,
+section 3); for an embedding, where A is the factor at zero, only A.
 >>> LoRA(r=4, alpha=8).scale
 2.0
 """
@@ -12,7 +14,7 @@ trains only B (LoRA-FA, arXiv 2308.03303, section 3); for an embedding, where A 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from peftree.deltas import LowRank, Residual, lora_factors, orthogonal_factors, principal_factors
+from peftree.deltas import LowRank, Residual, lora_factors, orthogonal_factors, packing_error, principal_factors
 from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags
 
 
@@ -25,7 +27,9 @@ class LoRA(Method):
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the low-rank term")
     rank_stabilized: bool = Field(False, description="divide alpha by sqrt(r) instead of r")
-    start: Literal["zero", "pissa", "olora"] = Field("zero", description="B = 0, principal triplets, or QR of W")
+    start: Literal["zero", "pissa", "olora", "loftq"] = Field(
+        "zero", description="B = 0, principal triplets of W, QR of W, or principal triplets of what packing took from W"
+    )
     lr_ratio: float = Field(1.0, ge=1, le=1e4, description="learning rate of B divided by that of A")
 
     freeze_a: bool = Field(False, description="keep the random factor A frozen")
@@ -43,13 +47,14 @@ class LoRA(Method):
 
     def build(self, place: Place) -> LowRank:
         A, B = lora_factors(place, self.r)
-        factors = {"pissa": principal_factors, "olora": orthogonal_factors}.get(self.start)
+        factors = {"zero": None, "olora": orthogonal_factors}.get(self.start, principal_factors)
         if factors and not place.abstract:
-            found = factors(place.frozen.weight.to(place.dtype), self.r, self.scale)
+            W = packing_error(place) if self.start == "loftq" else place.frozen.weight.to(place.dtype)
+            found = factors(W, self.r, self.scale) if W is not None else (A[..., :0, :], B[..., :0, :])
             for factor, start in zip((A, B), found, strict=True):
                 factor.data[..., : start.shape[-2], :] = start  # where W's rank is below r the others start as LoRA's
         (B if place.site.kind == "embedding" else A).requires_grad_(not self.freeze_a)
-        return (LowRank if self.start == "zero" else Residual)(place, A, B, self.scale, self.dropout)
+        return (LowRank if self.start in ("zero", "loftq") else Residual)(place, A, B, self.scale, self.dropout)
 
     def param_groups(self, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
         named = [pair for d in deltas.values() for pair in d.named_parameters() if pair[1].requires_grad]

@@ -167,7 +167,7 @@ class Lora(Low):
                 raise InexpressibleError(f"{site.path} is not a plain embedding")
         fields: Any = view.method
         found = self.shared(view) | {"init_lora_weights": True, "lora_bias": bool(view.shifts)}
-        if fields.start != "zero":
+        if fields.start in _TAKES.values():
             found["r"] *= 2
             found["lora_alpha"] *= 2**0.5 if found["use_rslora"] else 2
             for key, times in (("rank_pattern", 2), ("alpha_pattern", 2**0.5 if found["use_rslora"] else 2)):
