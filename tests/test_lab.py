@@ -97,3 +97,18 @@ def test_a_run_continues_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
     assert found[0]["frozen"] != found[0]["loss"] and 0.3 < found[2]["loss"] < 1.5
     lab.run("movies", {"head_only", "vpt", "lora"}, again=False)
     assert lab.records("movies") == found and len((tmp_path / "movies.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.6, 0.8, 0.9, 0.69, 0.5, 0.9], "at 3 x, 2 of 3 seeds are below (0.500 to 0.900); it depends on"),
+        ([0.6, 0.8], "at the default rate, 1 of 2 seeds are below (0.600 to 0.800); it"),
+        ([0.999, 1.001, 1.004], "it hardly moves in so few steps: no loss is further than 0.0040 from the frozen"),
+        ([0.8, 1.3, 0.9], "its loss is above at every rate (0.800 to 1.300)."),
+        ([0.8, math.inf], "its loss is above at every rate (0.800 to inf)."),
+    ],
+)  # fmt: skip
+def test_what_learns_at_no_rate_is_described_by_its_losses(losses: list[float], said: str) -> None:
+    (row,) = lab.rows(runs("lora", *losses))
+    assert lab.reason(row, 0.7, 1.0).startswith(said)

@@ -39,6 +39,7 @@ TASKS = {n: SuiteTask(**t) for n, t in yaml.safe_load((LAB / "tasks.yaml").read_
 FACTORS = (1, 3, 10)
 SEEDS = (0, 1, 2)
 HEAD, FULL = "head_only", "full"
+STILL = 0.01  # of the frozen model's loss: a method that never changes it by more hardly moves
 Record = dict[str, Any]
 
 
@@ -175,6 +176,24 @@ def verdict(row: Row, bar: float) -> str:
     return "none"
 
 
+def reason(row: Row, bar: float, frozen: float) -> str:
+    """Return what the losses of a method that learns at no rate have in common, as a sentence."""
+    below = {f: [loss < bar for loss in losses] for f, losses in row.losses.items()}
+    factor = max(below, key=lambda f: sum(below[f]))
+    losses = row.losses[factor]
+    at = "the default rate" if factor == 1 else f"{factor} x"
+    if any(below[factor]):
+        span = f"{min(losses):.3f} to {max(losses):.3f}"
+        return (
+            f"at {at}, {sum(below[factor])} of {len(losses)} seeds are below ({span}); it depends on start and order."
+        )
+    far = max(abs(loss - frozen) for every in row.losses.values() for loss in every)
+    if far <= STILL * frozen:
+        return f"it hardly moves in so few steps: no loss is further than {far:.4f} from the frozen model's."
+    every = [loss for losses in row.losses.values() for loss in losses]
+    return f"its loss is above at every rate ({min(every):.3f} to {max(every):.3f})."
+
+
 def target(found: list[Record]) -> float | None:
     """Return the loss to be below: that of the frozen model and of the head at its best rate; None: not known yet."""
     frozen = [r["frozen"] for r in found if "frozen" in r][:1]
@@ -215,7 +234,9 @@ def section(name: str, notes: dict[str, dict[str, str]]) -> list[str]:
         lines.append(f"| {row.method} | {row.lr:g} | {shown} | {won[row.method]} |")
     said = notes.get("all", {}) | notes.get(name, {})
     late = [row.method for row in tried if won[row.method] == "none"]
-    lines += ["", *(f"* {method}: {said.get(method, 'not explained yet.')}" for method in late), ""]
+    bar = target(found)
+    why = {m: said.get(m) or reason(by_name[m], bar, frozen) for m in late if bar is not None}
+    lines += ["", *(f"* {method}: {why[method]}" for method in late), ""]
     if unfit := [row for row in by_name.values() if not row.losses]:
         lines += ["Does not apply here, or did not end:", "", *(f"* {r.method}: {r.error}" for r in unfit), ""]
     return lines
