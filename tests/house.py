@@ -71,7 +71,7 @@ ROOMS = {
     "graft": 3200,
     "loss": 525,
     "store": 4425,
-    "data": 1400,
+    "data": 1510,
     "tasks": 2600,
     "evaluate": 1400,
     "runs": 450,

@@ -76,7 +76,7 @@ BAD = [
     ({"file_name": ".", "text": "x"}, "there is no image"),
     ({"file_name": "0.png", "text": " "}, "1 of 9 rows lack file_name or text"),
     ({"file_name": "0.png", "txt": "x"}, r"no column 'text'.*Did you mean 'txt'"),
-    ({"file_name": ["0.png"], "text": "x"}, r"file_name is \['0\.png'\], not text"),
+    ({"file_name": ["0.png", "1.png"], "text": "x"}, r"metadata\.jsonl:9: file_name holds 2 images, not one"),
 ]
 
 
