@@ -45,9 +45,10 @@ def rows(source: object) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, table in enumerate(islice(found.with_format("arrow"), most or None), 1):  # nothing is decoded
         where = f"{name} {split} row {number}"
         try:
-            yield where, (embed_table_storage(table) if inside else table).to_pylist()[0]
-        except OSError as error:
+            record = (embed_table_storage(table) if inside else table).to_pylist()[0]
+        except Exception as error:  # noqa: BLE001  each file system that an image may be in has its own
             raise DataError(f"{where}: an image cannot be read: {_first(error)}.", "Replace it.") from None
+        yield where, record
 
 
 def _first(error: Exception) -> str:

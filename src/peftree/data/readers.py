@@ -22,7 +22,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATE = "state.json"  # in a folder of the datasets library: which files are its rows
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
 _METADATA = (METADATA, "metadata.csv")
-_ROWS = 1024  # of a Parquet file at a time, as they may hold images
+_ROWS = 128  # of a Parquet file at a time, as they may hold images
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
