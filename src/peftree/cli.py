@@ -164,6 +164,7 @@ def evaluate(
 ) -> None:
     """Score a trained adapter beside the base model on the same items (data.test=other.csv for other data)."""
     from peftree.evaluate.against import against_base
+    from peftree.probes.shuffled import with_others
     from peftree.train.run import open_run
 
     if against != "base":
@@ -171,7 +172,9 @@ def evaluate(
     if split not in ("", "train", "valid", "test"):
         raise ConfigError(f"--split {split} is unknown.", "Use train, valid or test.")
     opened = open_run(run_folder, overrides or [], progress=not (quiet or as_json))
-    found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None)))
+    own = opened.score(split or None)
+    found = dataclasses.asdict(against_base(opened.task.model, lambda: opened.score(split or None), own))
+    found |= with_others(opened, split, own)
     rows = [[k, short(v)] for k, v in found.items() if v not in (None, "")]
     emit(found, as_json, tabled(str(run_folder), ["what", "value"], rows))
 

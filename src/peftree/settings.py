@@ -77,7 +77,7 @@ class DataConfig(BaseModel):
         None, description="test file; none: results use validation rows"
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="the file's column names for text, label, score, prompt, completion"
+        default_factory=dict, description="the file's column names for text, label, score, prompt, completion, image .."
     )
     skip_empty: bool = Field(False, description="skip rows that lack a text, label, score, prompt or completion")
     share: float = Field(1.0, gt=0, le=1, description="share of the training rows to use, always the same rows")

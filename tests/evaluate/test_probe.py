@@ -22,6 +22,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "calibration": {},
     "noise": {"limit": 3},
     "corruptions": {"limit": 2},
+    "shuffled": {"limit": 5},
     "retention": {"neighbours": 2},
     "interpretability": {"matrices": 3, "rows": 6, "layers": 2, "limit": 4},
     "latency": {"rounds": 3, "seconds": 0},

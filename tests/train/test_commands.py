@@ -78,8 +78,8 @@ def test_a_run_shows_its_page_beside_its_results(trained: Path) -> None:
 
 def test_a_comparison_has_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Comparison("perplexity", 3.0, 2.0, "log perplexity", -0.4, -0.5, -0.3, 4, 0, 0, "better", None, "")
-    monkeypatch.setattr("peftree.evaluate.against.against_base", lambda model, score: made)
-    opened = SimpleNamespace(task=SimpleNamespace(model=None))
+    monkeypatch.setattr("peftree.evaluate.against.against_base", lambda model, score, new: made)
+    opened = SimpleNamespace(task=SimpleNamespace(model=None, name="generation"), score=lambda split: None)
     monkeypatch.setattr("peftree.train.run.open_run", lambda *words, **more: opened)
     assert json.loads(shown("eval", "run", "--json")) == dataclasses.asdict(made)
     rows = [line.split(None, 1) for line in shown("eval", "run").splitlines() if line.strip()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from peftree.data.picture import content
 from peftree.data.rows import load_data
 from peftree.tasks.image_text import ImageText
 from train.seeing import built
@@ -41,6 +42,22 @@ LEARNED: list[tuple[str, list[str] | str]] = [
 
 def test_every_example_is_checked() -> None:
     assert len(EXAMPLES) == len(LEARNED)
+
+
+def test_the_written_images_are_read_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)\n```", PAGE, re.DOTALL)
+    for n, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{n}.png")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # the page's own lines
+    asked = load_data("questions", valid="questions")
+    classes = load_data("classes.parquet", valid="classes.parquet")
+    assert (asked.task, classes.task) == ("image-text-to-text", "image-classification")
+    (image,) = asked.train[0].turns[0].images
+    assert content(image) == content(classes.train[0].source) == (tmp_path / "0.png").read_bytes()
+    torch.manual_seed(0)
+    made = ImageText(*built("llava"), 512)
+    assert shown(made, made.features(asked.train)[0]) == [f"Red.{END}"]
 
 
 @pytest.mark.parametrize("number", range(len(LEARNED)))

@@ -156,7 +156,10 @@ def test_a_folder_of_captions_asks_for_them(name: str, pictures: Path) -> None:
     [
         ({"image": "9.png", "question": "Q", "answer": "A"}, r"a\.jsonl:3: there is no image '9\.png'"),
         ({"image": "/0.png", "question": "Q", "answer": "A"}, r"a\.jsonl:3: the image '/0\.png' leaves"),
-        ({"image": "0.png", "question": "Q", "answer": ""}, r"1 of 3 rows lack a question or an answer: .*a\.jsonl:3"),
+        (
+            {"image": "0.png", "question": "Q", "answer": ""},
+            r"1 of 3 rows lack an image, a question or an answer: .*a\.jsonl:3",
+        ),
         ({"text": "x"}, r"a\.jsonl:3: text are not the columns of image, question and answer rows"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from peftree import sites
 from peftree.catalogue import Kind, Modality, task_facts
+from peftree.data.picture import opened
 from peftree.data.rows import Data
 from peftree.plan import skeleton
 from peftree.resolver import located
@@ -171,7 +172,10 @@ def _counts(texts: Sequence[str], source: str) -> tuple[list[int], bool]:
 
 
 def _side(data: Data) -> int:
-    from PIL import Image
-
-    with Image.open(data.train[0].source) as image:
-        return max(image.size)
+    row = data.train[0]
+    first = next((image for turn in row.turns for image in turn.images), "" if row.turns else row.source)
+    if not first:
+        return 0
+    with opened(first) as image:
+        width, height = image.size
+        return int(max(width, height))

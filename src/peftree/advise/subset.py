@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftree.catalogue import task_facts
+from peftree.data.picture import Held, content
 from peftree.data.readers import METADATA
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError
@@ -71,11 +72,14 @@ def _write(place: Path, rows: Iterable[Example], data: Data) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     lines_of = []
     for number, row in enumerate(rows):
-        source = Path(row.source).absolute()
-        name = f"{number:06}{source.suffix.lower()}"
+        held = isinstance(row.source, Held)
+        name = f"{number:06}{'.png' if held else Path(row.source).suffix.lower()}"  # Pillow looks at the content
         target = place / name if facts.columns else place / row.target / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source)
+        if held:
+            atomic_write(target, content(row.source))
+        else:
+            target.symlink_to(Path(row.source).absolute())
         lines_of.append(json.dumps(dict(zip(facts.columns, (name, row.target), strict=False))) + "\n")
     if facts.columns:
         atomic_write(place / METADATA, "".join(lines_of))

@@ -91,6 +91,7 @@ def _subject(job: dict[str, Any], opened: OpenRun, scratch: Path) -> Subject:
         score=lambda rows: opened.score_rows(_examples(rows)),
         batches=lambda rows: task.batches(task.items(_examples(rows)), size),
         general=general, seed=0, folder=scratch,
+        exchanged=lambda rows, others: task.score_exchanged(_examples(rows), _examples(others), size),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from peftree.data.picture import FILES, images_in
 from peftree.errors import DataError
 
 # What tables hold where a label or score is missing; as a text each is itself.
@@ -12,10 +13,15 @@ MISSING = {"nan", "-nan", "NaN", "None", "null", "NULL", "<NA>", "NA", "N/A", "n
 
 
 def cell(our: str, value: Any, name: str, where: str) -> str:
-    """Return a cell of our column `our` as its exact text; empty if it is missing."""
+    """Return a cell of our column `our` as its exact text, or its one image; empty if it is missing."""
     lacks = value is None or (isinstance(value, float) and math.isnan(value))
     if lacks or (our in ("label", "score") and isinstance(value, str) and value.strip() in MISSING):
         return ""
+    if our in FILES and not isinstance(value, str):
+        found = images_in(value, name, where)
+        if len(found) > 1:
+            raise DataError(f"{where}: {name} holds {len(found)} images, not one.", "Set task=image-text-to-text.")
+        return found[0] if found else ""
     if our == "score":
         return _number(value, name, where)
     if isinstance(value, float) and value.is_integer() and our == "label":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from peftree.data.cells import cell
+from peftree.data.picture import FILES, images_in
 from peftree.errors import DataError
 
 
@@ -16,7 +17,7 @@ class Turn(NamedTuple):
     Attributes:
         role, text: who says it, and what; `IMAGE` is at the place of each image.
         learned: whether an answer is.
-        images: the files of its images.
+        images: the paths of its images, or those that the row holds.
         more: calls of tools and what else a message with tools has, as JSON; empty: nothing.
         tools: the tools of its conversation as JSON; empty: there are none.
     """
@@ -37,7 +38,6 @@ _KNOWN = ("system", "user", "assistant", "tool")
 _LISTS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "ShareGPT"}
 _PROMPTED = "prompt and completion turns"
 _ASKED, _CAPTIONED = "image, question and answer", "image and text"
-_FILES = ("image", "file_name")  # the columns that name an image
 _OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 _REFUSED = ("functions", "function_call", "reasoning_content", "history")
 
@@ -60,7 +60,7 @@ def pictured(record: Mapping[str, Any]) -> str:
     """Return the layout in which a row asks about images; empty: none."""
     if (found := layout(record)) in {*_LISTS.values(), _PROMPTED}:
         return found
-    if any(record.get(name) is not None for name in _FILES):
+    if any(name in record for name in FILES):
         return _ASKED if {"question", "answer"} <= record.keys() else _CAPTIONED if "text" in record else ""
     return ""
 
@@ -113,14 +113,15 @@ def converted(record: Mapping[str, Any], kind: str, where: str) -> tuple[Any, An
 
 
 def _question(record: Mapping[str, Any], kind: str, where: str) -> list[Turn]:
-    """Return a question about an image, and its answer; no turns if one of the three is missing."""
-    file = next((cell(n, record[n], n, where) for n in _FILES if record.get(n) is not None), "")
+    """Return a question about images, and its answer; no turns if one of the three is missing."""
+    name = next((n for n in FILES if record.get(n) is not None), "image")
+    files = images_in(record.get(name), name, where)
     if kind == _CAPTIONED:
         asked, answer = ASKS, cell("text", record.get("text"), "text", where)
     else:
         asked, answer = (cell(n, record.get(n), n, where) for n in ("question", "answer"))
-    found = [Turn("user", IMAGE + asked, images=(file,)), Turn("assistant", answer)]
-    return found if file and asked.strip() and answer.strip() else []
+    found = [Turn("user", IMAGE * len(files) + asked, images=tuple(files)), Turn("assistant", answer)]
+    return found if files and all(files) and asked.strip() and answer.strip() else []
 
 
 def _tools(record: Mapping[str, Any], where: str) -> str:
@@ -137,15 +138,16 @@ def _tools(record: Mapping[str, Any], where: str) -> str:
 
 
 def _illustrated(turns: list[Turn], record: Mapping[str, Any], where: str) -> list[Turn]:
-    """Return turns with the files of the column `images` at the images that name none."""
-    given = _parsed(record.get("images"))
-    files = [given] if isinstance(given, str) else list(given or ())
+    """Return turns with the images of the column `images` at those that name none."""
+    name = next((n for n in ("images", "image") if record.get(n)), "")
+    files = images_in(record[name], name, where) if name else []
     found = []
     for turn in turns:
         named = tuple(name or (files.pop(0) if files else "") for name in turn.images)
-        if not all(isinstance(name, str) and name for name in named):
+        if not all(named):
             raise DataError(
-                f"{where}: an image names no file.", 'Write {"type": "image", "image": "a.png"}, or a column images.'
+                f"{where}: an image names no file and holds no bytes.",
+                'Write {"type": "image", "image": "a.png"}, or a column images.',
             )
         found.append(turn._replace(images=named))
     if files:
@@ -174,9 +176,8 @@ def _turn(turn: object, where: str, name: str) -> Turn:
     """Return one turn."""
     said = turn if isinstance(turn, Mapping) else {}
     role, text = said.get("role", said.get("from")), said.get("content", said.get("value"))
-    images = (
-        tuple(part.get("image", part.get("path")) or "" for part in text if _pictures(part)) if _parts(text) else ()
-    )
+    shown = [part.get("image") or part.get("path") for part in text if _pictures(part)] if _parts(text) else []
+    images = tuple(images_in(shown, "an image", where))
     if _parts(text):
         text = "".join(IMAGE if _pictures(part) else part["text"] for part in text)
     role = _ROLES.get(str(role), role)

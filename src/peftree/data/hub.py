@@ -29,16 +29,27 @@ def rows(source: object) -> Iterator[tuple[str, dict[str, Any]]]:
     split, most = asked["split"], int(asked.get("rows", 0))
     try:
         from datasets import load_dataset
+        from datasets.features.features import require_storage_embed
+        from datasets.table import embed_table_storage
     except ImportError:
         raise DataError(f"Reading {name} from the hub needs datasets.", "Run: pip install 'peftree[hub]'.") from None
     on_hub(name, "dataset")
     try:
         found = load_dataset(name, asked.get("config"), split=split, streaming=bool(most))
     except Exception as error:  # noqa: BLE001  a builder's own error, of any kind, says what the hub's files lack
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise DataError(
-            f"{name}, split {split}: {why}.",
+            f"{name}, split {split}: {_first(error)}.",
             "Name one of its splits and configurations: {hub: .., split: .., config: ..}.",
         ) from None
-    for number, record in enumerate(islice(found, most or None), 1):
-        yield f"{name} {split} row {number}", record
+    inside = any(map(require_storage_embed, (found.features or {}).values()))
+    for number, table in enumerate(islice(found.with_format("arrow"), most or None), 1):  # nothing is decoded
+        where = f"{name} {split} row {number}"
+        try:
+            record = (embed_table_storage(table) if inside else table).to_pylist()[0]
+        except Exception as error:  # noqa: BLE001  each file system that an image may be in has its own
+            raise DataError(f"{where}: an image cannot be read: {_first(error)}.", "Replace it.") from None
+        yield where, record
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from transformers import AutoImageProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from peftree.data.picture import read_picture
-from peftree.errors import ConfigError, DataError
+from peftree.data.picture import broken, read_picture
+from peftree.errors import ConfigError
 from peftree.trusted import SAFE
 
 CACHE_BYTES = 256 << 20
@@ -46,10 +46,10 @@ class Look:
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Image files with labels; pixels stay in memory if there are few images.
+    """Images with labels; pixels stay in memory if there are few images.
 
     Args:
-        rows: path and label of each image.
+        rows: the image, a path or `Held`, and the label of each.
         look: how the model expects them.
     """
 
@@ -73,17 +73,17 @@ class Images(Dataset[dict[str, Any]]):
 
 
 def read_pixels(path: str, look: Look) -> Tensor:
-    """Return the model's input for a file, float32 `[3, size, size]`.
+    """Return the model's input for an image, float32 `[3, size, size]`.
 
     Raises:
-        DataError: the file is not a readable image.
+        DataError: it is not a readable image.
     """
     from PIL import Image
 
     try:
         image = read_picture(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image: {error}.", "Replace or remove it.") from None
+        raise broken(path, error) from None
     if look.processor is not None:
         return _processed(image, look.processor, look.asked)
     factor = look.size / min(image.size)

@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 
 from peftree.data import hub
 from peftree.data.layouts import folder_error, unread
+from peftree.data.picture import Held, broken, opened
 from peftree.errors import DataError, did_you_mean
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -21,6 +22,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 STATE = "state.json"  # in a folder of the datasets library: which files are its rows
 METADATA = "metadata.jsonl"  # Hugging Face's imagefolder: lines of {"file_name": ..., "text": ...}
 _METADATA = (METADATA, "metadata.csv")
+_ROWS = 128  # of a Parquet file at a time, as they may hold images
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -138,7 +140,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"Reading {path} needs pyarrow.", "Run: pip install 'peftree[data]'.") from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(_unpacked(path) or path).iter_batches():
+        for batch in parquet.ParquetFile(_unpacked(path) or path).iter_batches(_ROWS):
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", record
@@ -219,15 +221,19 @@ def images(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def image_in(folder: Path, name: str, where: str) -> str:
-    """Return the path of the image `name` of a metadata file in `folder`, decoded once as a check.
+    """Return the image `name` of a row: its path in `folder`, or one that the row holds; decoded once as a check.
 
     Raises:
         DataError: the name leaves the folder, or there is no readable image of that name.
     """
+    if isinstance(name, Held):
+        check_image(name, f"{where}: its image")
+        return name
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         raise DataError(
-            f"{where}: the image '{name}' leaves {folder}.", "Name images relative to the file of the rows."
+            f"{where}: the image '{name}' leaves {folder}.",
+            "Name images relative to the file of the rows, or put them into it: save_to_disk of datasets does.",
         )
     file = folder / path
     if not file.is_file():
@@ -237,8 +243,8 @@ def image_in(folder: Path, name: str, where: str) -> str:
     return str(file)
 
 
-def check_image(path: str) -> None:
-    """Decode an image.
+def check_image(image: str, name: str = "") -> None:
+    """Decode an image, which errors call `name`; by default its path.
 
     Raises:
         DataError: the image cannot be read, or Pillow is not installed.
@@ -248,8 +254,8 @@ def check_image(path: str) -> None:
     except ImportError:
         raise DataError("Reading images needs Pillow.", "Run: pip install 'peftree[data]'.") from None
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (32, 32))  # a JPEG is then decoded small, but read to its end
-            image.load()
+        with opened(image) as file:
+            file.draft("RGB", (32, 32))  # a JPEG is then decoded small, but read to its end
+            file.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable image: {error}.", "Replace or remove it.") from None
+        raise broken(name or image, error) from None

@@ -14,19 +14,21 @@ from peftree.data.cells import cell
 from peftree.data.chats import Turns, converted, has, layout, pictured, shows
 from peftree.data.classes import check_classes, check_labels, classes_of
 from peftree.data.layouts import renamed, rows_advice
+from peftree.data.picture import FILES, content, holds
 from peftree.data.readers import FORMATS, IMAGES, METADATA, PACKED, image_in, images, metadata, records, saved
 from peftree.errors import DataError, did_you_mean
 from peftree.files import sha256
 
 SPLITS = ("train", "valid", "test")
 PICTURED = "image-text-to-text"
+_LABELLED = ("image", "label")  # the columns of tasks whose images may also be in a folder for each class
 HELD_OUT = 0.1  # share of the training rows that validates when there is no validation file
 
 
 class Example(NamedTuple):
-    """One row: a text, prompt or image path; its label, number, completion or text; and where it was read.
+    """One row: a text, prompt or image; its label, number, completion or text; and where it was read.
 
-    Of a conversation also its turns, the last of which is `target`; they name their images.
+    An image is a path, or `picture.Held`. Of a conversation also its turns, the last of which is `target`, with images.
     """
 
     source: str
@@ -84,7 +86,7 @@ def load_data(
         test: as `train`; None: results are reported on the validation rows.
         task: None: `text` and `label` columns mean text-classification, `text` and `score`
             text-regression, `prompt` and `completion`, or turns in a layout of `chats`, generation, a folder of
-            images for each class image-classification.
+            images for each class, or `image` and `label` columns, image-classification.
         columns: the file's names of our columns, `{"text": "review"}`.
         seed: which rows are held out.
         skip_empty: leave out rows that lack what is given or what is wanted; they are counted.
@@ -167,6 +169,8 @@ def _infer(path: Path, columns: Mapping[str, str]) -> str:
     fits = [t for t in tasks() if _fits(t, columns, names)]
     if not columns and layout(record) not in ("", "text") and set(fits) <= {"generation"}:
         return "generation"
+    if not fits and set(columns) <= set(_LABELLED) and all(columns.get(n, n) in names for n in _LABELLED):
+        return "image-classification"
     if wrong := next(((our, name) for our, name in columns.items() if name not in names), None):
         raise _lacks(str(path), *wrong, record)
     if len(fits) != 1:
@@ -178,6 +182,13 @@ def _columns_error(path: Path, names: Sequence[str], record: Mapping[str, Any]) 
     """Return the error for columns that do not determine the task, by what they may be meant for."""
     if advice := rows_advice(names, record):
         return DataError(f"{path}: {advice[0]} are not read.", advice[1])
+    if found := next((name for name, value in record.items() if holds(value)), ""):
+        paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
+        return DataError(
+            f"{path}: {found} holds images, but the columns {', '.join(names)} do not determine the task.",
+            f"Name the others: data.columns.image={found} data.columns.label=.. for classes; for texts set task to one "
+            f"of {', '.join(paired)}.",
+        )
     for task in (t for t in tasks() if task_facts(t).modality == "language"):
         ours = task_facts(task).columns
         other = renamed(ours, names)
@@ -201,48 +212,58 @@ def _fits(task: str, columns: Mapping[str, str], names: Sequence[str]) -> bool:
 def _read(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
     """Return the rows of one split; add to `warnings` what was left out."""
     facts = task_facts(task)
-    if not facts.columns:
+    folder = path.is_dir() and not saved(path)
+    if not facts.columns and folder:
         found, notes = images(path)
         warnings += notes
         return [Example(file, label, file) for file, label in found]
     if facts.modality == "language":
-        if path.is_dir() and not saved(path):
+        if folder:
             raise DataError(f"{path} is a folder.", f"{task} reads {', '.join(FORMATS)} files.")
         return _rows(path, task, columns, skip_empty, warnings)
     listed = metadata(path)
-    if task == PICTURED and not (path.is_dir() and not saved(path) and not listed):
-        rows = _rows(listed or path, task, columns, skip_empty, warnings)
-        return _found(rows, path if path.is_dir() else path.parent)
-    if not listed:
+    if folder and not listed:
         raise DataError(
             f"{path} has no {METADATA}.", f'{task} reads a folder of images with lines {{"file_name": .., "text": ..}}.'
         )
-    rows = _rows(listed, task, columns, skip_empty, warnings)
-    rows = [row._replace(source=image_in(path, row.source, row.where)) for row in rows]
+    rows = _rows(listed or path, task, columns, skip_empty, warnings)
+    rows = _found(rows, path if path.is_dir() else path.parent)
     named = {Path(row.source) for row in rows}
+    if not listed or task == PICTURED:
+        return rows
     if unnamed := [f for f in path.rglob("*") if f.suffix.lower() in IMAGES and f not in named]:
         warnings.append(f"{path}: {len(unnamed)} images not in {listed.name} are skipped (first: {unnamed[0]})")
     return rows
 
 
 def _found(rows: Sequence[Example], folder: Path) -> list[Example]:
-    """Return rows with the paths of the images in their turns, each looked at once."""
+    """Return rows with the paths of their images, or the images that they hold, each looked at once."""
     seen: dict[str, str] = {}
-    for name, where in ((name, row.where) for row in rows for turn in row.turns for name in turn.images):
+
+    def found(name: str, where: str) -> str:
         if name not in seen:
             seen[name] = image_in(folder, name, where)
-    moved = ([turn._replace(images=tuple(seen[n] for n in turn.images)) for turn in row.turns] for row in rows)
-    return [row._replace(turns=tuple(turns)) for row, turns in zip(rows, moved, strict=True)]
+        return seen[name]
+
+    def moved(row: Example) -> Example:
+        if not row.turns:
+            return row._replace(source=found(row.source, row.where))
+        turns = (turn._replace(images=tuple(found(n, row.where) for n in turn.images)) for turn in row.turns)
+        return row._replace(turns=tuple(turns))
+
+    return [moved(row) for row in rows]
 
 
 def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, warnings: list[str]) -> list[Example]:
     """Return the rows of a file with the columns of the task."""
-    ours = task_facts(task).columns
+    ours = task_facts(task).columns or _LABELLED
+    if ours[0] in FILES and task != PICTURED:
+        columns = {ours[0] if name in FILES else name: theirs for name, theirs in columns.items()}
     unknown = set(columns) - set(ours)
     if unknown:
         name = sorted(unknown)[0]
         raise DataError(f"columns: {task} has no column '{name}'.", did_you_mean(name, ours))
-    theirs = {name: columns.get(name, name) for name in ours}
+    theirs: dict[str, str] = {}
     rows: list[Example] = []
     empty: list[str] = []
     kind = None if (task == "generation" and not columns) or task == PICTURED else ""
@@ -251,6 +272,7 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
             record |= {our: record[name] for our, name in columns.items() if name in record}
         if kind != "":
             kind = _kind(record, task, kind, where)
+        theirs = theirs or _theirs(ours, columns, record)
         for our, name in theirs.items() if not kind else ():
             if name not in record:
                 raise _lacks(where, our, name, record)
@@ -261,6 +283,7 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
         else:
             empty.append(where)
     given, wanted = ("a question", "an answer") if kind else list(theirs.values())[:2]
+    given = f"an image, {given}" if task == PICTURED else given
     if empty and skip_empty:
         warnings.append(f"{path}: {len(empty)} rows that lack {given} or {wanted} are skipped (first: {empty[0]})")
     elif empty:
@@ -272,6 +295,12 @@ def _rows(path: Path, task: str, columns: Mapping[str, str], skip_empty: bool, w
     if not rows:
         raise DataError(f"{path}: every row lacks {given} or {wanted}.", "Fill them in.")
     return rows
+
+
+def _theirs(ours: Sequence[str], columns: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file's name of each of our columns; one of images has any of its usual names."""
+    images = next((name for name in FILES if name in record), "")
+    return {our: columns.get(our, images if our in FILES and images else our) for our in ours}
 
 
 def _kind(record: Mapping[str, Any], task: str, kind: str | None, where: str) -> str:
@@ -340,7 +369,7 @@ def _shared_rows(rows: Mapping[str, Sequence[Example]], pictures: bool) -> list[
 def _key(row: Example, picture: bool) -> str:
     """Return what identifies a source: an image's bytes, or a text without case and spaces, and its images' bytes."""
     if any(turn.images for turn in row.turns):
-        return " ".join([row.source, *(sha256(Path(n).read_bytes()) for turn in row.turns for n in turn.images)])
+        return " ".join([row.source, *(sha256(content(n)) for turn in row.turns for n in turn.images)])
     if picture and not row.turns:
-        return sha256(Path(row.source).read_bytes())
+        return sha256(content(row.source))
     return " ".join((row.source or row.target).casefold().split())

@@ -45,14 +45,15 @@ class Comparison:
     no_better_than: str
 
 
-def against_base(model: nn.Module, score: Callable[[], Scores]) -> Comparison:
+def against_base(model: nn.Module, score: Callable[[], Scores], new: Scores | None = None) -> Comparison:
     """Score `model` in its current state and with every adapter off, and compare item by item.
 
     Args:
         model: the model, with the adapter on.
         score: scores the model on fixed items, as in `lambda: task.score(items)`.
+        new: what it gives in the model's current state, if that is known.
     """
-    new = score()
+    new = new or score()
     with disabled(model):
         base = score()
     return compare(base, new)

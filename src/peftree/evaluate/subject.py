@@ -67,6 +67,7 @@ class Subject:
         general: held-out general data for retention, rows or (for language models) texts; may be empty.
         seed: the run's seed. No probe draws from it: every method and seed is probed with the same noise.
         folder: scratch space; runs that share it share their corrupted images.
+        exchanged: scores rows beside the images of as many other rows; None: they have no images.
     """
 
     model: nn.Module
@@ -78,6 +79,7 @@ class Subject:
     general: Sequence[Any]
     seed: int
     folder: Path
+    exchanged: Callable[[Sequence[Row], Sequence[Row]], Scores] | None = None
 
 
 def some(rows: Sequence[T], limit: int) -> list[tuple[int, T]]:

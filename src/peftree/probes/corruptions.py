@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from peftree.data.picture import content
 from peftree.evaluate.subject import IMAGES, Result, Subject, some
 from peftree.files import atomic_write, sha256
 from peftree.probes import Probe
@@ -34,7 +35,7 @@ class Corruptions(Probe):
 
         chosen = [row for _, row in some(subject.rows, self.limit)]
         clean = subject.score(chosen)
-        originals = [Path(row.source).read_bytes() for row in chosen]
+        originals = [content(row.source) for row in chosen]
         kinds: dict[str, list[float]] = {}
         for kind in CORRUPTIONS:
             for severity in range(SEVERITIES):

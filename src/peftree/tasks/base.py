@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from peftree.data.exchange import given
 from peftree.data.rows import Data, Example
 from peftree.evaluate import quality
 
@@ -93,6 +94,14 @@ class Task(ABC):
     @abstractmethod
     def score(self, items: Items, batch_size: int = 32) -> quality.Scores:
         """Score the model in its current state on `items`."""
+
+    def exchanged(self, rows: Sequence[Example], others: Sequence[Example]) -> Items:
+        """Return `items` of `rows` with the images of `others`, one for each, of as many images."""
+        return self.items([given(row, other) for row, other in zip(rows, others, strict=True)])
+
+    def score_exchanged(self, rows: Sequence[Example], others: Sequence[Example], batch_size: int) -> quality.Scores:
+        """Score what a model writes about images on `rows` with the images of `others`."""
+        return quality.complete(self.model, self.batches(self.exchanged(rows, others), batch_size), self.chunked)
 
     def batches(self, items: Items, batch_size: int) -> Iterator[Batch]:
         """Yield `items` in their order, batch by batch, on the model's device."""

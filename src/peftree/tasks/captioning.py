@@ -95,11 +95,11 @@ class Captioning(Completions):
         """Scores of the captions as in `Generation`, and the control `shuffled_perplexity`.
 
         The control gives each caption the image of another row. A model that does not look at the image has
-        the same perplexity there. A single row has no control.
+        the same perplexity there. Rows of which more than half have the same image have no control.
         """
         scores = super().score(items, batch_size)
         assert isinstance(items, Pairs)
-        if len(items) < 2:
+        if (shuffled := items.shuffled()) is None:
             return scores
-        control = quality.complete(self.model, self.batches(items.shuffled(), batch_size), self.chunked)
+        control = quality.complete(self.model, self.batches(shuffled, batch_size), self.chunked)
         return replace(scores, values={**scores.values, "shuffled_perplexity": control.score})

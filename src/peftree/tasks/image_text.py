@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from peftree.data.chats import ASKS, IMAGE, Turn, Turns
+from peftree.data.exchange import given, shown
 from peftree.data.picture import read_picture
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from peftree.tasks.turns import Encoded, answers, behind
 from peftree.trusted import SAFE
 
 _OURS = ("input_ids", "attention_mask", "labels")
+Asked = tuple[Encoded, dict[str, list[int]], str]
 # The kind of a token that the model writes, in `token_type_ids`, where it is not that of the text before it.
 _WRITTEN = {"paligemma": 1}
 
@@ -129,8 +131,7 @@ class ImageText(Generation):
         """
         features, cut = list[dict[str, Any]](), list[Example]()
         for row in rows:
-            turns = row.turns or (Turn("user", IMAGE + ASKS, images=(row.source,)), Turn("assistant", row.target))
-            made, kinds, text = self._asked(turns, row.where)
+            asked = made, *_ = self._asked(_turns(row), row.where)
             room = self.length - len(made.prompt)
             if room < 2:
                 raise DataError(
@@ -140,18 +141,28 @@ class ImageText(Generation):
                 )
             completion = made.completion[:room]
             cut.extend([row] if len(completion) < len(made.completion) else [])
-            after = dict.fromkeys(kinds, [0] * len(completion)) | {"token_type_ids": [self.written] * len(completion)}
-            features.append({
-                "input_ids": made.prompt + completion, "labels": made.labels + completion, "start": len(made.prompt),
-                "target": self.wanted(row._replace(turns=turns), completion), "text": text,
-                "images": tuple(name for turn in turns for name in turn.images),
-                "kinds": {name: (*before, *after[name]) for name, before in kinds.items()},
-            })  # fmt: skip
+            features.append(self._feature(row, asked, completion))
         limit = f"so that rows have max_length={self.length} tokens"
         self.note_cut(cut, len(rows), "answers", f"at the end {limit}, and have no stop token")
         return features
 
-    def _asked(self, turns: Turns, where: str) -> tuple[Encoded, dict[str, list[int]], str]:
+    def exchanged(self, rows: Sequence[Example], others: Sequence[Example]) -> Rows:
+        """Return `items` of `rows` with the images of `others`; answers are the same tokens, whatever room is left."""
+        answers = [f["input_ids"][f["start"] :] for f in self.features(rows)]
+        moved = [given(row, other) for row, other in zip(rows, others, strict=True)]
+        asked = [self._asked(_turns(row), row.where) for row in moved]
+        return Rows([self._feature(*each) for each in zip(moved, asked, answers, strict=True)])
+
+    def _feature(self, row: Example, asked: Asked, completion: list[int]) -> dict[str, Any]:
+        made, kinds, text = asked
+        after = dict.fromkeys(kinds, [0] * len(completion)) | {"token_type_ids": [self.written] * len(completion)}
+        return {
+            "input_ids": made.prompt + completion, "labels": made.labels + completion, "start": len(made.prompt),
+            "target": self.wanted(row._replace(turns=_turns(row)), completion), "text": text, "images": shown(row),
+            "kinds": {name: (*before, *after[name]) for name, before in kinds.items()},
+        }  # fmt: skip
+
+    def _asked(self, turns: Turns, where: str) -> Asked:
         """Return a conversation as tokens, the kinds of those before its last answer, and its text with images."""
         if sum(turn.text.count(IMAGE) for turn in turns) != sum(len(turn.images) for turn in turns):
             raise DataError(f"{where}: a text has the sign {IMAGE!r}, which stands for an image.", "Remove it.")
@@ -232,6 +243,11 @@ class ImageText(Generation):
             out: list[int] = net.generate(**fed, generation_config=settings)[0, start:].tolist()
             written.append(out[: out.index(stop)] if stop in out else out)
         return written
+
+
+def _turns(row: Example) -> Turns:
+    """Return the turns of a row; of one of an image and a text, they ask for the text."""
+    return row.turns or (Turn("user", IMAGE + ASKS, images=(row.source,)), Turn("assistant", row.target))
 
 
 def _first(error: Exception) -> str:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from peftree.data.exchange import partners
 from peftree.data.images import Images, Look, read_look
+from peftree.data.picture import content
 from peftree.data.rows import Example
 from peftree.errors import ConfigError
+from peftree.files import sha256
 from peftree.tasks.loading import is_local
 
 
@@ -28,15 +31,16 @@ class Pairs(Dataset[dict[str, Any]]):
         self.images = Images([(row.source, 0) for row in rows], look)
         self.features = list(features)
         self.order = list(range(len(rows)))
+        self.keys: list[tuple[str]] = []
 
-    def shuffled(self, seed: int = 0) -> Pairs:
-        """Return the same texts, each with the image of another row; `seed` draws which one."""
+    def shuffled(self, seed: int = 0) -> Pairs | None:
+        """Return the same texts, each with another image; `seed` draws which; None: over half have the same image."""
+        self.keys = self.keys or [(sha256(content(image)),) for image, _ in self.images.rows]
+        found = partners(self.keys, seed)
+        if len(found) < len(self):
+            return None
         other = Pairs((), self.features, self.images.look)
-        other.images = self.images
-        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        other.order = [0] * len(self)
-        for here, there in zip(drawn, drawn[1:] + drawn[:1], strict=True):  # one cycle: no row keeps its image
-            other.order[here] = there
+        other.images, other.order = self.images, list(found.values())
         return other
 
     def __len__(self) -> int:

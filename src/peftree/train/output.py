@@ -21,6 +21,7 @@ from torch import nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from peftree.catalogue import task_facts
+from peftree.data.picture import content
 from peftree.data.rows import Data
 from peftree.errors import BusyError, ConfigError, PeftreeError, TrainError
 from peftree.files import atomic_write, read_json, sha256
@@ -238,17 +239,16 @@ def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) ->
 
 
 def _rows(data: Data, split: str) -> str:
-    """Return a hash of the rows of a split: of their texts, and of the files that they name."""
+    """Return a hash of the rows of a split: of their texts, and of the images that they name or hold."""
     seen = hashlib.sha256()
     files = task_facts(data.task).modality != "language"
     for row in getattr(data, split):
         for name, value in row._asdict().items():
             if name == "turns" and files:
-                shown = [[sha256(Path(image).read_bytes()) for image in turn.images] for turn in value]
+                shown = [[sha256(content(image)) for image in turn.images] for turn in value]
                 value = [tuple(turn._replace(images=())) for turn in value], shown
             if name != "where":
-                content = files and name == "source" and Path(value).is_file()
-                text = sha256(Path(value).read_bytes()) if content else repr(value)
+                text = sha256(content(value)) if files and name == "source" and not row.turns else repr(value)
                 seen.update(f"{len(text)}:{text}".encode())
     return seen.hexdigest()
 
