@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftree.deltas.fused import fusable, lowrank_linear
 from peftree.deltas.matrix import matrix
 from peftree.deltas.place import Place
 from peftree.deltas.verbs import Frozen, Reweight
@@ -42,8 +45,8 @@ class LowRank(Reweight):
 
     @property
     def plain(self) -> bool:
-        """True if the term is now exactly `scale * (x Aᵀ) B`, with no dropout and no lookup."""
-        return not self.lookup and not (self.dropout and self.training)
+        """True if the term is now exactly `scale * (d(x) Aᵀ) B` with dropout `d`, and no lookup."""
+        return not self.lookup
 
     def weight(self, W: Tensor) -> Tensor:
         """`W + scale * Bᵀ A`."""
@@ -84,6 +87,21 @@ class Residual(LowRank):
         for own, first, value in zip(super().factors(), (self.A0, self.B0), (A, B), strict=True):
             own.copy_(value)
             first.copy_(value)
+
+
+def together(terms: Sequence[LowRank], x: Tensor, frozen: Frozen) -> Tensor | None:
+    """Return `x Wᵀ + b` with all `terms` in one product of rank `r1 + r2 + ...`; None if they take the plain form."""
+    p = max(t.dropout if t.training else 0.0 for t in terms)
+    alone = len(terms) == 1  # terms with dropout have a mask each
+    if not (alone or not p) or not all(t.plain for t in terms) or not fusable(x, frozen.weight, frozen.bias, p):
+        return None
+    factors = [t.factors() for t in terms]
+    A, B = factors[0] if alone else (torch.cat([a for a, _ in factors]), _stacked(terms, factors))
+    return lowrank_linear(x, frozen.weight, frozen.bias, A, B, terms[0].scale if alone else 1.0, p)
+
+
+def _stacked(terms: Sequence[LowRank], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.cat([t.scale * b for t, (_, b) in zip(terms, factors, strict=True)])
 
 
 def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -24,7 +24,7 @@ class Program:
     Attributes:
         reweights, rewrites, attends, prepends, sides: the deltas with their sites, by verb.
         quick: whether every reweight has a form that never builds the weight, and may use it together with the others.
-        single: the only delta, if it is one plain low-rank term on a whole linear map.
+        terms: the reweights, if all are low-rank terms on a whole linear map; else empty.
     """
 
     reweights: list[tuple[Site, Reweight]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Program:
     prepends: list[tuple[Site, Prepend]] = field(default_factory=list)
     sides: list[tuple[Site, Side]] = field(default_factory=list)
     quick: bool = True
-    single: LowRank | None = None
+    terms: list[LowRank] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -76,10 +76,9 @@ def compile_program(deltas: Iterable[tuple[Site, Delta]]) -> Program:
         whole = site.rows is None or type(delta).input is Reweight.input
         program.quick = program.quick and delta.quick and alone and whole
         first = False
-    if len(program.reweights) == 1 and not program.rewrites and program.quick:
-        site, only = program.reweights[0]
-        if isinstance(only, LowRank) and site.kind in ("linear", "conv1d") and site.rows is None:
-            program.single = only
+    if program.quick and all(s.kind in ("linear", "conv1d") and s.rows is None for s, _ in program.reweights):
+        terms = [d for _, d in program.reweights if isinstance(d, LowRank)]
+        program.terms = terms if len(terms) == len(program.reweights) else []
     return program
 
 
