@@ -10,7 +10,7 @@ from peftree.deltas.coupling import Coupling
 from peftree.deltas.experts import ExpertTerms, RandomExperts
 from peftree.deltas.fastfood import Fastfood
 from peftree.deltas.follow import Kept, follow
-from peftree.deltas.fused import lowrank_linear
+from peftree.deltas.fused import fusable, lowrank_linear
 from peftree.deltas.grid import over_grid
 from peftree.deltas.grow import Growing
 from peftree.deltas.importance import InLayer
@@ -114,6 +114,7 @@ __all__ = [
     "factor_pair",
     "follow",
     "from_top",
+    "fusable",
     "gated",
     "glorot",
     "ivon",

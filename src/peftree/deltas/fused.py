@@ -1,9 +1,10 @@
 """One autograd function for a frozen linear map plus a low-rank term, in place and with few saved tensors.
 
-`y = x Wᵀ + b + s (d(x) Aᵀ) B` with `W` frozen and `d` dropout. The term is added into the fresh output of the frozen
-product, the gradient of `x` likewise, and `x` itself is not saved if `rebuild.recipe` knows how to recompute it, or if
-A is frozen. No mask is saved either: its positions are drawn again. Under autocast the products are in its dtype, and a
-frozen weight is cast again in the backward pass, where the plain expression keeps the cast one.
+`y = c (x Wᵀ + s (d(x) Aᵀ) B) + b` with `W` and `b` frozen, `d` dropout and `c` a factor of each output, or 1. The term
+is added into the fresh output of the frozen product, the gradient of `x` likewise, and `x` itself is not saved if
+`rebuild.recipe` knows how to recompute it, or if A is frozen. No mask is saved either: its positions are drawn again.
+Under autocast the products are in its dtype, and a frozen weight is cast again in the backward pass, where the plain
+expression keeps the cast one. The gradient of `c` is made from the output, if that determines what `c` multiplied.
 Equal to the plain expression; the order of additions differs (about 1e-6 relative in float32).
 """
 
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -36,6 +38,7 @@ class _How(NamedTuple):
     dtype: torch.dtype
     made: Recipe | None
     drop: Dropped | None
+    inverts: bool  # whether the output over c is what c was multiplied with
 
     def factor(self, t: Tensor) -> Tensor:
         """Return A or B as the products take it."""
@@ -43,32 +46,48 @@ class _How(NamedTuple):
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`y = x Wᵀ + b + s (d(x) Aᵀ) B`; W and b get no gradient."""
+    """`y = c (x Wᵀ + s (d(x) Aᵀ) B) + b`; W and b get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, how: _How) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: Tensor | None, how: _How
+    ) -> Tensor:  # fmt: skip
         made, drop = how.made, how.drop
-        with _uncast(x):
+        with uncast(x):
             low, bias = x.to(how.dtype), None if b is None else b.to(how.dtype)
-            y = functional.linear(low, W.to(how.dtype), bias).data  # no view: Longformer changes its output in place
+            y = functional.linear(low, W.to(how.dtype), bias if c is None else None)
             at = None if drop is None else drop.positions(x.device)
             u = functional.linear(low if at is None else _without(low.clone(), at), how.factor(A))
             y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.to(how.dtype), alpha=how.scale)
+            inner = None
+            if c is not None:
+                y, inner = _multiplied(y, c.to(how.dtype), bias, how.inverts)
+        y = y.data  # no view: Longformer changes its output in place
         ctx.how, ctx.dtype = how, x.dtype
         kept = [] if not ctx.needs_input_grad[3] else [low] if made is None else made.kept
-        ctx.save_for_backward(W, A, B, u, *kept)
+        if how.inverts:
+            inner, ctx.probe = y.data, y.detach()  # the same memory; only the second counts what is done to it
+            ctx.probe.data = y.new_empty(0)
+        ctx.save_for_backward(W, A, B, u, c, inner, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         how: _How = ctx.how
-        W, A, B, u, *kept = ctx.saved_tensors
+        W, A, B, u, c, inner, *kept = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
-        gx = gA = gB = None
-        with _uncast(g):
-            gu = g @ how.factor(B).t()
+        gx = gA = gB = gc = None
+        with uncast(g):
             at = None if how.drop is None else how.drop.positions(g.device)
+            if c is not None:
+                if how.inverts and ctx.probe._version:  # the output was changed in place
+                    inner = _again(kept, W, u, B, how).mul_(c.to(how.dtype))
+                work = g * inner.view_as(g)
+                gc = work.sum(0, dtype=c.dtype)
+                gc = gc / c if how.inverts else gc
+                g = torch.mul(g, c.to(how.dtype), out=work)
+            gu = g @ how.factor(B).t()
             if ctx.needs_input_grad[0]:
                 gx = _back(g @ W.to(how.dtype), gu, A.to(how.dtype), how.scale, at)
                 gx = gx.view(*grads[0].shape[:-1], W.shape[1]).to(ctx.dtype)
@@ -76,10 +95,29 @@ class _LowRankLinear(torch.autograd.Function):
                 gA = _left(gu, kept, how, at).to(A.dtype).mul_(how.scale)
             if ctx.needs_input_grad[4]:
                 gB = torch.mm(u.reshape(-1, u.shape[-1]).t(), g).to(B.dtype).mul_(how.scale)
-        return gx, None, None, gA, gB, None
+        return gx, None, None, gA, gB, gc, None
 
 
-def _uncast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def _multiplied(v: Tensor, c: Tensor, b: Tensor | None, inverts: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `c v + b`, in place if it is invertible, and what to keep of it otherwise."""
+    if inverts:
+        return v.mul_(c), None
+    return v * c if b is None else torch.addcmul(b, v, c), v
+
+
+def _again(kept: list[Tensor], W: Tensor, u: Tensor, B: Tensor, how: _How) -> Tensor:
+    """Return `x Wᵀ + s u B` as rows, from x as it was kept."""
+    x = kept[0] if how.made is None else how.made.remake(kept).to(how.dtype)
+    v = x.reshape(-1, W.shape[1]) @ W.to(how.dtype).t()
+    return v.addmm_(u.reshape(-1, u.shape[-1]), B.to(how.dtype), alpha=how.scale)
+
+
+def same_memory(x: Tensor, others: list[Tensor]) -> bool:
+    """Return whether `x` lies in the memory of one of the others, so that it must not be changed."""
+    return x.untyped_storage()._cdata in {t.untyped_storage()._cdata for t in others}
+
+
+def uncast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a block without autocast: every dtype inside is stated."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
@@ -107,27 +145,33 @@ def _left(gu: Tensor, kept: list[Tensor], how: _How, at: Tensor | None) -> Tenso
         return how.made.left_product(gu, kept)
     x = kept[0] if how.made is None else how.made.remake(kept).to(how.dtype)
     if at is not None:
-        shared = x.untyped_storage()._cdata in {t.untyped_storage()._cdata for t in kept}
-        x = _without(x.clone() if shared else x, at)
+        x = _without(x.clone() if same_memory(x, kept) else x, at)
     return gu.t() @ x.reshape(-1, x.shape[-1])
 
 
 def lowrank_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float = 0.0, c: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """Return `x Wᵀ + b + scale (d(x) Aᵀ) B` with W `[out, in]` and b frozen, A `[r, in]`, B `[r, out]`.
+    """Return `c (x Wᵀ + scale (d(x) Aᵀ) B) + b` with W `[out, in]` and b frozen, A `[r, in]`, B `[r, out]`, c `[out]`.
 
     `d` drops entries with probability `p`, at most 0.5, and divides the others by `1 - p`. Under autocast the result
     has its dtype. Second derivatives raise a RuntimeError; use the plain expression for those.
     """
-    made = recipe(x) if torch.is_grad_enabled() and A.requires_grad else None
+    trains = torch.is_grad_enabled() and A.requires_grad
+    made = recipe(x) if trains else None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     scale /= 1 - p
     power = 2.0 ** (math.frexp(scale)[1] - 1) if dtype == torch.float16 else 1.0
-    how = _How(scale / power, power, dtype, made, dropped(x, p))
-    y: Tensor = _LowRankLinear.apply(x, W, b, A, B, how)  # type: ignore[no-untyped-call]
+    inverts = trains and c is not None and b is None and dtype != torch.float16 and _divides(c)
+    how = _How(scale / power, power, dtype, made, dropped(x, p), inverts)
+    y: Tensor = _LowRankLinear.apply(x, W, b, A, B, c, how)  # type: ignore[no-untyped-call]
     return y
+
+
+def _divides(c: Tensor) -> bool:
+    """Return whether every entry of `c` can be divided by; elsewhere than on a CPU asking would wait for the device."""
+    return c.device.type == "cpu" and (isinstance(c, FakeTensor) or bool(c.detach().abs().min() > 1e-20))
 
 
 _on = [os.environ.get("PEFTREE_FAST", "1") != "0"]
@@ -143,13 +187,18 @@ def fast_forms(on: bool) -> Iterator[None]:
         _on[:] = before
 
 
+def fast_forms_on(x: Tensor) -> bool:
+    """Return whether an autograd function may stand for operations on `x`: not if compiled, traced or transformed."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        _on[0] and not transformed and not torch.jit.is_tracing() and x.device.type != "meta"
+    )  # which knows no autocast
+
+
 def fusable(x: Tensor, W: Tensor, b: Tensor | None, p: float = 0.0) -> bool:
     """Return True if `lowrank_linear` may replace the plain expression: dtypes that it takes, frozen W, few dropped."""
-    kind = x.device.type
-    if not _on[0] or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not fast_forms_on(x) or p > MOST or W.requires_grad or (b is not None and b.requires_grad):
         return False
-    if p > MOST or W.requires_grad or (b is not None and b.requires_grad) or kind == "meta":  # which knows no autocast
-        return False
-    if torch.is_autocast_enabled(kind):  # which leaves float64 alone
+    if torch.is_autocast_enabled(x.device.type):  # which leaves float64 alone
         return x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype) and W.is_floating_point()
     return x.dtype == W.dtype

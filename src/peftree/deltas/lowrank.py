@@ -64,6 +64,13 @@ class LowRank(Reweight):
             u = functional.linear(functional.dropout(x, self.dropout, self.training), A)
         return y + self.scale * (u @ B)
 
+    def fused(self, x: Tensor, frozen: Frozen) -> Tensor | None:
+        """Map and term as one function."""
+        p = self.dropout if self.training else 0.0
+        if not self.plain or not fusable(x, frozen.weight, frozen.bias, p):
+            return None
+        return lowrank_linear(x, frozen.weight, frozen.bias, *self.factors(), self.scale, p)
+
 
 class Residual(LowRank):
     """`W' = W - scale * B0ᵀ A0 + scale * Bᵀ A`, with the base unchanged: any initial A and B have no effect."""
@@ -89,19 +96,23 @@ class Residual(LowRank):
             first.copy_(value)
 
 
-def together(terms: Sequence[LowRank], x: Tensor, frozen: Frozen) -> Tensor | None:
-    """Return `x Wᵀ + b` with all `terms` in one product of rank `r1 + r2 + ...`; None if they take the plain form."""
-    p = max(t.dropout if t.training else 0.0 for t in terms)
-    alone = len(terms) == 1  # terms with dropout have a mask each
-    if not (alone or not p) or not all(t.plain for t in terms) or not fusable(x, frozen.weight, frozen.bias, p):
+def together(deltas: Sequence[Reweight], x: Tensor, frozen: Frozen) -> Tensor | None:
+    """Return the output of a linear map with its only delta, or with low-rank terms as one product; None if it cannot.
+
+    Args:
+        deltas: one delta with a fast form, or several low-rank terms.
+        x: the input; frozen: the map's parameters.
+    """
+    if len(deltas) == 1:
+        return deltas[0].fused(x, frozen)
+    terms = [d for d in deltas if isinstance(d, LowRank)]
+    drops = any(t.dropout and t.training for t in terms)  # each with a mask of its own
+    if drops or not all(t.plain for t in terms) or not fusable(x, frozen.weight, frozen.bias):
         return None
     factors = [t.factors() for t in terms]
-    A, B = factors[0] if alone else (torch.cat([a for a, _ in factors]), _stacked(terms, factors))
-    return lowrank_linear(x, frozen.weight, frozen.bias, A, B, terms[0].scale if alone else 1.0, p)
-
-
-def _stacked(terms: Sequence[LowRank], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([t.scale * b for t, (_, b) in zip(terms, factors, strict=True)])
+    A = torch.cat([a for a, _ in factors])
+    B = torch.cat([t.scale * b for t, (_, b) in zip(terms, factors, strict=True)])
+    return lowrank_linear(x, frozen.weight, frozen.bias, A, B, 1.0)
 
 
 def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -33,8 +33,8 @@ def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
                 verb: [(s, d) for s, d in getattr(whole, verb) if id(d) not in off]
                 for verb in ("reweights", "rewrites", "attends", "prepends", "sides")
             }
-            terms = [d for d in whole.terms if id(d) not in off]
-            hub.programs[names] = replace(whole, **verbs, terms=terms)
+            left = [d for d in whole.fused if id(d) not in off]
+            hub.programs[names] = replace(whole, **verbs, fused=left)
         yield
     finally:
         for hub in hubs:

@@ -141,7 +141,7 @@ class Hub(Host):
             bundles = [self._modules[n] for n in names if n in self._modules]
             found = compile_program((s, d) for b in bundles for _, s, d in b.items())  # type: ignore[union-attr,operator]
             if self.opaque or self.strange:
-                found.quick, found.terms = False, []
+                found.quick, found.fused = False, []
             self.programs[names] = found
         return found
 
@@ -256,7 +256,7 @@ class Hub(Host):
                 for cell in self.sources.values():
                     cell.value = None
             return self.frozen(module, *args, **kwargs)
-        if program.terms and args and not program.rewrites:
+        if program.fused and args and not program.rewrites:
             return self._weights(module, program, args[0], args, kwargs)
         x: Any = args[0] if args else next(iter(kwargs.values()), None)  # a table of positions is called without input
         if source is None:
@@ -297,8 +297,8 @@ class Hub(Host):
         """Run the frozen map with the weight deltas."""
         if not program.reweights:
             return self.frozen(module, *args, **kwargs)
-        if program.terms and args and not self.packed:
-            made = together(program.terms, x, read(module, program.reweights[0][0]))
+        if program.fused and args and not self.packed:
+            made = together(program.fused, x, read(module, program.reweights[0][0]))
             if made is not None:
                 return made
         if program.quick:

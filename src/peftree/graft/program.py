@@ -24,7 +24,7 @@ class Program:
     Attributes:
         reweights, rewrites, attends, prepends, sides: the deltas with their sites, by verb.
         quick: whether every reweight has a form that never builds the weight, and may use it together with the others.
-        terms: the reweights, if all are low-rank terms on a whole linear map; else empty.
+        fused: the reweights, if they have one fast form on a linear map: one delta, or low-rank terms; else empty.
     """
 
     reweights: list[tuple[Site, Reweight]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Program:
     prepends: list[tuple[Site, Prepend]] = field(default_factory=list)
     sides: list[tuple[Site, Side]] = field(default_factory=list)
     quick: bool = True
-    terms: list[LowRank] = field(default_factory=list)
+    fused: list[Reweight] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -77,8 +77,9 @@ def compile_program(deltas: Iterable[tuple[Site, Delta]]) -> Program:
         program.quick = program.quick and delta.quick and alone and whole
         first = False
     if program.quick and all(s.kind in ("linear", "conv1d") and s.rows is None for s, _ in program.reweights):
-        terms = [d for _, d in program.reweights if isinstance(d, LowRank)]
-        program.terms = terms if len(terms) == len(program.reweights) else []
+        found = [d for _, d in program.reweights if type(d).fused is not Reweight.fused]
+        same = len(found) == 1 or all(isinstance(d, LowRank) for d in found)
+        program.fused = found if same and len(found) == len(program.reweights) else []
     return program
 
 
