@@ -189,10 +189,11 @@ def fast_forms(on: bool) -> Iterator[None]:
 
 def fast_forms_on(x: Tensor) -> bool:
     """Return whether an autograd function may stand for operations on `x`: not if compiled, traced or transformed."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return (
-        _on[0] and not transformed and not torch.jit.is_tracing() and x.device.type != "meta"
+    compiled = torch.compiler.is_compiling() or torch._C._is_tracing()
+    taken = (
+        compiled or torch._C._are_functorch_transforms_active() or x.device.type == "meta"
     )  # which knows no autocast
+    return _on[0] and not taken
 
 
 def fusable(x: Tensor, W: Tensor, b: Tensor | None, p: float = 0.0) -> bool:
