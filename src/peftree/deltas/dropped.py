@@ -53,6 +53,6 @@ def dropped(x: Tensor, p: float) -> Dropped | None:
     room = math.ceil(mean + 7 * math.sqrt(mean) + 8)
     if isinstance(x, FakeTensor):  # has no values
         return Dropped(x.numel(), p, 0, room, room)
-    draws = int(torch.poisson(torch.tensor(mean, dtype=torch.float64)))
-    seed = int(torch.empty((), dtype=torch.int64).random_())
+    draws = int(torch.poisson(torch.tensor(mean, dtype=torch.float64, device="cpu")))
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
     return Dropped(x.numel(), p, seed, draws, max(room, draws))
