@@ -175,9 +175,10 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
         g.sum().backward()
 
 
-def test_function_transforms_take_the_plain_path() -> None:
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_function_transforms_take_the_plain_path(method: str) -> None:
     model = zoo.build("llama")
-    adapter = put(model, "lora")
+    adapter = put(model, method)
     own = {n: p for n, p in model.named_parameters() if ".deltas." in n}
     batch = zoo.batch("llama")
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import peftree
 import zoo
 from methods.moves import grads_of, moved
-from peftree.deltas import LowRank, fused, lowrank_linear, rebuild
-from peftree.graft import hub
+from peftree.deltas import LowRank, fused, lowrank, lowrank_linear, rebuild
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,7 +82,7 @@ def test_rebuilt_inputs_give_the_same_gradients(name: str, monkeypatch: pytest.M
         assert missed == [("attn.q", 0), ("attn.k", 0), ("attn.v", 0)]
     monkeypatch.setattr(fused, "recipe", lambda x: None)
     stored = gradients(adapter, model, batch)
-    monkeypatch.setattr(hub, "fusable", lambda *a: False)
+    monkeypatch.setattr(lowrank, "fusable", lambda *a: False)
     plain = gradients(adapter, model, batch)
     for a, b, c in zip(rebuilt, stored, plain, strict=True):
         assert (a - b).abs().max() <= 2e-6 * (1 + b.abs().max())
@@ -126,7 +125,7 @@ def test_low_rank_subclasses_take_the_fused_path(monkeypatch: pytest.MonkeyPatch
     def counted(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *a: (calls.append(1), f(*a))[1]
 
-    monkeypatch.setattr(hub, "lowrank_linear", counted(lowrank_linear))
+    monkeypatch.setattr(lowrank, "lowrank_linear", counted(lowrank_linear))
     for name in ("adalora", "pissa"):
         model = zoo.build("llama")
         adapter = peftree.adapt(model, name)

@@ -13,7 +13,7 @@ from peftree.deltas.coupling import Coupling
 from peftree.deltas.experts import ExpertTerms, RandomExperts
 from peftree.deltas.fastfood import Fastfood
 from peftree.deltas.follow import Kept, follow
-from peftree.deltas.fused import lowrank_linear
+from peftree.deltas.fused import fusable, lowrank_linear
 from peftree.deltas.grid import over_grid
 from peftree.deltas.grow import Growing
 from peftree.deltas.importance import InLayer
@@ -119,6 +119,7 @@ __all__ = [
     "filled",
     "follow",
     "from_top",
+    "fusable",
     "gated",
     "glorot",
     "ivon",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree.deltas.place import Place
+from peftree.deltas.scaled import scaled
 from peftree.deltas.verbs import Frozen, Reweight
 
 
@@ -60,7 +61,7 @@ class ScaledInput(Reweight):
 
     def input(self, x: Tensor) -> Tensor:
         """`x * scale`."""
-        return x * self.scale.to(x.dtype)
+        return scaled(x, self.scale)
 
 
 class Offset(Reweight):

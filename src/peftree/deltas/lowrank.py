@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftree.deltas.fused import fusable, lowrank_linear
 from peftree.deltas.matrix import matrix
 from peftree.deltas.place import Place
 from peftree.deltas.verbs import Frozen, Reweight
@@ -44,8 +47,8 @@ class LowRank(Reweight):
 
     @property
     def plain(self) -> bool:
-        """True if the term is now exactly `scale * (x Aᵀ) B`, with no dropout and no lookup."""
-        return not self.lookup and not (self.dropout and self.training)
+        """True if the term is now exactly `scale * (d(x) Aᵀ) B` with dropout `d`, and no lookup."""
+        return not self.lookup
 
     def weight(self, W: Tensor) -> Tensor:
         """`W + scale * Bᵀ A`."""
@@ -62,6 +65,13 @@ class LowRank(Reweight):
         else:
             u = functional.linear(functional.dropout(x, self.dropout, self.training), A)
         return y + self.scale * (u @ B)
+
+    def fused(self, x: Tensor, frozen: Frozen) -> Tensor | None:
+        """Map and term as one function."""
+        p = self.dropout if self.training else 0.0
+        if not self.plain or not fusable(x, frozen.weight, frozen.bias, p):
+            return None
+        return lowrank_linear(x, frozen.weight, frozen.bias, *self.factors(), self.scale, p)
 
 
 class Residual(LowRank):
@@ -86,6 +96,25 @@ class Residual(LowRank):
         for own, first, value in zip(super().factors(), (self.A0, self.B0), (A, B), strict=True):
             own.copy_(value)
             first.copy_(value)
+
+
+def together(deltas: Sequence[Reweight], x: Tensor, frozen: Frozen) -> Tensor | None:
+    """Return the output of a linear map with its only delta, or with low-rank terms as one product; None if it cannot.
+
+    Args:
+        deltas: one delta with a fast form, or several low-rank terms.
+        x: the input; frozen: the map's parameters.
+    """
+    if len(deltas) == 1:
+        return deltas[0].fused(x, frozen)
+    terms = [d for d in deltas if isinstance(d, LowRank)]
+    drops = any(t.dropout and t.training for t in terms)  # each with a mask of its own
+    if drops or not all(t.plain for t in terms) or not fusable(x, frozen.weight, frozen.bias):
+        return None
+    factors = [t.factors() for t in terms]
+    A = torch.cat([a for a, _ in factors])
+    B = torch.cat([t.scale * b for t, (_, b) in zip(terms, factors, strict=True)])
+    return lowrank_linear(x, frozen.weight, frozen.bias, A, B, 1.0)
 
 
 def lora_factors(place: Place, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -33,10 +33,10 @@ class Recipe(NamedTuple):
     gram: Callable[[Tensor, Tensors], Tensor] | None = None
 
     def left_product(self, left: Tensor, kept: Tensors) -> Tensor:
-        """Return `leftᵀ x` `[r, d]` for `left` `[n, r]`, where x is the value as rows `[n, d]`."""
+        """Return `leftᵀ x` `[r, d]` for `left` `[n, r]`, where x is the value as rows `[n, d]`, in the wider dtype."""
         if self.gram is not None:
             return self.gram(left, kept)
-        x = self.remake(kept)
+        x = self.remake(kept).to(left.dtype)
         return left.t() @ x.reshape(-1, x.shape[-1])
 
 
@@ -49,7 +49,6 @@ def recipe(x: Tensor) -> Recipe | None:
     if (
         torch.compiler.is_compiling()
         or x.grad_fn is None
-        or torch.is_autocast_enabled(x.device.type)
         or torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpointing: reading would run layers again
     ):
         return None
@@ -80,6 +79,8 @@ def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
             return None
         layout = _LAYOUT[name](node)
         return Recipe(inner.kept, lambda tensors: layout(inner.remake(tensors)))
+    if depth and name == "ToCopyBackward0":
+        return _cast(node, _walk(node.next_functions[0][0], depth - 1, exact))
     if name == "NativeLayerNormBackward0":
         return _normalised(node)
     if name == "GeluBackward0":
@@ -90,6 +91,19 @@ def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
     if name == "ScaledDotProductFlashAttentionForCpuBackward0":
         return Recipe([node._saved_output], lambda tensors: tensors[0])
     return None
+
+
+def _cast(node: Any, inner: Recipe | None) -> Recipe | None:
+    """A value in another dtype, as autocast and norms of a half-precision stream make it; its product is wider."""
+    if inner is None:
+        return None
+    made, own = node._input_metadata[0], node.next_functions[0][0]._input_metadata[0]
+    narrows = made.device == own.device and made.dtype.itemsize <= own.dtype.itemsize
+    return Recipe(
+        inner.kept,
+        lambda tensors: inner.remake(tensors).to(made.device, made.dtype),
+        inner.gram if narrows else None,
+    )
 
 
 def _product(node: Any, depth: int) -> Recipe | None:
@@ -136,6 +150,7 @@ def _normalised(node: Any) -> Recipe | None:
 
     def gram(left: Tensor, tensors: Tensors) -> Tensor:
         x, mean, rstd, *scale = tensors
+        left = left.to(rstd.dtype)
         thin = left * rstd.reshape(-1, 1)
         out = thin.t() @ x.reshape(-1, x.shape[-1]) - thin.t() @ mean.reshape(-1, 1)
         out = out * scale[0] if scale else out
@@ -154,8 +169,10 @@ def _gram_of_rows(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensors], Tensor] |
     """`leftᵀ (a b)` where one factor is one number per row of the other: scale `left`, which is thin, instead."""
     for full, thin in ((0, 1), (1, 0)):
         x, rows = (a, b)[full], (a, b)[thin]
-        if x.dim() > 1 and rows.shape == (*x.shape[:-1], 1) and x.shape[-1] > 1:
-            return lambda left, t: (left * t[thin].reshape(-1, 1)).t() @ t[full].reshape(-1, t[full].shape[-1])
+        if x.dtype == rows.dtype and x.dim() > 1 and rows.shape == (*x.shape[:-1], 1) and x.shape[-1] > 1:
+            return lambda left, t: (
+                (left.to(t[thin].dtype) * t[thin].reshape(-1, 1)).t() @ t[full].reshape(-1, t[full].shape[-1])
+            )
     return None
 
 

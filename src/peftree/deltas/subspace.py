@@ -31,7 +31,7 @@ class InputSubspace(LowRank):
 
     @property
     def plain(self) -> bool:
-        """True if the term is now exactly `scale * (x Aᵀ) B` and x is not observed."""
+        """True if the term is now exactly `scale * (d(x) Aᵀ) B` and x is not observed."""
         return super().plain and not self.looking
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:

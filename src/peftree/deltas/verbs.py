@@ -128,6 +128,13 @@ class Reweight(Delta):
         """
         return y
 
+    def fused(self, x: Tensor, frozen: Frozen) -> Tensor | None:
+        """Fast form, if a delta has one: return the output of a whole linear map from its input, in one function.
+
+        Equal to the quick form; None where that has to run.
+        """
+        return None
+
 
 class Rewrite(Delta):
     """`y -> y'`: changes a module's output (or input) and cannot be folded into weights.

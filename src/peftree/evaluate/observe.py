@@ -33,8 +33,8 @@ def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
                 verb: [(s, d) for s, d in getattr(whole, verb) if id(d) not in off]
                 for verb in ("reweights", "rewrites", "attends", "prepends", "sides")
             }
-            single = None if whole.single is None or id(whole.single) in off else whole.single
-            hub.programs[names] = replace(whole, **verbs, single=single)
+            left = [d for d in whole.fused if id(d) not in off]
+            hub.programs[names] = replace(whole, **verbs, fused=left)
         yield
     finally:
         for hub in hubs:

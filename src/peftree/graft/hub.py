@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from peftree.deltas.fused import fusable, lowrank_linear
+from peftree.deltas.lowrank import together
 from peftree.deltas.packed import dense, is_packed
 from peftree.deltas.place import read
 from peftree.deltas.verbs import Delta, Frozen, Host
@@ -141,7 +141,7 @@ class Hub(Host):
             bundles = [self._modules[n] for n in names if n in self._modules]
             found = compile_program((s, d) for b in bundles for _, s, d in b.items())  # type: ignore[union-attr,operator]
             if self.opaque or self.strange:
-                found.quick, found.single = False, None
+                found.quick, found.fused = False, []
             self.programs[names] = found
         return found
 
@@ -256,22 +256,12 @@ class Hub(Host):
                 for cell in self.sources.values():
                     cell.value = None
             return self.frozen(module, *args, **kwargs)
-        if program.single is not None and args and program.single.plain:
-            return self._single(module, program, args[0])
+        if program.fused and args and not program.rewrites:
+            return self._weights(module, program, args[0], args, kwargs)
         x: Any = args[0] if args else next(iter(kwargs.values()), None)  # a table of positions is called without input
         if source is None:
             source = {key: cell.take() for key, cell in self.sources.items()}
         return self._outputs(module, program, len(program.rewrites), x, args, kwargs, source)
-
-    def _single(self, module: nn.Module, program: Program, x: Tensor) -> Tensor:
-        """The common case, one low-rank term on one linear map: one autograd function."""
-        delta = program.single
-        assert delta is not None
-        frozen = read(module, program.reweights[0][0])
-        if self.packed or not fusable(x, frozen.weight, frozen.bias):
-            return delta.fast(x, self.frozen(module, x), frozen)
-        A, B = delta.factors()
-        return lowrank_linear(x, frozen.weight, frozen.bias, A.to(x.dtype), B.to(x.dtype), delta.scale)
 
     def _outputs(
         self,
@@ -307,6 +297,10 @@ class Hub(Host):
         """Run the frozen map with the weight deltas."""
         if not program.reweights:
             return self.frozen(module, *args, **kwargs)
+        if program.fused and args and not self.packed:
+            made = together(program.fused, x, read(module, program.reweights[0][0]))
+            if made is not None:
+                return made
         if program.quick:
             return self._quick(module, program, len(program.reweights), x, args, kwargs)
         changed = effective(module, program)

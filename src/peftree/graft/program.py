@@ -24,7 +24,7 @@ class Program:
     Attributes:
         reweights, rewrites, attends, prepends, sides: the deltas with their sites, by verb.
         quick: whether every reweight has a form that never builds the weight, and may use it together with the others.
-        single: the only delta, if it is one plain low-rank term on a whole linear map.
+        fused: the reweights, if they have one fast form on a linear map: one delta, or low-rank terms; else empty.
     """
 
     reweights: list[tuple[Site, Reweight]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Program:
     prepends: list[tuple[Site, Prepend]] = field(default_factory=list)
     sides: list[tuple[Site, Side]] = field(default_factory=list)
     quick: bool = True
-    single: LowRank | None = None
+    fused: list[Reweight] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -76,10 +76,10 @@ def compile_program(deltas: Iterable[tuple[Site, Delta]]) -> Program:
         whole = site.rows is None or type(delta).input is Reweight.input
         program.quick = program.quick and delta.quick and alone and whole
         first = False
-    if len(program.reweights) == 1 and not program.rewrites and program.quick:
-        site, only = program.reweights[0]
-        if isinstance(only, LowRank) and site.kind in ("linear", "conv1d") and site.rows is None:
-            program.single = only
+    if program.quick and all(s.kind in ("linear", "conv1d") and s.rows is None for s, _ in program.reweights):
+        found = [d for _, d in program.reweights if type(d).fused is not Reweight.fused]
+        same = len(found) == 1 or all(isinstance(d, LowRank) for d in found)
+        program.fused = found if same and len(found) == len(program.reweights) else []
     return program
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peftree.deltas import LINEAR, TINY, Frozen, Reweight, added_norm, lora_factors
+from peftree.deltas import LINEAR, TINY, Frozen, Reweight, added_norm, fusable, lora_factors, lowrank_linear
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
@@ -52,6 +52,13 @@ class Renormed(Reweight):
         V = W + self.scale * (self.B.mT @ self.A)
         norm: Tensor = torch.linalg.vector_norm(V.detach(), dim=-1).clamp_min(TINY)
         return ((self.g / norm).unsqueeze(-1) * V).to(W.dtype)
+
+    def fused(self, x: Tensor, frozen: Frozen) -> Tensor | None:
+        W, p = frozen.weight, self.dropout if self.training else 0.0
+        if not fusable(x, W, frozen.bias, p):
+            return None
+        c = self.g / added_norm(self.get_buffer("square"), W, self.A, self.B, self.scale)
+        return lowrank_linear(x, W, frozen.bias, self.A, self.B, self.scale, p, c)
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
         norm = added_norm(self.get_buffer("square"), frozen.weight, self.A, self.B, self.scale)
