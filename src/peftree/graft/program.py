@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -103,10 +105,18 @@ class Route:
     Attributes:
         groups: a partition of the rows.
         size: number of rows.
+        mixed: by module, what is held while rows are routed so (`graft.mixed`).
     """
 
     groups: list[Group]
     size: int
+    mixed: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    @functools.cached_property
+    def owners(self) -> list[int]:
+        """The number of each row's group."""
+        found = {row: number for number, group in enumerate(self.groups) for row in group.rows.tolist()}
+        return [found[row] for row in range(self.size)]
 
     def expand(self, group: Group, n: int) -> Tensor:
         """Return the rows of `group` in a tensor whose first dimension `n` is a multiple of the batch."""

@@ -1,0 +1,198 @@
+"""Mixed batches: the low-rank terms of rows with different adapters, added to one frozen product of all rows.
+
+At a linear map each row's change is `s (x Aᵀ) B` with its own A and B. There are two forms, and the shape chooses:
+
+* by blocks: neighbouring rows with the same adapters are a block; A `[blocks, r, in]` and B `[blocks, r, out]` are
+  multiplied block by block. Smaller ranks are filled up with zeros.
+* masked: A and B of all adapters one below the other, `[ranks, in]` and `[ranks, out]`; in the thin product between
+  the two, what belongs to other rows' adapters is set to zero.
+
+The stacks are held as long as the route is, and made again if a tensor, or what else a term is made of, has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from operator import attrgetter, getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.utils.import_utils import is_tracing
+
+from peftree.deltas.lowrank import LowRank
+from peftree.deltas.verbs import finite
+from peftree.graft.program import Group, Program, Route
+from peftree.sites import Site
+
+_VERSION, _FACTS = attrgetter("_version"), attrgetter("scale", "training")
+
+
+class Stack(NamedTuple):
+    """Factors in one of the forms.
+
+    Attributes:
+        A: `[blocks, r, in]`, or masked `[ranks, in]`.
+        B: `[blocks, r, out]`, or masked `[ranks, out]`; times the scale.
+        foreign: `[blocks, 1, ranks]`, True for columns of other blocks' adapters; None if there are none.
+    """
+
+    A: Tensor
+    B: Tensor
+    foreign: Tensor | None = None
+
+
+class Mixed:
+    """What the rows of one route get at one module.
+
+    Attributes:
+        programs: the program of each group of rows.
+        empty, after: whether all programs are.
+        rows: the rows that are served together, if others are not.
+        low: the groups of these rows, by number: each has low-rank terms or nothing.
+    """
+
+    def __init__(self, programs: list[Program], route: Route) -> None:
+        self.programs, self.route = programs, route
+        self.names = [g.names for g in route.groups]
+        self.empty, self.after = all(p.empty for p in programs), all(p.after for p in programs)
+        self.rows: Group | None = None
+        self.low: list[int] = []
+        self._surveyed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stacks: dict[bool, Stack] = {}
+        self.ranks: list[int] = []
+        self.watched: tuple[Any, ...] = ()
+
+    def holds(self, programs: dict[tuple[str, ...], Program]) -> bool:
+        """Return whether these are still the programs of the module."""
+        return list(map(programs.get, self.names)) == self.programs
+
+    def takes(self, x: Tensor) -> bool:
+        """Return whether rows of `x` may be served together now: no backward pass or trace can follow."""
+        if torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled():
+            self._forget()  # a step of training may follow
+            return False
+        if not self._surveyed:
+            self._survey()
+        return (
+            bool(self.low)
+            and type(x) is Tensor
+            and x.is_floating_point()
+            and x.device.type != "meta"
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+            and not is_tracing(x)
+            and not any(d.training for d in self.deltas)  # factors may be drawn there
+            and all(d.plain for d in self.asked)
+        )
+
+    def _survey(self) -> None:
+        """Find which groups can be served together, and the blocks of their rows."""
+        self._surveyed = True
+        self.terms = [_terms(p) for p in self.programs]
+        self.low = [i for i, t in enumerate(self.terms) if t is not None] if any(self.terms) else []
+        self.deltas = [d for i in self.low for _, d in self.terms[i] or ()]
+        self.asked = [d for d in self.deltas if type(d).plain is not LowRank.plain]
+        owners = [group for group in self.route.owners if group in self.low]
+        if len(owners) < self.route.size:
+            own = [row for row, group in enumerate(self.route.owners) if group in self.low]
+            self.rows = Group((), torch.tensor(own, device=self.route.groups[0].rows.device))
+        runs = [len([*run]) for _, run in groupby(owners)]
+        self.blocks = owners[:: math.gcd(*runs) or 1]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return the frozen map's fresh output `y` `[rows, .., out]` of `x` with the terms; None if they cannot be had.
+
+        That is so if an output has another dtype, or a tensor does not count its changes.
+        """
+        if y.dtype != x.dtype or not self._known(x):
+            return None
+        y, count = y.contiguous(), len(self.blocks)
+        tokens = y.numel() // (y.shape[-1] * count)
+        A, B, foreign = self._stack(tokens, x, y.shape[-1])
+        if A.dim() == 3:
+            thin = torch.bmm(A, x.reshape(count, tokens, -1).mT)
+            y.view(count, tokens, -1).baddbmm_(thin.mT, B)
+            return y
+        thin = functional.linear(x, A).reshape(count, tokens, -1)
+        if foreign is not None:
+            thin.masked_fill_(foreign, 0.0)
+        y.view(-1, y.shape[-1]).addmm_(thin.flatten(0, 1), B)
+        return y
+
+    def _known(self, x: Tensor) -> bool:
+        """Drop what has changed since it was stacked; return False if changes cannot be seen."""
+        if self.watched:
+            held, names, state = self.watched
+            try:
+                if _state(list(map(getitem, held, names)), self.deltas, x) == state:
+                    return True
+            except KeyError:  # a tensor was taken off
+                pass
+        self._forget()
+        every = [kept for d in self.deltas for m in d.modules() for kept in (m._parameters, m._buffers)]
+        places = [(kept, name) for kept in every for name, t in kept.items() if t is not None]
+        tensors: list[Any] = [kept[name] for kept, name in places]
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+            return False
+        self.watched = (*map(list, zip(*places, strict=True)), _state(tensors, self.deltas, x))
+        return True
+
+    def _stack(self, tokens: int, x: Tensor, out: int) -> Stack:
+        """Return the stack of the form that suits blocks of `tokens`; make it the first time."""
+        if self.ranks and (found := self.stacks.get(self._few(tokens))):
+            return found
+        pairs = [self._pair(self.terms[i] or [], x, out) for i in self.low]
+        self.ranks = [len(A) for A, _ in pairs]
+        few, at = self._few(tokens), [self.low.index(group) for group in self.blocks]
+        if few and finite([B for _, B in pairs]):  # zero times an infinity of another row's adapter is not zero
+            own = torch.repeat_interleave(torch.tensor(self.ranks))
+            foreign = (own != torch.tensor(at)[:, None, None]).to(x.device)
+            A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+            self.stacks[few] = Stack(A, B, foreign if foreign.any() else None)
+        else:
+            A, B = (x.new_zeros(len(at), max(self.ranks), width) for width in (x.shape[-1], out))
+            for block, group in enumerate(at):
+                for whole, factor in zip((A, B), pairs[group], strict=True):
+                    whole[block, : len(factor)] = factor
+            self.stacks[few] = Stack(A, B)
+        return self.stacks[few]
+
+    def _few(self, tokens: int) -> bool:
+        """Return whether the ranks are few enough for the masked form.
+
+        Measured on CPUs: for one token, a block's factors cost as much to read as six times their columns to multiply
+        masked; for many tokens, a column costs about the same in both forms.
+        """
+        most, every = max(self.ranks), sum(self.ranks)
+        return every * tokens <= 6 * most or every <= 1.5 * most
+
+    def _pair(self, terms: list[tuple[Site, LowRank]], x: Tensor, out: int) -> tuple[Tensor, Tensor]:
+        """Return A `[ranks, in]` and B `[ranks, out]` of the sum of these terms."""
+        As, Bs = [x.new_zeros(0, x.shape[-1])], [x.new_zeros(0, out)]
+        for site, delta in terms:
+            A, B = delta.factors()
+            first, last = site.rows or (0, out)
+            As.append(A.to(x.dtype))
+            Bs.append(functional.pad((delta.scale * B).to(x.dtype), (first, out - last)))
+        return torch.cat(As), torch.cat(Bs)
+
+
+def _terms(program: Program) -> list[tuple[Site, LowRank]] | None:
+    """Return the terms of a program that adds nothing but low-rank ones to a linear map; None if it does more."""
+    found = [(s, d) for s, d in program.reweights if isinstance(d, LowRank) and s.kind in ("linear", "conv1d")]
+    only = program.quick and not program.rewrites and len(found) == len(program.reweights)
+    return found if only and all(d.plain or d.training for _, d in found) else None
+
+
+def _state(tensors: list[Tensor], deltas: list[LowRank], x: Tensor) -> tuple[Any, ...]:
+    """Return what differs if a stack has to be made again."""
+    versions, places = list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
+    return versions, places, list(map(_FACTS, deltas)), x.dtype, x.device
