@@ -34,6 +34,7 @@ def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
                 for verb in ("reweights", "rewrites", "attends", "prepends", "sides")
             }
             single = None if whole.single is None or id(whole.single) in off else whole.single
+            hub.programs.clear()
             hub.programs[names] = replace(whole, **verbs, single=single)
         yield
     finally:

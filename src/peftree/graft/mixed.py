@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
-from operator import attrgetter, getitem
+from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from peftree.deltas.verbs import finite
 from peftree.graft.program import Group, Program, Route
 from peftree.sites import Site
 
-_VERSION, _FACTS = attrgetter("_version"), attrgetter("scale", "training")
+_VERSION = attrgetter("_version")
 
 
 class Stack(NamedTuple):
@@ -56,7 +56,7 @@ class Mixed:
 
     def __init__(self, programs: list[Program], route: Route) -> None:
         self.programs, self.route = programs, route
-        self.names = [g.names for g in route.groups]
+        self.first = route.groups[0].names
         self.empty, self.after = all(p.empty for p in programs), all(p.after for p in programs)
         self.rows: Group | None = None
         self.low: list[int] = []
@@ -69,8 +69,8 @@ class Mixed:
         self.watched: tuple[Any, ...] = ()
 
     def holds(self, programs: dict[tuple[str, ...], Program]) -> bool:
-        """Return whether these are still the programs of the module."""
-        return list(map(programs.get, self.names)) == self.programs
+        """Return whether these are still the programs of the module, which forgets them all at once."""
+        return programs.get(self.first) is self.programs[0]
 
     def takes(self, x: Tensor) -> bool:
         """Return whether rows of `x` may be served together now: no backward pass or trace can follow."""
@@ -89,8 +89,7 @@ class Mixed:
             and not torch.is_autocast_enabled(x.device.type)
             and not torch._C._are_functorch_transforms_active()
             and not is_tracing(x)
-            and not any(d.training for d in self.deltas)  # factors may be drawn there
-            and all(d.plain for d in self.asked)
+            and self._known(x)
         )
 
     def _survey(self) -> None:
@@ -99,7 +98,6 @@ class Mixed:
         self.terms = [_terms(p) for p in self.programs]
         self.low = [i for i, t in enumerate(self.terms) if t is not None] if any(self.terms) else []
         self.deltas = [d for i in self.low for _, d in self.terms[i] or ()]
-        self.asked = [d for d in self.deltas if type(d).plain is not LowRank.plain]
         owners = [group for group in self.route.owners if group in self.low]
         if len(owners) < self.route.size:
             own = [row for row, group in enumerate(self.route.owners) if group in self.low]
@@ -108,41 +106,46 @@ class Mixed:
         self.blocks = owners[:: math.gcd(*runs) or 1]
 
     def add(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return the frozen map's fresh output `y` `[rows, .., out]` of `x` with the terms; None if they cannot be had.
-
-        That is so if an output has another dtype, or a tensor does not count its changes.
-        """
-        if y.dtype != x.dtype or not self._known(x):
+        """Add the terms to the frozen map's fresh output `y` `[rows, .., out]` of `x`; None if its dtype is another."""
+        if y.dtype != x.dtype:
             return None
         y, count = y.contiguous(), len(self.blocks)
         tokens = y.numel() // (y.shape[-1] * count)
         A, B, foreign = self._stack(tokens, x, y.shape[-1])
         if A.dim() == 3:
-            thin = torch.bmm(A, x.reshape(count, tokens, -1).mT)
-            y.view(count, tokens, -1).baddbmm_(thin.mT, B)
+            thin = torch.bmm(A, x.reshape(count, tokens, x.shape[-1]).mT)
+            y.view(count, tokens, y.shape[-1]).baddbmm_(thin.mT, B)
             return y
-        thin = functional.linear(x, A).reshape(count, tokens, -1)
+        thin = functional.linear(x, A).reshape(count, tokens, len(A))
         if foreign is not None:
             thin.masked_fill_(foreign, 0.0)
         y.view(-1, y.shape[-1]).addmm_(thin.flatten(0, 1), B)
         return y
 
     def _known(self, x: Tensor) -> bool:
-        """Drop what has changed since it was stacked; return False if changes cannot be seen."""
+        """Drop what has changed since it was stacked; return False if terms are not plain now or hide their changes."""
+        changes = LowRank.changes[0]
         if self.watched:
-            held, names, state = self.watched
+            held, names, state, before, facts = self.watched
             try:
-                if _state(list(map(getitem, held, names)), self.deltas, x) == state:
-                    return True
+                same = _state(list(map(getitem, held, names)), x) == state
             except KeyError:  # a tensor was taken off
-                pass
+                same = False
+            if same and before != changes:
+                self.watched = (held, names, state, changes, facts)
+                same = all(map(is_, facts, _facts(self.deltas)))
+            if same:
+                return True
         self._forget()
+        facts = _facts(self.deltas)
         every = [kept for d in self.deltas for m in d.modules() for kept in (m._parameters, m._buffers)]
         places = [(kept, name) for kept in every for name, t in kept.items() if t is not None]
         tensors: list[Any] = [kept[name] for kept, name in places]
-        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+        counted = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
+        if not counted or any(d.training or not d.plain for d in self.deltas):
             return False
-        self.watched = (*map(list, zip(*places, strict=True)), _state(tensors, self.deltas, x))
+        held, names = map(list, zip(*places, strict=True))
+        self.watched = (held, names, _state(tensors, x), changes, facts)
         return True
 
     def _stack(self, tokens: int, x: Tensor, out: int) -> Stack:
@@ -192,7 +195,11 @@ def _terms(program: Program) -> list[tuple[Site, LowRank]] | None:
     return found if only and all(d.plain or d.training for _, d in found) else None
 
 
-def _state(tensors: list[Tensor], deltas: list[LowRank], x: Tensor) -> tuple[Any, ...]:
-    """Return what differs if a stack has to be made again."""
-    versions, places = list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
-    return versions, places, list(map(_FACTS, deltas)), x.dtype, x.device
+def _state(tensors: list[Tensor], x: Tensor) -> tuple[Any, ...]:
+    """Return what differs if the values of `tensors`, or what a stack must be like, have changed."""
+    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors)), x.dtype, x.device
+
+
+def _facts(deltas: list[LowRank]) -> list[Any]:
+    """Return the attributes of `deltas`, of which the same objects mean the same factors."""
+    return [value for delta in deltas for value in vars(delta).values()]
