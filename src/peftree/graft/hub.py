@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -165,20 +164,10 @@ class Hub(Host):
             choice.used(self.path)
         return self._inner(module, program, args, kwargs, None)
 
-    def _mixed(self, route: Route) -> Mixed:
-        """Return what the rows of `route` get here; held with the route, but not by compiled code."""
-        compiling = torch.compiler.is_compiling()
-        mixed: Mixed | None = None if compiling else route.mixed.get(self)
-        if mixed is None or not mixed.holds(self.programs):
-            mixed = Mixed([self.program(g.names) for g in route.groups], route)
-            if not compiling:
-                route.mixed[self] = mixed
-        return mixed
-
     def _routed(
         self, module: nn.Module, choice: Choice, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        mixed = self._mixed(route)
+        mixed = Mixed.of(route, self)
         if mixed.empty:
             for cell in self.sources.values():
                 cell.value = None

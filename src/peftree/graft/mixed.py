@@ -60,7 +60,7 @@ class Mixed:
         self.empty, self.after = all(p.empty for p in programs), all(p.after for p in programs)
         self.rows: Group | None = None
         self.low: list[int] = []
-        self._surveyed = False
+        self._surveyed, self.like = False, (torch.float32, torch.device("cpu"))
         self._forget()
 
     def _forget(self) -> None:
@@ -68,9 +68,26 @@ class Mixed:
         self.ranks: list[int] = []
         self.watched: tuple[Any, ...] = ()
 
-    def holds(self, programs: dict[tuple[str, ...], Program]) -> bool:
-        """Return whether these are still the programs of the module, which forgets them all at once."""
-        return programs.get(self.first) is self.programs[0]
+    @staticmethod
+    def of(route: Route, hub: Any) -> Mixed:
+        """Return what the rows of `route` get at `hub`; what is held is checked once in a run of the model."""
+        if torch.compiler.is_compiling():
+            return Mixed([hub.program(g.names) for g in route.groups], route)
+        run = hub.shared.run
+        number = None if run.choice is None else run.number
+        if number is None or route.checked != number:
+            route.checked = number
+            for each in [hub] if number is None else [*route.mixed]:
+                if each in route.mixed and not route.mixed[each].check(each):
+                    del route.mixed[each]  # the module may be without adapters now
+        mixed: Mixed | None = route.mixed.get(hub)
+        if mixed is None or not mixed._holds(hub):
+            mixed = route.mixed[hub] = Mixed([hub.program(g.names) for g in route.groups], route)
+        return mixed
+
+    def _holds(self, hub: Any) -> bool:
+        """Return whether these are still the programs of `hub`, which forgets them all at once."""
+        return hub.programs.get(self.first) is self.programs[0]
 
     def takes(self, x: Tensor) -> bool:
         """Return whether rows of `x` may be served together now: no backward pass or trace can follow."""
@@ -81,14 +98,16 @@ class Mixed:
             return False
         if not self._surveyed:
             self._survey()
+        kind = x.device.type
         return (
             bool(self.low)
             and type(x) is Tensor
             and x.is_floating_point()
-            and x.device.type != "meta"
-            and not torch.is_autocast_enabled(x.device.type)
+            and kind != "meta"
+            and not torch.is_autocast_enabled(kind)
             and not torch._C._are_functorch_transforms_active()
-            and not is_tracing(x)
+            and torch._C._get_tracing_state() is None
+            and (kind == "cpu" or not is_tracing(x))  # a graph that is captured
             and self._known(x)
         )
 
@@ -122,22 +141,33 @@ class Mixed:
         y.view(-1, y.shape[-1]).addmm_(thin.flatten(0, 1), B)
         return y
 
-    def _known(self, x: Tensor) -> bool:
-        """Drop what has changed since it was stacked; return False if terms are not plain now or hide their changes."""
+    def check(self, hub: Any) -> bool:
+        """Drop the stacks if what they were made from has changed; return whether the programs are still those."""
+        if not self._holds(hub):
+            return False
+        if not self.watched:
+            return True
+        held, names, state, before, facts = self.watched
         changes = LowRank.changes[0]
+        try:
+            same = _state(list(map(getitem, held, names))) == state
+        except KeyError:  # a tensor was taken off
+            same = False
+        if same and before != changes:
+            self.watched = (held, names, state, changes, facts)
+            same = all(map(is_, facts, _facts(self.deltas)))
+        if not same:
+            self._forget()
+        return True
+
+    def _known(self, x: Tensor) -> bool:
+        """Return whether stacks for `x` may be made or used: False if terms are not plain now or hide their changes."""
+        if self.like != (x.dtype, x.device):
+            self._forget()
+            self.like = (x.dtype, x.device)
         if self.watched:
-            held, names, state, before, facts = self.watched
-            try:
-                same = _state(list(map(getitem, held, names)), x) == state
-            except KeyError:  # a tensor was taken off
-                same = False
-            if same and before != changes:
-                self.watched = (held, names, state, changes, facts)
-                same = all(map(is_, facts, _facts(self.deltas)))
-            if same:
-                return True
-        self._forget()
-        facts = _facts(self.deltas)
+            return True
+        changes, facts = LowRank.changes[0], _facts(self.deltas)
         every = [kept for d in self.deltas for m in d.modules() for kept in (m._parameters, m._buffers)]
         places = [(kept, name) for kept in every for name, t in kept.items() if t is not None]
         tensors: list[Any] = [kept[name] for kept, name in places]
@@ -145,7 +175,7 @@ class Mixed:
         if not counted or any(d.training or not d.plain for d in self.deltas):
             return False
         held, names = map(list, zip(*places, strict=True))
-        self.watched = (held, names, _state(tensors, x), changes, facts)
+        self.watched = (held, names, _state(tensors), changes, facts)
         return True
 
     def _stack(self, tokens: int, x: Tensor, out: int) -> Stack:
@@ -159,14 +189,17 @@ class Mixed:
             own = torch.repeat_interleave(torch.tensor(self.ranks))
             foreign = (own != torch.tensor(at)[:, None, None]).to(x.device)
             A, B = (torch.cat(factors) for factors in zip(*pairs, strict=True))
-            self.stacks[few] = Stack(A, B, foreign if foreign.any() else None)
+            stack = Stack(A, B, foreign if foreign.any() else None)
+        elif len(set(self.ranks)) == 1:
+            stack = Stack(*(torch.stack(factors) for factors in zip(*(pairs[group] for group in at), strict=True)))
         else:
             A, B = (x.new_zeros(len(at), max(self.ranks), width) for width in (x.shape[-1], out))
             for block, group in enumerate(at):
                 for whole, factor in zip((A, B), pairs[group], strict=True):
                     whole[block, : len(factor)] = factor
-            self.stacks[few] = Stack(A, B)
-        return self.stacks[few]
+            stack = Stack(A, B)
+        self.stacks[few] = stack
+        return stack
 
     def _few(self, tokens: int) -> bool:
         """Return whether the ranks are few enough for the masked form.
@@ -179,6 +212,9 @@ class Mixed:
 
     def _pair(self, terms: list[tuple[Site, LowRank]], x: Tensor, out: int) -> tuple[Tensor, Tensor]:
         """Return A `[ranks, in]` and B `[ranks, out]` of the sum of these terms."""
+        if len(terms) == 1 and terms[0][0].rows is None:
+            A, B = terms[0][1].factors()
+            return A.to(x.dtype), (terms[0][1].scale * B).to(x.dtype)
         As, Bs = [x.new_zeros(0, x.shape[-1])], [x.new_zeros(0, out)]
         for site, delta in terms:
             A, B = delta.factors()
@@ -195,9 +231,9 @@ def _terms(program: Program) -> list[tuple[Site, LowRank]] | None:
     return found if only and all(d.plain or d.training for _, d in found) else None
 
 
-def _state(tensors: list[Tensor], x: Tensor) -> tuple[Any, ...]:
-    """Return what differs if the values of `tensors`, or what a stack must be like, have changed."""
-    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors)), x.dtype, x.device
+def _state(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """Return what differs if values have changed, unless they were written through `.data` into the same memory."""
+    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
 
 
 def _facts(deltas: list[LowRank]) -> list[Any]:

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -105,12 +104,14 @@ class Route:
     Attributes:
         groups: a partition of the rows.
         size: number of rows.
-        mixed: by module, what is held while rows are routed so (`graft.mixed`).
+        mixed: by hub, what is held while rows are routed so (`graft.mixed`).
+        checked: the number of the last run in which it was compared with what it was made from.
     """
 
     groups: list[Group]
     size: int
-    mixed: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary, repr=False)
+    mixed: dict[Any, Any] = field(default_factory=dict, repr=False)
+    checked: int | None = None
 
     @functools.cached_property
     def owners(self) -> list[int]:
