@@ -194,7 +194,7 @@ class Hub(Host):
             return self._after(module, route, n, args, kwargs, source)
         out: Tensor | None = None
         served: list[int] = []
-        if len(args) == 1 and not kwargs and mixed.takes(args[0]):
+        if len(args) == 1 and not kwargs and mixed.takes(route, args[0]):
             out, served = self._together(module, mixed, route, n, args[0])
             if out is not None and mixed.rows is None:
                 return out
@@ -225,7 +225,7 @@ class Hub(Host):
         self, module: nn.Module, mixed: Mixed, route: Route, n: int, x: Tensor
     ) -> tuple[Tensor | None, list[int]]:
         """Run the rows whose adapters are low-rank as one; return the output and which groups it serves."""
-        rows = route.expand(mixed.rows or route.groups[0], n)
+        rows = route.expand(mixed.rows or route.groups[0], n).to(x.device)
         some = x[rows] if mixed.rows else x
         y = mixed.add(some, self.frozen(module, some))
         if y is None:

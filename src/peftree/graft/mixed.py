@@ -55,7 +55,7 @@ class Mixed:
     """
 
     def __init__(self, programs: list[Program], route: Route) -> None:
-        self.programs, self.route = programs, route
+        self.programs = programs
         self.first = route.groups[0].names
         self.empty, self.after = all(p.empty for p in programs), all(p.after for p in programs)
         self.rows: Group | None = None
@@ -89,7 +89,7 @@ class Mixed:
         """Return whether these are still the programs of `hub`, which forgets them all at once."""
         return hub.programs.get(self.first) is self.programs[0]
 
-    def takes(self, x: Tensor) -> bool:
+    def takes(self, route: Route, x: Tensor) -> bool:
         """Return whether rows of `x` may be served together now: no backward pass or trace can follow."""
         if torch.compiler.is_compiling():
             return False
@@ -97,7 +97,7 @@ class Mixed:
             self._forget()  # a step of training may follow
             return False
         if not self._surveyed:
-            self._survey()
+            self._survey(route)
         kind = x.device.type
         return (
             bool(self.low)
@@ -111,16 +111,16 @@ class Mixed:
             and self._known(x)
         )
 
-    def _survey(self) -> None:
+    def _survey(self, route: Route) -> None:
         """Find which groups can be served together, and the blocks of their rows."""
         self._surveyed = True
         self.terms = [_terms(p) for p in self.programs]
         self.low = [i for i, t in enumerate(self.terms) if t is not None] if any(self.terms) else []
         self.deltas = [d for i in self.low for _, d in self.terms[i] or ()]
-        owners = [group for group in self.route.owners if group in self.low]
-        if len(owners) < self.route.size:
-            own = [row for row, group in enumerate(self.route.owners) if group in self.low]
-            self.rows = Group((), torch.tensor(own, device=self.route.groups[0].rows.device))
+        owners = [group for group in route.owners if group in self.low]
+        if len(owners) < route.size:
+            own = [row for row, group in enumerate(route.owners) if group in self.low]
+            self.rows = Group((), torch.tensor(own, device=route.groups[0].rows.device))
         runs = [len([*run]) for _, run in groupby(owners)]
         self.blocks = owners[:: math.gcd(*runs) or 1]
 
@@ -151,7 +151,7 @@ class Mixed:
         changes = LowRank.changes[0]
         try:
             same = _state(list(map(getitem, held, names))) == state
-        except KeyError:  # a tensor was taken off
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # one is gone, or counts its changes no longer
             same = False
         if same and before != changes:
             self.watched = (held, names, state, changes, facts)
