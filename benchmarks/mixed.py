@@ -18,7 +18,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -87,29 +86,32 @@ def step(model: Any, rows: int, tokens: int, **more: Any) -> Callable[[], Any]:
     return decode
 
 
+def held(model: Any) -> int:
+    """Return the bytes that the open route holds."""
+    route = peftree.adapters(model)["a0"].graft.shared.now.route
+    assert route is not None
+    return sum(t.nbytes for m in route.mixed.values() for s in m.stacks.values() for t in s if t is not None)
+
+
 def measure(case: tuple[int, int, int], layers: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Return the ratios of one case to the bare base, and the base's milliseconds."""
     rows, tokens, adapters = case
     plain, names = base(layers, dtype), [f"a{row % adapters}" for row in range(rows)]
-    mine, other = ours(plain, adapters), theirs(plain, adapters)
-    again, single = step(mine, rows, tokens), step(mine, rows, tokens)
-    bare, their_step = step(plain, rows, tokens), step(other, rows, tokens, adapter_names=names)
-    with ExitStack() as held:
-        held.enter_context(peftree.route(mine, names))
-        run = {"bare base": bare, "peftree, mixed": step(mine, rows, tokens), "HF PEFT, adapter_names": their_step}
+    mine, other, solo = ours(plain, adapters), theirs(plain, adapters), ours(plain, 1)
+    again = step(mine, rows, tokens)
 
-        def first() -> None:
-            with peftree.route(mine, names):
-                again()
+    def first() -> None:
+        with peftree.route(mine, names):
+            again()
 
-        def one() -> None:
-            with peftree.route(mine, ["a0"] * rows):
-                pass
-            shared = peftree.adapters(mine)["a0"].graft.shared
-            with shared.block(shared.default._replace(active=("a0",))):
-                single()
-
-        run |= {"peftree, first pass": first, "peftree, one adapter": one}
+    run = {
+        "bare base": step(plain, rows, tokens),
+        "peftree, one adapter": step(solo, rows, tokens),
+        "peftree, first pass": first,
+        "HF PEFT, adapter_names": step(other, rows, tokens, adapter_names=names),
+    }
+    with peftree.route(mine, names):
+        run["peftree, mixed"] = step(mine, rows, tokens)
         found: dict[str, list[float]] = {name: [] for name in run}
         times = 1 if tokens > 1 else 5
         for turn in range(-1, rounds):
@@ -122,7 +124,8 @@ def measure(case: tuple[int, int, int], layers: int, dtype: torch.dtype, rounds:
             if turn >= 0:
                 for name, seconds in spent.items():
                     found[name].append(seconds if name == "bare base" else seconds / spent["bare base"])
-    out: dict[str, Any] = {"bare base, ms": statistics.median(found.pop("bare base")) * 1e3}
+        out: dict[str, Any] = {"held, MB": held(mine) / 1e6}
+    out["bare base, ms"] = statistics.median(found.pop("bare base")) * 1e3
     for name, ratios in found.items():
         low, middle, high = statistics.quantiles(ratios, n=4)
         out[name] = {"ratio": middle, "quartiles": [low, high]}

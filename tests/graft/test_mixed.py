@@ -90,7 +90,7 @@ def test_rows_equal_dense_weights(name: str, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_cls"])
-@pytest.mark.parametrize("rows", [ROWS, ["b", "b", None, "a", "a", None]])
+@pytest.mark.parametrize("rows", [ROWS, ["b", "b", "a", "a", "a"]])
 def test_single_precision_differs_by_rounding(name: str, rows: list[Row]) -> None:
     model = several(name)
     batch = zoo.batch(name, n=len(rows))
@@ -207,14 +207,14 @@ def test_a_changed_adapter_is_not_served_stale(change: Callable[[nn.Module], Non
     assert change is _attached or far(got[real], before[real]) > 1e-3
 
 
-@pytest.mark.parametrize("rows", [["a", "b", None], ["a", "b", "c"]])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_adapter_reaches_its_own_rows_only(rows: list[Row], value: float) -> None:
+@pytest.mark.parametrize("rows", [["c", "b", None], ["a", "b", "c"]])
+@pytest.mark.parametrize(("value", "factor"), [(float("nan"), "A"), (float("inf"), "A"), (float("nan"), "B")])
+def test_a_broken_adapter_reaches_its_own_rows_only(rows: list[Row], value: float, factor: str) -> None:
     model = several()
     batch = zoo.batch("llama")
     want = alone(model, "llama", rows, batch)
-    for p in peftree.adapters(model)["b"].parameters():
-        p.data[0, 0] = value
+    for delta in peftree.adapters(model)["b"].deltas.values():
+        delta.get_parameter(factor).data[0, 0] = value
     with torch.no_grad(), peftree.route(model, rows):
         got = zoo.output("llama", model(**batch))
         assert forms(model)
@@ -244,14 +244,12 @@ def test_stacks_end_with_the_block_or_the_adapter() -> None:
 
 def test_a_step_of_training_ends_them_too() -> None:
     """With gradients the rows run by groups, and nothing that was held before is used after."""
-    model = several().train()
+    model = several()
     rows, batch = ["a", "b", "c"], zoo.batch("llama")
     with peftree.route(model, rows):
-        model.eval()
         with torch.no_grad():
             model(**batch)
             assert forms(model)
-        model.train()
         model(**batch).logits[:, 1].square().sum().backward()
         assert not forms(model)
         got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
