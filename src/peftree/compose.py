@@ -17,7 +17,7 @@ from peftree.deltas import Delta, FusedOutput, FusedWeight, Reweight, filled
 from peftree.deltas.packed import dense, form_of, is_packed, packed_again
 from peftree.deltas.verbs import finite
 from peftree.errors import AdapterError, MergeError, PeftreeWarning
-from peftree.graft.hub import effective
+from peftree.graft.weights import effective
 from peftree.methods.contract import Fusion, Method, Recipe
 
 PACKINGS = ("refuse", "dequantize", "requantize")

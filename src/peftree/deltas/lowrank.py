@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ FAR = 0.5  # of a weight's norm, what no packing takes; four bits take a tenth
 class LowRank(Reweight):
     """`W' = W + scale * Bᵀ A` with A `[r, in]` and B `[r, out]` (B is kept transposed: its gradient is cheaper).
 
-    A subclass that computes its factors from other tensors overrides only `factors`.
+    A subclass that computes its factors from other tensors overrides only `factors`. Outside training these depend on
+    nothing but its tensors and attributes: while rows are routed, the graft keeps what they were.
+
+    Attributes:
+        changes: how often an attribute of any such delta was set.
 
     Args:
         place: where it goes.
@@ -27,6 +32,8 @@ class LowRank(Reweight):
         scale: the fixed factor.
         dropout: probability of dropping entries of the input of this term.
     """
+
+    changes: ClassVar[list[int]] = [0]
 
     def __init__(
         self, place: Place, A: nn.Parameter | None, B: nn.Parameter | None, scale: float, dropout: float = 0.0
@@ -38,6 +45,11 @@ class LowRank(Reweight):
         self.dropout = dropout
         self.lookup = place.site.kind == "embedding"
         self.quick = place.site.kind in ("linear", "conv1d", "embedding")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not torch.compiler.is_compiling():
+            LowRank.changes[0] += 1  # after it is set, so that no thread sees the number without the value
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A `[r, in]` and B `[r, out]`."""

@@ -15,8 +15,8 @@ from peftree.deltas import Reweight
 from peftree.deltas.packed import dense
 from peftree.deltas.place import read
 from peftree.evaluate.subject import Unmeasured
-from peftree.graft.hub import effective
 from peftree.graft.program import Program
+from peftree.graft.weights import effective
 from peftree.sites import Site
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)

@@ -17,12 +17,13 @@ from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
 from peftree.graft.call import PerThread, Shared
 from peftree.graft.entry import check_length, positions_of
-from peftree.graft.hub import Cell, Hub, opaque
+from peftree.graft.hub import Cell, Hub
 from peftree.graft.places import CLASS_TOKENS, LENGTH_FIRST, connects, join, refuse, slots, tower, within
 from peftree.graft.probe import Door
 from peftree.graft.stack import EndPart, EntryPart, LayerPart, ListenPart, StackPart
 from peftree.graft.state import Room, StackState, first_position
 from peftree.graft.swap import Adapted, StillPart, restore, swap
+from peftree.graft.weights import opaque
 from peftree.sites import Site
 from peftree.sites.parts import field, inside, modules_of
 

@@ -8,6 +8,7 @@ for each thread. A layer that gradient checkpointing reruns sees all of it uncha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -74,10 +75,14 @@ class PerThread(threading.local):
 
 
 class _Run(PerThread):
-    """The choice that the run in progress in this thread uses; None outside."""
+    """The choice that the run in progress in this thread uses, and the run's number; None outside."""
 
     choice: Choice | None = None
+    number: int | None = None
 
+
+NUMBERS = itertools.count()
+"""Numbers of runs, each used once."""
 
 _blocks: ContextVar[Mapping[Shared, Choice]] = ContextVar("peftree_blocks")
 _live: dict[int, weakref.ref[Shared]] = {}

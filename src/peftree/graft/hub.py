@@ -6,18 +6,19 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from peftree.deltas.lowrank import together
-from peftree.deltas.packed import dense, is_packed
+from peftree.deltas.packed import is_packed
 from peftree.deltas.place import read
-from peftree.deltas.verbs import Delta, Frozen, Host
+from peftree.deltas.verbs import Delta, Host
 from peftree.errors import AdapterError
 from peftree.graft.call import Choice, PerThread, Shared
+from peftree.graft.mixed import Mixed
 from peftree.graft.program import Program, Route, compile_program, narrowed, of_rows, spread, swapped
+from peftree.graft.weights import effective, slice_output
 from peftree.sites import Site
 
 
@@ -166,8 +167,8 @@ class Hub(Host):
     def _routed(
         self, module: nn.Module, choice: Choice, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        programs = [self.program(g.names) for g in route.groups]
-        if all(p.empty for p in programs):
+        mixed = Mixed.of(route, self)
+        if mixed.empty:
             for cell in self.sources.values():
                 cell.value = None
             return self.frozen(module, *args, **kwargs)
@@ -189,24 +190,47 @@ class Hub(Host):
             args = tuple(spread(a, route.size) for a in args)
             kwargs = {k: spread(a, route.size) for k, a in kwargs.items()}
             n = route.size
-        if all(p.after for p in programs):
+        if mixed.after:
             return self._after(module, route, n, args, kwargs, source)
         out: Tensor | None = None
-        for group, program in zip(route.groups, programs, strict=True):
+        served: list[int] = []
+        if len(args) == 1 and not kwargs and mixed.takes(route, args[0]):
+            out, served = self._together(module, mixed, route, n, args[0])
+            if out is not None and mixed.rows is None:
+                return out
+        for number, group in enumerate(route.groups):
+            if number in served:
+                continue
             rows = route.expand(group, n).to(tensors[0].device)
             some = tuple(of_rows(a, n, rows) for a in args)
             named = {k: of_rows(a, n, rows) for k, a in kwargs.items()}
             within = choice._replace(active=group.names, route=None)
             with narrowed(route, group), self.shared.keep(within):  # modules within see one group only
-                part = self._inner(module, program, some, named, {k: v[rows] for k, v in source.items()})
-            if not isinstance(part, Tensor):
-                raise AdapterError(
-                    f"{type(module).__name__} returns a {type(part).__name__}, which has no rows to route.",
-                    "Use an adapter that does not change the parameters of the whole model's own module.",
-                )
-            out = part.new_empty(n, *part.shape[1:]) if out is None else out
-            out = out.index_copy(0, rows, part)
+                given = {k: v[rows] for k, v in source.items()}
+                part = self._inner(module, mixed.programs[number], some, named, given)
+            out = self._put(module, out, n, rows, part)
         return out
+
+    def _put(self, module: nn.Module, out: Tensor | None, n: int, rows: Tensor, part: Any) -> Tensor:
+        """Put the output of some rows among those of all `n`."""
+        if not isinstance(part, Tensor):
+            raise AdapterError(
+                f"{type(module).__name__} returns a {type(part).__name__}, which has no rows to route.",
+                "Use an adapter that does not change the parameters of the whole model's own module.",
+            )
+        out = part.new_empty(n, *part.shape[1:]) if out is None else out
+        return out.index_copy(0, rows, part)
+
+    def _together(
+        self, module: nn.Module, mixed: Mixed, route: Route, n: int, x: Tensor
+    ) -> tuple[Tensor | None, list[int]]:
+        """Run the rows whose adapters are low-rank as one; return the output and which groups it serves."""
+        rows = route.expand(mixed.rows or route.groups[0], n).to(x.device)
+        some = x[rows] if mixed.rows else x
+        y = mixed.add(some, self.frozen(module, some))
+        if y is None:
+            return None, []
+        return (self._put(module, None, n, rows, y) if mixed.rows else y), mixed.low
 
     def _after(
         self,
@@ -238,7 +262,7 @@ class Hub(Host):
             with narrowed(route, group):
                 for (site, delta), own in zip(rewrites, reversed(seen), strict=True):
                     given = source[delta.reads][rows] if site.kind == "branch" else own
-                    part = _slice_output(site, part, functools.partial(delta.output, given))
+                    part = slice_output(site, part, functools.partial(delta.output, given))
             y = y.index_copy(0, rows, part)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
@@ -283,7 +307,7 @@ class Hub(Host):
         extra: tuple[Any, ...] = ()
         if isinstance(y, tuple):
             y, extra = y[0], y[1:]
-        y = _slice_output(site, y, lambda part: delta.output(source[delta.reads] if branch else seen, part))
+        y = slice_output(site, y, lambda part: delta.output(source[delta.reads] if branch else seen, part))
         return (y, *extra) if extra else y
 
     def _weights(
@@ -325,69 +349,4 @@ class Hub(Host):
         seen = delta.input(x)
         y = self._quick(module, program, depth - 1, seen, args, kwargs)
         frozen = read(module, site)
-        return _slice_output(site, y, lambda part: delta.fast(seen, part, frozen))
-
-
-def opaque(module: nn.Module) -> bool:
-    """Return whether a map or table does more than multiply by its weight or look up its rows.
-
-    Examples: rows that are scaled afterwards, an argument that is not an index (Gemma 3, BART, OPT), a normalised
-    weight. A delta must then change the weight that the forward reads. A packed (quantised) weight cannot be changed.
-    """
-    base = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
-    weight = module._parameters.get("weight")
-    if base is None or weight is None or type(module).forward is base.forward:
-        return False
-    whole = not isinstance(module, nn.Linear) or weight.shape == (module.out_features, module.in_features)
-    return whole and weight.is_floating_point()
-
-
-def effective(module: nn.Module, program: Program) -> dict[str, Tensor | None]:
-    """Return the parameters of `module` as the reweights of `program` change them, in the module's own layout."""
-    out: dict[str, Tensor | None] = dict(module._parameters)
-    for site, delta in program.reweights:
-        frozen = read(module, site, out)
-        W, b = frozen.weight, frozen.bias
-        new = delta.changed(Frozen(W, b))
-        name, old = site.bias or "bias", out[site.parameter]
-        assert old is not None
-        whole = old if site.rows is None else dense(module, old)
-        if new.bias is not b:
-            out[name] = _patch_bias(out.get(name), whole, new.bias, site)
-        if new.weight is not W:
-            out[site.parameter] = _patch(whole, new.weight, site)
-    return out
-
-
-def _patch_bias(old: Tensor | None, W: Tensor, new: Tensor | None, site: Site) -> Tensor | None:
-    """Put a slice's new bias among the other rows, which get zeros if the module has no bias."""
-    if new is None or site.rows is None:
-        return new
-    old = new.new_zeros(W.shape[1 if site.kind == "conv1d" else 0]) if old is None else old
-    return torch.cat([old[: site.rows[0]], new, old[site.rows[1] :]])
-
-
-def _patch(old: Tensor, new: Tensor, site: Site) -> Tensor:
-    """Put a view's new value back into the layout of the parameter it came from."""
-    whole = site.rows is None
-    if site.unit_offset:
-        return new - 1
-    if site.kind == "conv" or site.split:
-        return (new.t() if site.split == "out" else new).reshape(old.shape)
-    if site.kind in ("conv1d", "embedding"):
-        new = new.t()
-        if whole:
-            return new
-        a, z = site.rows  # type: ignore[misc]
-        return torch.cat([old[:, :a], new, old[:, z:]], dim=1)
-    if whole:
-        return new
-    a, z = site.rows  # type: ignore[misc]
-    return torch.cat([old[..., :a, :], new, old[..., z:, :]], dim=-2)
-
-
-def _slice_output(site: Site, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    if site.rows is None:
-        return change(y)
-    a, z = site.rows
-    return torch.cat([y[..., :a], change(y[..., a:z].contiguous()), y[..., z:]], dim=-1)
+        return slice_output(site, y, lambda part: delta.fast(seen, part, frozen))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from peftree.errors import AdapterError
-from peftree.graft.hub import Hub, effective
+from peftree.graft.hub import Hub
+from peftree.graft.weights import effective
 
 _GET = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_meta")
 _CALL = ("size", "dim", "numel", "stride", "element_size", "is_floating_point")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from peftree.errors import PeftreeWarning, plain
-from peftree.graft.call import Choice
+from peftree.graft.call import NUMBERS, Choice
 from peftree.graft.hub import Hub
 from peftree.graft.patched import PatchedHub
 from peftree.graft.swap import Adapted
@@ -53,6 +53,8 @@ class Door:
             watch = Watch(module, hub, self.whole, choice) if choice.names & self.fresh else None
         if self.whole and shared.looks:
             choice = choice._replace(labels=kwargs.get("labels"))
+        if not torch.compiler.is_compiling():
+            shared.run.number = next(NUMBERS)
         with shared.keep(choice), watch.mode if watch is not None and watch.mode.owners else contextlib.nullcontext():
             out = run()
         if watch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,10 +104,20 @@ class Route:
     Attributes:
         groups: a partition of the rows.
         size: number of rows.
+        mixed: by hub, what is held while rows are routed so (`graft.mixed`).
+        checked: the number of the last run in which it was compared with what it was made from.
     """
 
     groups: list[Group]
     size: int
+    mixed: dict[Any, Any] = field(default_factory=dict, repr=False)
+    checked: int | None = None
+
+    @functools.cached_property
+    def owners(self) -> list[int]:
+        """The number of each row's group."""
+        found = {row: number for number, group in enumerate(self.groups) for row in group.rows.tolist()}
+        return [found[row] for row in range(self.size)]
 
     def expand(self, group: Group, n: int) -> Tensor:
         """Return the rows of `group` in a tensor whose first dimension `n` is a multiple of the batch."""
