@@ -311,6 +311,7 @@ MORE: dict[str, tuple[Row, Row]] = {
     "image-text-to-text": ({"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}),
 }
 CUT = broken(1, None)[0]["image"]["bytes"][:-30]
+LONG = "iVBORw0KGgo/" * 900  # bytes written as text
 FAULTS: list[tuple[Any, str]] = [
     (
         {"bytes": b"no image", "path": "a.png"},
@@ -322,6 +323,8 @@ FAULTS: list[tuple[Any, str]] = [
     (None, r"1 of 20 rows lack .*image.*: .*a\.parquet row 17\."),
     ({"bytes": None, "path": "9.png"}, r"a\.parquet row 17: there is no image '9\.png'"),
     ({"bytes": None, "path": "/etc/passwd"}, r"a\.parquet row 17: the image '/etc/passwd' leaves .*save_to_disk"),
+    ({"bytes": None, "path": LONG}, rf"a\.parquet row 17: there is no image '{LONG[:80]}\.\.'\."),
+    ({"bytes": None, "path": f"data:{LONG}"}, rf"a\.parquet row 17: the image 'data:{LONG[:75]}\.\.' leaves "),
 ]
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -229,16 +230,16 @@ def image_in(folder: Path, name: str, where: str) -> str:
     if isinstance(name, Held):
         check_image(name, f"{where}: its image")
         return name
-    path = PurePosixPath(name)
+    path, shown = PurePosixPath(name), name if len(name) <= 80 else f"{name[:80]}.."
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         raise DataError(
-            f"{where}: the image '{name}' leaves {folder}.",
+            f"{where}: the image '{shown}' leaves {folder}.",
             "Name images relative to the file of the rows, or put them into it: save_to_disk of datasets does.",
         )
     file = folder / path
-    if not file.is_file():
-        near = [p.name for p in file.parent.iterdir()][:500] if file.parent.is_dir() else []
-        raise DataError(f"{where}: there is no image '{name}'.", did_you_mean(file.name, near[:50], "In its folder"))
+    if not os.path.isfile(file):  # False also for what is no name at all, as an image written as text
+        near = [p.name for p in file.parent.iterdir()][:50] if os.path.isdir(file.parent) else []
+        raise DataError(f"{where}: there is no image '{shown}'.", did_you_mean(file.name[:80], near, "In its folder"))
     check_image(str(file))
     return str(file)
 
