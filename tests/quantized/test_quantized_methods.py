@@ -17,7 +17,7 @@ from peftree import registry
 from peftree.deltas import place
 from peftree.deltas.packed import dense, is_packed, keep_gradients
 from peftree.errors import MergeError, MethodError, PeftreeWarning, SiteError, StoreError
-from peftree.graft import hub
+from peftree.graft import weights
 from peftree.store.fingerprint import fingerprint
 from quantized.llama import KINDS, Loader, logits, tokens
 
@@ -183,7 +183,7 @@ def test_a_quick_form_unpacks_nothing(load: Loader, monkeypatch: pytest.MonkeyPa
         seen.append(type(tensor).__name__)
         return dense(module, tensor)
 
-    for module in (place, hub):
+    for module in (place, weights):
         monkeypatch.setattr(module, "dense", counted)
     for method, unpacked in (("lora", 0), ("ia3", 0), ("oft", 0), ("dora", 4), ("full", 14)):
         model, _ = _adapted(load, "nf4", method)
