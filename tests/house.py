@@ -71,7 +71,7 @@ ROOMS = {
     "graft": 3490,
     "loss": 540,
     "store": 4425,
-    "data": 1560,
+    "data": 1570,
     "tasks": 2600,
     "evaluate": 1400,
     "runs": 450,

@@ -434,3 +434,14 @@ def test_advice_reads_them_and_tries_methods_on_them(vit: str, image_data: Path,
     again = load_data(subset.train, valid=subset.valid)
     assert again.task == "image-classification" and len(again.train) == 4
     assert {content(r.source) for r in again.train} <= {content(r.source) for r in held.train}
+
+
+def test_images_beside_a_text_and_a_label_are_not_dropped_without_a_word(files: list[Path], tmp_path: Path) -> None:
+    held = [{"bytes": files[i % 2].read_bytes(), "path": None} for i in range(6)]
+    table = {"text": ["good", "bad"] * 3, "label": ["a", "b"] * 3, "photo": held}
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    data = load_data(tmp_path / "rows.parquet")
+    assert data.task == "text-classification"
+    assert "the images in photo are not read by text-classification: set task to use them" in data.warnings
+    named = load_data(tmp_path / "rows.parquet", task="text-classification")
+    assert not any("photo" in line for line in named.warnings)

@@ -105,6 +105,7 @@ def load_data(
     if labels and task_facts(kind).modality == "language":
         check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
     _check_layouts(rows, paths)
+    warnings += _unread(paths["train"], kind) if task is None else []
     warnings += _shared_rows(rows, task_facts(kind).modality != "language")
     if "valid" not in rows:
         rows["train"], rows["valid"] = _hold_out(rows["train"], bool(labels), seed)
@@ -115,6 +116,14 @@ def load_data(
         check_labels(rows[split], labels, split)
     held = tuple(rows["valid"]), tuple(rows.get("test", ()))
     return Data(kind, tuple(rows["train"]), *held, labels, tuple(warnings))
+
+
+def _unread(path: Path, kind: str) -> list[str]:
+    """Return a line for each column of images that a task of texts, which was inferred, does not read."""
+    if task_facts(kind).modality != "language":
+        return []
+    found = [name for name, value in next(iter(records(path)))[1].items() if holds(value)]
+    return [f"the images in {name} are not read by {kind}: set task to use them" for name in found]
 
 
 def _check_layouts(rows: Mapping[str, Sequence[Example]], paths: Mapping[str, Path]) -> None:
