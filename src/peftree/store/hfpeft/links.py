@@ -20,7 +20,8 @@ class InexpressibleError(StoreError):
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"PEFT's format cannot hold this adapter: {reason}.", 'Save it with format="native".')
+        what = f"PEFT's format cannot hold this adapter: {reason}."
+        super().__init__(what, 'Save it with format="native", as the folder adapter of a run is.')
 
 
 @dataclass(frozen=True)
