@@ -17,6 +17,7 @@ from peftree.deltas import dropped, fused, lowrank_linear
 from peftree.deltas.fused import fast_forms
 from peftree.deltas.scaled import scaled
 from peftree.evaluate.cost import saved_bytes
+from sampled import quick
 
 
 @pytest.mark.parametrize("case", ["", "bias", "dropout", "in place", "a zero", "frozen A", "checkpointed"])
@@ -52,7 +53,7 @@ def test_dora_is_the_plain_expression(case: str, monkeypatch: pytest.MonkeyPatch
     assert all(far(a, e) < 1e-12 for a, e in zip(got, grads_of(plain(x), leaves), strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert_cls", "vit"])
+@pytest.mark.parametrize("name", quick(["llama", "bert_cls", "vit"]))
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
 def test_dora_keeps_less_and_is_the_same(name: str, low: torch.dtype | None) -> None:
     model, batch = zoo.build(name), zoo.batch(name)

@@ -24,6 +24,7 @@ from peftree.deltas import dropped, fused, lowrank, lowrank_linear
 from peftree.deltas.fused import fast_forms
 from peftree.deltas.rebuild import recipe
 from peftree.evaluate.cost import saved_bytes
+from sampled import quick
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -79,7 +80,7 @@ def test_under_autocast_it_is_the_plain_form(low: torch.dtype, wide: tuple[bool,
         assert relative(mine, exact) <= 1.05 * relative(usual, exact)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert_cls", "vit"])
+@pytest.mark.parametrize("name", quick(["llama", "bert_cls", "vit"]))
 @pytest.mark.parametrize("low", LOW)
 def test_a_model_under_autocast_takes_it_and_keeps_less(
     name: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +169,7 @@ def test_dropout_is_autograd_with_the_same_mask(
     assert all(far(a, c) < 1e-12 for a, c in zip(fast, grads_of(plain, [start, A, B]), strict=True))
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("p", quick([0.3, 0.05, 0.5]))
 def test_every_entry_is_dropped_with_probability_p_and_alone(p: float) -> None:
     """Frequencies, variance of their number and covariances of 24,000 masks, each within 5 standard errors."""
     size, times = 40, 24_000

@@ -29,6 +29,7 @@ import peftree
 from peftree.deltas.packed import dense, is_packed, keep_gradients
 from peftree.errors import MethodError
 from quantized.llama import KINDS, Loader, loaded, logits, tokens
+from sampled import quick
 
 R = 4
 FOUR: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
@@ -48,7 +49,7 @@ def _left(model: Any, adapter: Any, plain: dict[str, Tensor]) -> list[tuple[floa
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, 2))
 @pytest.mark.parametrize("fields", [{"alpha": 4.0}, {"alpha": 32.0}, {"rank_stabilized": True}], ids=str)
 def test_the_start_is_the_best_of_its_rank(kind: str, fields: dict[str, Any], load: Loader) -> None:
     model, twin = load(kind), load("none")

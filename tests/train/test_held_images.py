@@ -31,6 +31,7 @@ from peftree.settings import RunConfig
 from peftree.tasks import build_task
 from peftree.train.output import _rows
 from peftree.train.run import open_run, run
+from sampled import quick
 from train.seeing import saved
 from train.test_image_text import task
 from train.tiny import PIXELS
@@ -236,7 +237,7 @@ QUESTIONS: dict[str, Callable[[str, str], Row]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick(FORMS, 3))
 @pytest.mark.parametrize("layout", QUESTIONS)
 def test_questions_about_images_are_those_about_their_files(
     layout: str, form: Form, files: list[Path], tmp_path: Path
@@ -328,7 +329,7 @@ FAULTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", quick(MORE))
 @pytest.mark.parametrize(("bad", "why"), FAULTS)
 def test_a_faulty_image_is_named_before_a_model_loads(bad: Any, why: str, name: str, tmp_path: Path) -> None:
     rows = [row | MORE[name][n % 2] for n, row in enumerate(broken(20, bad))]
