@@ -70,7 +70,8 @@ _SCRATCH: dict[Any, Callable[[Sequence[Any]], int]] = {
 _GROUPED = torch.ops.aten._grouped_mm.default
 _IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_add.default}
 # Arithmetic with a Python number makes a tensor of it, and of that one in the dtype of the result.
-_ARITHMETIC = {getattr(torch.ops.aten, name) for name in ("add", "sub", "rsub", "mul", "div")}
+_KINDS = ("add", "sub", "rsub", "mul", "div", "remainder", "add_", "sub_", "mul_", "div_", "remainder_")
+_ARITHMETIC = {getattr(torch.ops.aten, name) for name in _KINDS}
 _SAVES_NUMBER = {torch.ops.aten.mul, torch.ops.aten.div}  # which then stays for the backward pass
 
 
