@@ -3,18 +3,22 @@
     python benchmarks/loss.py [--rounds 5]
 
 LoRA on all linear maps, 8 x 128 tokens, float32, AdamW; with a label for each token, and for the second half of each
-row, as where a prompt comes first. Time, saved bytes and peak are those of `benchmarks/step.py`.
+row, as where a prompt comes first. Time, saved bytes and peak are those of `benchmarks/step.py`. A second table is of
+scoring such batches with the base.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 
 import torch
 from step import Step, compare, ours, peak_bytes, smol, spread, theirs, variants
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftree.evaluate.cost import saved_bytes
+from peftree.evaluate.cost import allocator_peak, saved_bytes
+from peftree.evaluate.quality import completed, evaluating
 from peftree.loss import deferred
 
 
@@ -24,6 +28,19 @@ class Chunked(Step):
     def loss(self) -> Tensor:
         with deferred(self.model):
             return super().loss()
+
+
+def scored(model: nn.Module, batch: dict[str, Tensor], rounds: int) -> tuple[float, list[int]]:
+    """Return the CPU time of scoring a batch in chunks over that with whole logits, and the peak of both in bytes."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    with evaluating(model):
+        for turn in range(rounds + 1):
+            for on in seconds:
+                begin = time.process_time()
+                completed(model, batch, on)
+                seconds[on] += [time.process_time() - begin] if turn else []
+        peaks = [allocator_peak(lambda on=on: completed(model, batch, on)) for on in seconds]  # type: ignore[misc]
+    return statistics.median(a / b for a, b in zip(seconds[True], seconds[False], strict=True)), peaks
 
 
 def main() -> None:
@@ -55,6 +72,12 @@ def main() -> None:
             print(
                 f"| {labels} | {name} | {figures} | {peak[name] >> 20} | {peak[name] / peak['PEFT']:.2f} |", flush=True
             )
+    print("\n| scored | CPU time, chunks / whole | peak in chunks, MiB | whole, MiB |\n|---|--:|--:|--:|")
+    base.requires_grad_(False)
+    for labels, target in (("all tokens", ids), ("half", half)):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": target}
+        share, (chunks, whole) = scored(base, batch, rounds)
+        print(f"| {labels} | {share:.2f} | {chunks >> 20} | {whole >> 20} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,22 +23,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from step import ALL, smol
+from transformers import DynamicCache
 
 import peftree
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = ((8, 128, 4), (8, 128, 8), (32, 1, 4), (32, 1, 8), (32, 1, 32))  # rows, tokens, adapters
 GOALS = {(8, 128, 8): 1.10, (32, 1, 32): 1.40}
 PAST = 64  # tokens in the cache before one is decoded
-
-
-def base(layers: int, dtype: torch.dtype) -> Any:
-    """Return the bare model."""
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers}
-    config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152)
-    return LlamaModel(config).to(dtype).eval()
 
 
 def ours(model: Any, adapters: int) -> Any:
@@ -96,7 +88,7 @@ def held(model: Any) -> int:
 def measure(case: tuple[int, int, int], layers: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Return the ratios of one case to the bare base, and the base's milliseconds."""
     rows, tokens, adapters = case
-    plain, names = base(layers, dtype), [f"a{row % adapters}" for row in range(rows)]
+    plain, names = smol(layers, False).to(dtype).eval(), [f"a{row % adapters}" for row in range(rows)]
     mine, other, solo = ours(plain, adapters), theirs(plain, adapters), ours(plain, 1)
     again = step(mine, rows, tokens)
 

@@ -182,15 +182,13 @@ def reason(row: Row, bar: float, frozen: float) -> str:
     factor = max(below, key=lambda f: sum(below[f]))
     losses = row.losses[factor]
     at = "the default rate" if factor == 1 else f"{factor} x"
-    if any(below[factor]):
+    if count := sum(below[factor]):
         span = f"{min(losses):.3f} to {max(losses):.3f}"
-        return (
-            f"at {at}, {sum(below[factor])} of {len(losses)} seeds are below ({span}); it depends on start and order."
-        )
-    far = max(abs(loss - frozen) for every in row.losses.values() for loss in every)
+        return f"at {at}, {count} of {len(losses)} seeds are below ({span}); it depends on start and order."
+    every = [loss for losses in row.losses.values() for loss in losses]
+    far = max(abs(loss - frozen) for loss in every)
     if far <= STILL * frozen:
         return f"it hardly moves in so few steps: no loss is further than {far:.4f} from the frozen model's."
-    every = [loss for losses in row.losses.values() for loss in losses]
     return f"its loss is above at every rate ({min(every):.3f} to {max(every):.3f})."
 
 

@@ -240,11 +240,8 @@ def adapt(
         raise AdapterError(f"sources={sources!r} is one string.", "Pass a list of adapter names: sources=['a', 'b'].")
     members = {n: known(record_of(model), n) for n in sources}
     made = made.of([a.method for a in members.values()]) if members else made
-    with contextlib.ExitStack() as inside:
-        if adapters(model):
-            inside.enter_context(disabled(model))  # a start is made from the base alone
-        if members:
-            inside.enter_context(filled())  # by `take`
+    alone = disabled(model) if adapters(model) else contextlib.nullcontext()  # a start is made from the base alone
+    with alone, filled() if members else contextlib.nullcontext():  # by `take`
         entries, with_head = build(model, made, head, seed)
     take(entries, {n: a.entries for n, a in members.items()})
     return install(model, name, made, entries, with_head, seed)

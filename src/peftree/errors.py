@@ -96,6 +96,15 @@ class AssetError(PeftreeError, RuntimeError):
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of what an error says, or its kind, at most 200 characters and without a full stop.
+
+    >>> first_line(ValueError("No such column.\nSee the log."))
+    'No such column'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
 def plain(text: str) -> str:
     r"""Return `text` on one line, without control characters and with long values cut.
 

@@ -75,16 +75,17 @@ def test_the_switch_computes_whole_logits() -> None:
     assert found.values == pytest.approx(whole.values, rel=1e-6) and found.items == pytest.approx(whole.items, rel=1e-6)
 
 
+@pytest.mark.parametrize("row", [0, -1])
 @pytest.mark.parametrize("name", ["llama", "gemma2 capped"])
-def test_a_value_that_is_not_finite_in_the_last_chunk_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_is_not_finite_is_seen_in_any_chunk(name: str, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = _asked(name)
     monkeypatch.setattr(chunked, "_FEWEST", 3)
     monkeypatch.setitem(chunked._CHUNK, "cpu", 0)
-    at = int(batch["labels"][-1].ne(-100).nonzero()[-1]) - 1
+    at = int(batch["labels"][row].ne(-100).nonzero()[row]) - 1  # the first or the last scored place
 
     def spoil(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         out = out.clone()
-        out[-1, at] = torch.nan
+        out[row, at] = torch.nan
         return out
 
     model.model.norm.register_forward_hook(spoil)  # type: ignore[union-attr,operator]

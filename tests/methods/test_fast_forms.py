@@ -191,7 +191,7 @@ def test_every_entry_is_dropped_with_probability_p_and_alone(p: float) -> None:
 
 
 def test_masks_come_from_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two draws whatever is dropped, so that the stream goes on the same way; equal states give equal masks."""
+    """Two draws whatever is dropped, so that the stream continues in the same way; equal states give equal masks."""
     cpu, after = torch.device("cpu"), []
     for shape, p in (((3, 4), 0.1), ((200, 300), 0.1)):
         torch.manual_seed(3)

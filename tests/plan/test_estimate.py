@@ -282,3 +282,13 @@ def test_cudas_autocast_leaves_norms_in_float32() -> None:
             assert torch.nn.functional.linear(x.float(), x.float()).dtype == torch.bfloat16
     with step.Fused("bf16"):
         assert torch.softmax(x, -1).dtype == torch.bfloat16
+
+
+def test_compiled_passes_are_planned_with_whole_logits_and_scores_without(folders: dict[str, Path]) -> None:
+    asked = {"model": str(folders["llama"]), "method": "lora", "max_length": 32, "batch_size": 8, "device": "cpu"}
+    chunks, compiled, whole = (
+        plan(request(**asked, config={"vocab_size": 4096}, **more))
+        for more in ({}, {"compile": True}, {"chunked_loss": False})
+    )
+    assert compiled.phases["backward"] == whole.phases["backward"] > chunks.phases["backward"]
+    assert compiled.phases["scoring"] == chunks.phases["scoring"] < whole.phases["scoring"]

@@ -190,3 +190,17 @@ def test_operations_of_a_linear_map_are_two_a_weight_and_row() -> None:
 def test_attentions_are_those_that_were_asked_for() -> None:
     peaks = {a: plantruth.traced("llama", plantruth.asked("llama", "lora", a)).timeline.peak() for a in ATTENTIONS}
     assert peaks["sdpa"] != peaks["eager"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "remainder", "add_", "sub_", "mul_", "remainder_"])
+def test_numbers_in_arithmetic_take_what_the_allocator_gives(name: str, dtype: torch.dtype) -> None:
+    x = torch.ones(50, dtype=dtype)
+
+    def step() -> None:
+        getattr(x, name)(3)
+
+    step()
+    line, _ = record([("step", step)], Ledger([x]))
+    with plantruth.quiet():
+        assert line.peak() == allocator_peak(step) > 0

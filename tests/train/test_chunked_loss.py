@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftree
 import zoo
-from peftree.loss import Logits, chunked
+from peftree.data.rows import load_data
+from peftree.evaluate import quality
+from peftree.loss import Logits, chunked, deferred
 from peftree.settings import load_config
+from peftree.tasks import Options, build_task
 from peftree.tasks.base import IGNORED
 from peftree.train.run import complete
 from peftree.train.trainer import AdapterTrainer
@@ -170,3 +173,20 @@ def test_a_trainer_with_a_loss_of_its_own_trains(tmp_path: Path, capsys: pytest.
     ids = torch.randint(3, 60, (8, 12)).tolist()
     _Own(adapter, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
     assert "step 3: gradients 28/28 finite and non-zero, optimizer 28/28 tensors\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_setting_reaches_scores(on: bool, decoder: str, prompt_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_data(prompt_data)
+    task = build_task(decoder, data, Options(chunked_loss=on))
+    items, seen = task.items(data.test[:4]), list[bool]()
+
+    def noted(model: nn.Module, chunks: bool) -> Any:
+        seen.append(chunks)
+        return deferred(model, chunks)
+
+    monkeypatch.setattr(quality, "deferred", noted)
+    task.score(items, 4)
+    with quality.evaluating(task.model):
+        task.read(next(task.batches(items, 4)))
+    assert seen == [on] * 2

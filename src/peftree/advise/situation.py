@@ -12,6 +12,7 @@ from typing import Any
 
 from peftree import sites
 from peftree.catalogue import Kind, Modality, task_facts
+from peftree.data.exchange import shown
 from peftree.data.picture import opened
 from peftree.data.rows import Data
 from peftree.plan import skeleton
@@ -172,10 +173,8 @@ def _counts(texts: Sequence[str], source: str) -> tuple[list[int], bool]:
 
 
 def _side(data: Data) -> int:
-    row = data.train[0]
-    first = next((image for turn in row.turns for image in turn.images), "" if row.turns else row.source)
-    if not first:
+    images = shown(data.train[0])
+    if not images:
         return 0
-    with opened(first) as image:
-        width, height = image.size
-        return int(max(width, height))
+    with opened(images[0]) as image:
+        return int(max(image.size))

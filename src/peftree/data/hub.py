@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import parse_qs
 
-from peftree.errors import DataError
+from peftree.errors import DataError, first_line
 from peftree.settings import HUB
 from peftree.trusted import on_hub
 
@@ -38,7 +38,7 @@ def rows(source: object) -> Iterator[tuple[str, dict[str, Any]]]:
         found = load_dataset(name, asked.get("config"), split=split, streaming=bool(most))
     except Exception as error:  # noqa: BLE001  a builder's own error, of any kind, says what the hub's files lack
         raise DataError(
-            f"{name}, split {split}: {_first(error)}.",
+            f"{name}, split {split}: {first_line(error)}.",
             "Name one of its splits and configurations: {hub: .., split: .., config: ..}.",
         ) from None
     inside = any(map(require_storage_embed, (found.features or {}).values()))
@@ -47,9 +47,5 @@ def rows(source: object) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = (embed_table_storage(table) if inside else table).to_pylist()[0]
         except Exception as error:  # noqa: BLE001  each file system that an image may be in has its own
-            raise DataError(f"{where}: an image cannot be read: {_first(error)}.", "Replace it.") from None
+            raise DataError(f"{where}: an image cannot be read: {first_line(error)}.", "Replace it.") from None
         yield where, record
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

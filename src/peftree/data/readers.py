@@ -237,7 +237,7 @@ def image_in(folder: Path, name: str, where: str) -> str:
             "Name images relative to the file of the rows, or put them into it: save_to_disk of datasets does.",
         )
     file = folder / path
-    if not os.path.isfile(file):  # False also for what is no name at all, as an image written as text
+    if not os.path.isfile(file):  # False also for what cannot be a name, as an image written as text
         near = [p.name for p in file.parent.iterdir()][:50] if os.path.isdir(file.parent) else []
         raise DataError(f"{where}: there is no image '{shown}'.", did_you_mean(file.name[:80], near, "In its folder"))
     check_image(str(file))
@@ -256,7 +256,7 @@ def check_image(image: str, name: str = "") -> None:
         raise DataError("Reading images needs Pillow.", "Run: pip install 'peftree[data]'.") from None
     try:
         with opened(image) as file:
-            file.draft("RGB", (32, 32))  # a JPEG is then decoded small, but read to its end
+            file.draft("RGB", (32, 32))  # a JPEG is then decoded small, but read whole
             file.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise broken(name or image, error) from None

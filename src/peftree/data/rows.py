@@ -97,15 +97,14 @@ def load_data(
         DataError: a file, column, value or image is missing or unreadable, or a label is not in training.
     """
     paths = _paths(Path(train), valid, test)
-    kind = task or _infer(paths["train"], columns or {})
     warnings: list[str] = []
+    kind = task or _infer(paths["train"], columns or {}, warnings)
     rows = {split: _read(path, kind, columns or {}, skip_empty, warnings) for split, path in paths.items()}
     least = 2 if task_facts(kind).kind == "understanding" else 1
     labels = classes_of(rows["train"], least) if task_facts(kind).classes else ()
     if labels and task_facts(kind).modality == "language":
         check_classes(labels, rows["train"], task is None, (columns or {}).get("label", "label"), warnings)
     _check_layouts(rows, paths)
-    warnings += _unread(paths["train"], kind) if task is None else []
     warnings += _shared_rows(rows, task_facts(kind).modality != "language")
     if "valid" not in rows:
         rows["train"], rows["valid"] = _hold_out(rows["train"], bool(labels), seed)
@@ -116,14 +115,6 @@ def load_data(
         check_labels(rows[split], labels, split)
     held = tuple(rows["valid"]), tuple(rows.get("test", ()))
     return Data(kind, tuple(rows["train"]), *held, labels, tuple(warnings))
-
-
-def _unread(path: Path, kind: str) -> list[str]:
-    """Return a line for each column of images that a task of texts, which was inferred, does not read."""
-    if task_facts(kind).modality != "language":
-        return []
-    found = [name for name, value in next(iter(records(path)))[1].items() if holds(value)]
-    return [f"the images in {name} are not read by {kind}: set task to use them" for name in found]
 
 
 def _check_layouts(rows: Mapping[str, Sequence[Example]], paths: Mapping[str, Path]) -> None:
@@ -162,7 +153,8 @@ def _split_in(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _infer(path: Path, columns: Mapping[str, str]) -> str:
+def _infer(path: Path, columns: Mapping[str, str], warnings: list[str]) -> str:
+    """Return the task that rows are for; add to `warnings` which images it does not read."""
     listed = metadata(path)
     if listed and not shows(next(iter(records(listed)))[1]):
         paired = [t for t in tasks() if task_facts(t).modality == "vision-language"]
@@ -177,13 +169,15 @@ def _infer(path: Path, columns: Mapping[str, str]) -> str:
         return PICTURED
     fits = [t for t in tasks() if _fits(t, columns, names)]
     if not columns and layout(record) not in ("", "text") and set(fits) <= {"generation"}:
-        return "generation"
+        fits = ["generation"]
     if not fits and set(columns) <= set(_LABELLED) and all(columns.get(n, n) in names for n in _LABELLED):
         return "image-classification"
     if wrong := next(((our, name) for our, name in columns.items() if name not in names), None):
         raise _lacks(str(path), *wrong, record)
     if len(fits) != 1:
         raise _columns_error(path, names, record)
+    images = [name for name, value in record.items() if holds(value) and task_facts(fits[0]).modality == "language"]
+    warnings += [f"the images in {name} are not read by {fits[0]}: set task to use them" for name in images]
     return fits[0]
 
 

@@ -189,11 +189,9 @@ def fast_forms(on: bool) -> Iterator[None]:
 
 def fast_forms_on(x: Tensor) -> bool:
     """Return whether an autograd function may stand for operations on `x`: not if compiled, traced or transformed."""
-    compiled = torch.compiler.is_compiling() or torch._C._is_tracing()
-    taken = (
-        compiled or torch._C._are_functorch_transforms_active() or x.device.type == "meta"
-    )  # which knows no autocast
-    return _on[0] and not taken
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return _on[0] and x.device.type != "meta"  # for which torch has no autocast
 
 
 def fusable(x: Tensor, W: Tensor, b: Tensor | None, p: float = 0.0) -> bool:

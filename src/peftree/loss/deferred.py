@@ -37,7 +37,7 @@ class Waiting:
     Attributes:
         count: the number of labelled places, if they cannot be counted (in a plan).
         skipped: floating-point operations of chunks that a plan leaves out, since others hold the same.
-        reads: how often logits were computed whole, because something but a loss read them.
+        reads: how often logits were computed because something but a loss read them, whole or some places of them.
     """
 
     count: int | None = None

@@ -14,7 +14,7 @@ from peftree.data.chats import ASKS, IMAGE, Turn, Turns
 from peftree.data.exchange import given, shown
 from peftree.data.picture import read_picture
 from peftree.data.rows import Data, Example
-from peftree.errors import ConfigError, DataError
+from peftree.errors import ConfigError, DataError, first_line
 from peftree.tasks.base import IGNORED, Batch, Options, Rows, Task
 from peftree.tasks.base import pad as padded
 from peftree.tasks.generation import Generation
@@ -108,7 +108,7 @@ class ImageText(Generation):
             found = processor.tokenizer, processor.image_processor
         except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
             raise ConfigError(
-                f"model: {model} has no processor of images and text: {_first(error)}.",
+                f"model: {model} has no processor of images and text: {first_line(error)}.",
                 "Use a model whose folder has a processor_config.json or preprocessor_config.json.",
             ) from None
         net, fresh = load(AutoModelForImageTextToText, model, config, options)
@@ -118,7 +118,7 @@ class ImageText(Generation):
             task._processed([processor.image_token], [[Image.new("RGB", (64, 64))]])
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
-                f"model: {model}: its {type(processor).__name__} reads no image: {_first(error)}.",
+                f"model: {model}: its {type(processor).__name__} reads no image: {first_line(error)}.",
                 "Its processor_config.json lacks what the model needs, such as patch_size.",
             ) from None
         return task, fresh
@@ -200,7 +200,7 @@ class ImageText(Generation):
             made = self._processed([text], [[read_picture(name) for name in images]], begins)
         except (OSError, ValueError, SyntaxError, TypeError, IndexError) as error:
             raise DataError(
-                f"{where}: the {type(self.processor).__name__} refuses its images: {_first(error)}.",
+                f"{where}: the {type(self.processor).__name__} refuses its images: {first_line(error)}.",
                 "Replace or leave them out.",
             ) from None
         told = {name: value[0].tolist() for name, value in made.items() if name.endswith(("input_ids", "type_ids"))}
@@ -248,10 +248,6 @@ class ImageText(Generation):
 def _turns(row: Example) -> Turns:
     """Return the turns of a row; of one of an image and a text, they ask for the text."""
     return row.turns or (Turn("user", IMAGE + ASKS, images=(row.source,)), Turn("assistant", row.target))
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def _join(kinds: dict[str, list[int]], here: Mapping[str, list[int]], done: int, count: int) -> None:
