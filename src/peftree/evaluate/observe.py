@@ -34,7 +34,6 @@ def without(adapter: Adapter, deltas: Collection[Delta]) -> Iterator[None]:
                 for verb in ("reweights", "rewrites", "attends", "prepends", "sides")
             }
             left = [d for d in whole.fused if id(d) not in off]
-            hub.programs.clear()  # what an open route holds for these rows is made again
             hub.programs[names] = replace(whole, **verbs, fused=left)
         yield
     finally:
