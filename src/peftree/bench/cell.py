@@ -11,12 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peftree.adapter import disabled
 from peftree.data.rows import Example, load_data
 from peftree.errors import DivergedError, MethodError, SiteError
-from peftree.evaluate.quality import Scores
+from peftree.evaluate.quality import Scores, aggregated
 from peftree.evaluate.subject import Row, Subject
 from peftree.probes import register_folder, run_probes
 from peftree.runs.record import Run, RunRecord
@@ -73,8 +71,7 @@ def _found(job: dict[str, Any], run: Run, opened: OpenRun) -> dict[str, Any]:
             probes |= run_probes(_subject(job, opened, Path(scratch)), job["probes"])
     if job.get("stages"):
         probes["sequence"], items = _sequence(job, opened)
-        mean = float(np.mean(items))
-        score, values = (float(np.exp(mean)) if run.aggregate == "exp_mean" else mean), {}
+        score, values = aggregated(items, run.aggregate), {}
     return {
         "score": score, "items": _rounded(items), "base_items": _rounded(run.base_items), "values": values,
         "probes": probes, "allocator_peak_bytes": peak,

@@ -53,6 +53,12 @@ class Scores:
         return " and ".join(found)
 
 
+def aggregated(items: Sequence[float], aggregate: str) -> float:
+    """Return the primary metric of items: their mean, or for `exp_mean` its exponential, which stays finite."""
+    mean = float(np.mean(items))
+    return math.exp(min(mean, 700.0)) if aggregate == "exp_mean" else mean
+
+
 def _commonest(wanted: Sequence[Any]) -> float:
     """Return the share of the commonest of `wanted`."""
     return max(Counter(wanted).values()) / len(wanted)
@@ -119,10 +125,9 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]], chunked: bo
             items += losses
             shares += hits
     _check_count(items)
-    mean = float(np.mean(items))
     values = {
-        "perplexity": math.exp(min(mean, 700.0)),
-        "nll": mean,
+        "perplexity": aggregated(items, "exp_mean"),
+        "nll": float(np.mean(items)),
         "token_accuracy": float(np.mean(shares)),
         "exact_match": float(np.mean([share == 1.0 for share in shares])),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
@@ -87,6 +86,8 @@ class Noise(Probe):
         and seed; a higher severity keeps the damage of the lower ones and adds to it. A short text may stay whole at a
         low severity: over many texts the shares are those of `LETTERS` and `WORDS`.
         """
+        from peftree.evaluate.quality import aggregated
+
         chosen = some(subject.rows, self.limit)
         texts = {
             (kind, severity): [damage(row.source, kind, severity, index) for index, row in chosen]
@@ -102,8 +103,7 @@ class Noise(Probe):
         known = [{text: next(items) for text in each} for each in variants]
 
         def total(column: list[str]) -> float:
-            mean = sum(item[text] for item, text in zip(known, column, strict=True)) / len(known)
-            return mean if scores.aggregate == "mean" else math.exp(min(mean, 700.0))
+            return aggregated([item[text] for item, text in zip(known, column, strict=True)], scores.aggregate)
 
         kinds = {kind: [total(texts[kind, severity]) for severity in range(SEVERITIES)] for kind in KINDS}
         return damaged(scores.metric, total(clean), scores.higher_is_better, kinds, len(chosen))

@@ -94,18 +94,15 @@ def looks(own: Scores, rows: Sequence[Any], exchanged: Callable[[Sequence[Any], 
         rows: the rows.
         exchanged: scores rows beside the images of as many other rows.
     """
-    import numpy as np
-
     from peftree.data.exchange import partners, same
     from peftree.evaluate.against import compare
+    from peftree.evaluate.quality import aggregated
 
     pairs = partners([same(row) for row in rows])
     if not pairs:
         return Unmeasured(why="No two rows have different images, as many each.")
     items = tuple(own.items[row] for row in pairs)
-    mean = float(np.mean(items))
-    whole = float(np.exp(min(mean, 700.0))) if own.aggregate == "exp_mean" else mean
-    before = replace(own, items=items, values={own.metric: whole})
+    before = replace(own, items=items, values={own.metric: aggregated(items, own.aggregate)})
     after = exchanged([rows[row] for row in pairs], [rows[other] for other in pairs.values()])
     gap = compare(before, after)
     return Found(
