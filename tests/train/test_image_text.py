@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,30 @@ def test_captioning_takes_any_model_with_a_processor(pair_data: Path, tmp_path: 
 
 def test_a_model_without_a_processor_is_one_error(llava: str, pictures: Path) -> None:
     path = rows(pictures, [{"image": "0.png", "question": "Q", "answer": "A"}] * 4)
-    config = RunConfig(model=llava, data={"train": str(path)}, output=str(pictures / "o"))
+    bare = shutil.copytree(llava, pictures / "model")
+    (bare / "processor_config.json").unlink()
+    config = RunConfig(model=str(bare), data={"train": str(path)}, output=str(pictures / "o"))
     with pytest.raises(ConfigError, match=r"its LlavaProcessor reads no image: .*patch_size"):
         run(config)
+
+
+def test_the_packaged_pair_answers_questions(llava: str, pictures: Path) -> None:
+    path = rows(pictures, [{"image": f"{n % 2}.png", "question": "Q", "answer": "A"} for n in range(8)])
+    config = RunConfig(
+        model=llava, data={"train": str(path), "valid": str(path)}, steps=2, batch_size=4, output=str(pictures / "o"),
+        base_score=False, quiet=True,
+    )  # fmt: skip
+    assert run(config).task == "image-text-to-text"
+
+
+def test_a_template_of_texts_alone_gets_the_image_token(pictures: Path) -> None:
+    model, processor = built("llava")
+    processor.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    made = ImageText(model.eval(), processor, 512)
+    path = rows(pictures, [{"image": "0.png", "question": "Q", "answer": "A"}] * 4)
+    (feature,) = made.features(load_data(path, valid=path).train[:1])
+    assert feature["text"].startswith(f"<user>{processor.image_token}") and "'type'" not in feature["text"]
+    assert shown(made, feature) == ["A</s>"]

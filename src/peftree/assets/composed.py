@@ -62,6 +62,11 @@ def llava(vision: Path, text: Path, folder: Path, kept: Sequence[int] = ()) -> N
         _write(model, folder, ("multi_modal_projector",))
     tokens.save_pretrained(folder)
     _image_settings(vision, folder)
+    reads = {
+        "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": tower.config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy, "num_additional_image_tokens": 1,
+    }  # fmt: skip
+    (folder / "processor_config.json").write_text(json.dumps(reads, indent=2, sort_keys=True) + "\n")
 
 
 def _write(model: Any, folder: Path, fresh: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ from peftree.assets.table import ASSETS
 from peftree.errors import AssetError, did_you_mean
 
 HERE = Path(__file__).parent
-FORMAT = 1  # raised when a converter's output changes: cached folders are then made again
+FORMAT = {"llava": 2}  # 1 for others; raised when a converter's output changes: cached folders are then made again
 
 
 def model_folder(name: str, quiet: bool = False) -> Path:
@@ -37,7 +37,9 @@ def model_folder(name: str, quiet: bool = False) -> Path:
     """
     model = _known(name)
     target = cache_root() / "models" / name
-    key = " ".join([ASSETS[asset].sha256 for asset in asset_names(model)] + ["format", str(FORMAT)])
+    key = " ".join(
+        [ASSETS[asset].sha256 for asset in asset_names(model)] + ["format", str(FORMAT.get(model.convert, 1))]
+    )
     if not intact(target, key):
         _require(model.needs, name)
         if model.parts:

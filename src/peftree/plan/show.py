@@ -172,6 +172,8 @@ def with_data(asked: Request) -> tuple[Request, str]:
     cut = f" (max_length={limit} cuts the longest)" if most < lengths[-1] else ""
     said = f"{source}: {len(lengths):,} rows of {middle} tokens (median), at most {lengths[-1]}"
     fed = fed_by(asked.model_copy(update={"max_length": limit}), data) if words else {"max_length": most}
+    if words and about.modality == "vision-language":  # texts alone were counted
+        said, cut = f"{source}: {len(lengths):,} rows of images and texts", ""
     return asked.model_copy(update=fed), f"{said}: planned for {fed.get('max_length', most)}{cut}"
 
 

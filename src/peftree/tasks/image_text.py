@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
@@ -29,10 +30,14 @@ _WRITTEN = {"paligemma": 1}
 
 
 class Parts:
-    """A tokenizer whose chat template gets texts and images as parts, as those of models that read images take them."""
+    """A tokenizer whose chat template gets texts and images as parts, as those of models that read images take them.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.inner = tokenizer
+    A template that takes text alone, as that of the language model inside has it, gets `image_token` where an image is.
+    """
+
+    def __init__(self, tokenizer: Any, image_token: str) -> None:
+        self.inner, self.image_token = tokenizer, image_token
+        self.parted = bool(tokenizer.chat_template) and _takes_parts(tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -43,8 +48,21 @@ class Parts:
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **how: Any) -> Any:
         """Return a conversation as text; `IMAGE` in a turn is an image."""
-        told = [{**message, "content": _parts(message["content"])} for message in messages]
+        told = [{**message, "content": self._content(message["content"])} for message in messages]
         return self.inner.apply_chat_template(told, **how)
+
+    def _content(self, text: str) -> Any:
+        return _parts(text) if self.parted else text.replace(IMAGE, self.image_token)
+
+
+def _takes_parts(tokenizer: Any) -> bool:
+    """Return whether a chat template writes the text of a part, and not the part itself or an error."""
+    turns = [{"role": "user", "content": _parts("a question")}, {"role": "assistant", "content": _parts("an answer")}]
+    try:
+        said = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (TemplateError, TypeError, AttributeError):
+        return False
+    return "an answer" in said and "'an answer'" not in said
 
 
 def _parts(content: str) -> list[dict[str, str]]:
@@ -77,7 +95,9 @@ class ImageText(Generation):
         self.processor = processor
         tokenizer = processor.tokenizer
         tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-        super().__init__(model, Parts(tokenizer), length, bool(tokenizer.chat_template), generate)
+        super().__init__(
+            model, Parts(tokenizer, processor.image_token), length, bool(tokenizer.chat_template), generate
+        )
         config: Any = model.config
         self.written = _WRITTEN.get(config.model_type, 0)
         self.notes.append(f"images are read by the model's own {type(processor).__name__}")
