@@ -130,19 +130,22 @@ def train(
 ) -> None:
     """Train an adapter from run.yaml and key=value settings; writes the adapter, its metrics and a page."""
     from peftree.settings import load_config
-    from peftree.train.output import no_settings
-    from peftree.train.processes import started, team
-    from peftree.train.run import run
 
     if Path(config).is_dir():
+        from peftree.train.output import no_settings
+
         raise no_settings(Path(config))
     path = None if "=" in config and not Path(config).exists() else Path(config)
     words = [*([] if path else [config]), *(overrides or []), *(["quiet=true"] if quiet or as_json else [])]
     settings = load_config(path, words)
+    from peftree.train.processes import started, team
+
     if (settings.processes or 1) > 1 and started() == 1:
         from peftree.train.launch import launch
 
         raise typer.Exit(launch(settings.processes or 1, [config, *words[0 if path else 1 :], *["--json"] * as_json]))
+    from peftree.train.run import run  # a launcher needs nothing of it
+
     result = run(settings)
     if team().first:
         from peftree import report as reports  # takes half a second, and training may fail

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from peftree.errors import ConfigError, TrainError
 from peftree.settings import RunConfig
-from peftree.store.digest import digests
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells a process, besides WORLD_SIZE
 # How long others wait while the first one scores or writes. The end of a process is noticed at once.
@@ -114,6 +113,8 @@ class Team:
         Raises:
             TrainError: they do not; it names a tensor that differs.
         """
+        from peftree.store.digest import digests  # imports transformers, which a launcher does not need
+
         names = repr([(name, tuple(t.shape)) for name, t in state.items()]).encode()
         own = [hashlib.sha256(names).digest()[:8], *(digests(t)[0] for t in state.values())]
         number = hashlib.sha256(b"".join(own)).digest()[:8]
