@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ from peftree.deltas.fused import fast_forms
 from peftree.deltas.rebuild import recipe
 from peftree.evaluate.cost import saved_bytes
 from sampled import quick
+
+
+@pytest.fixture(autouse=True)
+def _fast_forms_on() -> Iterator[None]:
+    """Test the fast forms whatever PEFTREE_FAST says; the other tests hold with either."""
+    with fast_forms(True):
+        yield
+
 
 LOW = [torch.bfloat16, torch.float16]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,14 @@ import peftree
 import zoo
 from methods.moves import grads_of, moved
 from peftree.deltas import LowRank, fused, lowrank, lowrank_linear, rebuild
+from peftree.deltas.fused import fast_forms
+
+
+@pytest.fixture(autouse=True)
+def _fast_forms_on() -> Iterator[None]:
+    """Test the fast forms whatever PEFTREE_FAST says; the other tests hold with either."""
+    with fast_forms(True):
+        yield
 
 
 @pytest.mark.parametrize("bias", [True, False])
