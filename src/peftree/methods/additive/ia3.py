@@ -17,7 +17,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class IA3(Method):
     """Rescaled keys, values and inner activations."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2205.05638", True, True, lr=3e-3)
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2205.05638", True, True, lr=3e-3, lr_from="configs/ia3.json of T-Few, for Adafactor"
+    )
     sites: str = Field("attn.k attn.v xattn.k? xattn.v? ffn.down", description="weights that are rescaled")
     columns: str = Field("ffn.down", description="roles among them whose input is rescaled, not the output")
 
