@@ -24,7 +24,9 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class DiffPruning(Method):
     """Whole weights train, and a few entries of what they learned are kept."""
 
-    tags: ClassVar[Tags] = Tags("selective", "arXiv 2012.07463", True, True, lr=5e-5, small={"share": 0.1})
+    tags: ClassVar[Tags] = Tags("selective", "arXiv 2012.07463", True, True, lr=5e-5,
+        lr_from="the default of run_glue_diffpruning.py; README: 1e-5", small={"share": 0.1},
+    )  # fmt: skip
     sites: str = Field("linear", description="weights whose entries compete")
     share: float = Field(0.005, gt=0, le=1, description="share of all entries that is kept")
     search: float = Field(0.5, gt=0, le=1, description="share of the steps before the entries are chosen")
