@@ -25,7 +25,7 @@ class IDPG(Method):
     """Virtual tokens generated from the mean of the embedded input."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2204.04497", False, False, lr=1e-3, lr_from="grid of IDPG-PHM.sh", lengthens_sequence=True,
+        "additive", "arXiv 2204.04497", False, False, lr=1e-3, lr_from="grid of IDPG-DNN.sh", lengthens_sequence=True,
         inference_cost="tokens", small={"length": 3, "hidden": 8}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")

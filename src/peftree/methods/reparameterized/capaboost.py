@@ -22,7 +22,7 @@ class CapaBoost(Method):
     """Tied low-rank terms, each under its own mask."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2407.01320", True, True, lr=1e-3, lr_from="grid of scripts/run_lora.sh"
+        "reparameterized", "arXiv 2407.01320", True, True, lr=1e-3, lr_from="grid commented out in scripts/run_lora.sh"
     )
     sites: str = Field("attn.q attn.v", description="which weights get masked low-rank terms")
     r: int = Field(8, ge=1, le=65536, description="rank of each term")

@@ -5,7 +5,7 @@ from the hard concrete distribution in training, z = clip(t (2 s - 1), 0, 1) wit
 uniform; else s = sigmoid(a). The extra loss is penalty * sum sigmoid(a). After the share `search` of the steps the
 `share` of all entries with the largest |z_g z w| is kept and trains on, all others are zero; after training values and
 places of those are left. `structured=False`: no z_g. Here weights alone, in theirs biases and norms too. They take
-three epochs for either part, a rate of 1e-5 to 5e-5 for w and of 0.1 for the gates.
+three epochs for either part, and a rate of 0.1 for the gates.
 
 >>> DiffPruning().share
 0.005

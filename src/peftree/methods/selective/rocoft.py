@@ -22,7 +22,7 @@ class RoCoFT(Method):
     """Trained offsets of k rows or columns."""
 
     tags: ClassVar[Tags] = Tags(
-        "selective", "arXiv 2410.10075", True, True, lr=1e-3, lr_from="column_leader/qnli_rank_1.ipynb", small={"k": 2}
+        "selective", "arXiv 2410.10075", True, True, lr=1e-3, lr_from="row_leader/qnli_rank_3.ipynb", small={"k": 2}
     )
     sites: str = Field("linear", description="weights whose rows or columns are trained")
     k: int = Field(3, ge=1, le=65536, description="number of rows or columns of each weight")
