@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import house
 from peftree import describe, registry
+from peftree.cli import app
 from peftree.errors import MethodError
+from peftree.methods.tags import Tags, of_recipe
 
 ROOT = Path(__file__).parents[1] / "src"
 PLUGIN = '''"""Mine: W' = W + 1, a method with the name of another.
@@ -44,6 +48,31 @@ def test_the_files_state_what_the_loaded_methods_do() -> None:
     for name, (tags, formula) in stated.items():
         want = vars(loaded[name][0]) | {"small": {}, "known": {}, "peft": None}
         assert vars(tags) | {"small": {}, "known": {}} == want and formula == loaded[name][1], name
+
+
+@pytest.mark.parametrize(
+    ("paper", "said", "where"),
+    [
+        ("arXiv 1", {}, "table 9"),  # the same rate of the same paper
+        ("arXiv 2", {}, ""),  # the base's place is not in this paper
+        ("arXiv 1", {"lr": 1e-2}, ""),  # and does not have this rate
+        ("arXiv 2", {"lr": 1e-2, "lr_from": "README"}, "README"),
+        ("arXiv 2", {"lr_from": "README"}, "README"),
+    ],
+)
+def test_a_recipe_takes_the_place_of_a_rate_with_the_rate(paper: str, said: dict[str, object], where: str) -> None:
+    base = Tags("selective", "arXiv 1", True, True, lr=1e-3, lr_from="table 9")
+    made = of_recipe(base, "selective", paper, said)
+    assert made.lr_from == where and made.lr == said.get("lr", 1e-3)
+
+
+def test_the_command_tells_chosen_rates_from_those_with_a_source() -> None:
+    shown = CliRunner().invoke(app, ["methods"]).stdout
+    marks = {words[0]: words[5] for line in shown.splitlines() if len(words := line.split()) == 8 or len(words) == 7}
+    assert marks["houlsby"] == "0.0003" and marks["vera"] == "0.005*" and describe.OURS in shown
+    assert "default lr 0.0003: README" in CliRunner().invoke(app, ["methods", "houlsby"]).stdout
+    rows = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)}
+    assert rows["houlsby"]["default lr from"] == "README" and rows["vera"]["default lr from"] == ""
 
 
 @pytest.mark.parametrize("more", ["", "'--tree', "])

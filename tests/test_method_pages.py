@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,33 @@ def test_relations_name_what_is_built_alike() -> None:
     kin, near, blocks = pages.neighbours("lora")
     assert {"pissa", "rslora"} <= set(kin) and "dylora" in near and "LowRank" in blocks
     assert pages.neighbours("pissa")[0].count("lora") == 1
+
+
+# A file, a place in a text, or a search that the file or the text describes: where a reader finds the rate.
+PLACE = re.compile(
+    r"\b(README|section|table|appendix|figure|suite|guide)\b|[\w/*+-]\.(py|sh|bash|ipynb|json|ya?ml|gin)\b"
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_rate_with_a_source_names_the_place(name: str) -> None:
+    text = registry.get(name).tags.lr_from
+    assert len(text) <= 60 and "://" not in text and text == text.strip(" .;,")
+    assert not text or PLACE.search(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("houlsby", "README"), ("direft", "examples/loreft/README.md"), ("vera", "")]
+)
+def test_a_page_says_where_the_default_rate_is_from(name: str, where: str) -> None:
+    assert registry.get(name).tags.lr_from == where
+    assert f"| lr from | {where or 'chosen here'} |" in docs.method(name)
+
+
+def test_the_page_of_the_tree_says_where_each_rate_is_from() -> None:
+    lines = docs.tree(describe.method_rows()).splitlines()
+    found = {m[1]: m[2] for line in lines if (m := re.match(r"\| \[(\w+)\]\(.* \|(?: \S+ \|){5} (.*) \|$", line))}
+    assert found == {name: registry.get(name).tags.lr_from for name in METHODS}
 
 
 def test_the_page_of_the_tree_has_every_row() -> None:

@@ -150,6 +150,7 @@ def test_it_is_found_and_described(scaled: str) -> None:
     assert "scaled" in {row["name"] for row in json.loads(shown.stdout)}
     one = CliRunner().invoke(app, ["methods", "scaled"])
     assert "strength" in one.stdout and one.exit_code == 0
+    assert f"default lr 0.01: {describe.OURS}" in one.stdout, "a file that says nothing chose its rate itself"
 
 
 @pytest.mark.parametrize("model", zoo.CORE)

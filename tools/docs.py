@@ -105,9 +105,10 @@ def tree(rows: list[dict[str, Any]]) -> str:
         text += f"<ul>{lines}</ul></details>\n"
     text += "\n" + "".join(f"* *{mark}*: {meaning}\n" for mark, meaning in (describe.STATES | describe.NEEDS).items())
     text += "\n## All methods\n\nMade from the tags that each method declares. Default rates are for AdamW.\n"
+    text += f"A rate without a source was {describe.OURS}.\n"
     for branch in dict.fromkeys(row["branch"] for row in rows):
         found = [row for row in rows if row["branch"] == branch]
-        names = ("identity at start", "merges", "adds tokens", "inference cost", "default lr")
+        names = ("identity at start", "merges", "adds tokens", "inference cost", "default lr", "default lr from")
         cells = [[_entry(row), *(row[name] for name in names)] for row in found]
         text += f"\n### {branch}\n\n{table(['method', *names], cells)}"
     return text
@@ -165,6 +166,7 @@ def method(name: str) -> str:
     text += "\n## Fields\n\n"
     text += table(fields, ([f"`{f['name']}`", *(f[k] for k in fields[1:])] for f in info["fields"]))
     skipped = {"branch", "paper", "small", "peft"}
+    info["tags"]["lr_from"] = info["tags"]["lr_from"] or describe.OURS
     tags = ((k.replace("_", " "), v) for k, v in info["tags"].items() if k not in skipped and v not in ({}, None))
     text += f"\n## Facts\n\n{table(['fact', 'value'], tags)}"
     text += "\n## Relations\n\n" + _relations(name)

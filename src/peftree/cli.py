@@ -55,7 +55,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """Show the methods with their tags, one method with its fields, or the survey's whole tree."""
-    from peftree.describe import NEEDS, STATES, describe_method, method_rows, tree_rows
+    from peftree.describe import NEEDS, OURS, STATES, describe_method, method_rows, tree_rows
 
     if tree:
         listed = tree_rows()
@@ -72,8 +72,9 @@ def methods(
     if name:
         info = describe_method(name)
         fields = [[f["name"], f["type"], f["default"], f["limits"], f["description"]] for f in info["fields"]]
+        rate = f"default lr {info['tags']['lr']:g}: {info['tags']['lr_from'] or OURS}"
         table = tabled(
-            f"{info['name']} ({info['branch']}, {info['paper']})\n{info['equation']}",
+            f"{info['name']} ({info['branch']}, {info['paper']})\n{info['equation']}\n{rate}",
             ["field", "type", "default", "limits", "description"], fields,
         )  # fmt: skip
         emit(info, as_json, table)
@@ -85,9 +86,12 @@ def methods(
         rows.append([branch, *[""] * 6])
         for row in mine:
             marks = ["yes" if row[t] else "." for t in tags]
-            rows.append([f"  {row['name']}", *marks, f"{row['default lr']:g}", row["paper"].removeprefix("arXiv ")])
+            lr = f"{row['default lr']:g}{'' if row['default lr from'] else '*'}"
+            rows.append([f"  {row['name']}", *marks, lr, row["paper"].removeprefix("arXiv ")])
     columns = ["method", "identity", "merges", "+tokens", "data", "lr", "arXiv"]
-    emit(found, as_json, tabled("The tree of methods", columns, rows))
+    table = tabled("The tree of methods", columns, rows)
+    table.caption_justify, table.caption = "left", f"*: {OURS}; `peftree methods NAME` says where other rates are from"
+    emit(found, as_json, table)
 
 
 @app.command()

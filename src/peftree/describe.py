@@ -26,8 +26,8 @@ def method_rows() -> list[dict[str, Any]]:
             "branch": tags.branch, "name": name, "identity at start": tags.identity_at_init,
             "merges": tags.mergeable, "adds tokens": tags.lengthens_sequence,
             "needs data": tags.needs_data, "needs dense weight": tags.needs_dense_weight,
-            "inference cost": tags.inference_cost, "default lr": tags.lr, "paper": tags.paper,
-            "equation": formula,
+            "inference cost": tags.inference_cost, "default lr": tags.lr, "default lr from": tags.lr_from,
+            "paper": tags.paper, "equation": formula,
         }
         for name, (tags, formula) in facts().items()
     ]  # fmt: skip
@@ -107,6 +107,9 @@ NEEDS = {
     "TASK": "the batch in a method's loss",
     "TEXT": "token ids of a phrase when the adapter is built",
 }
+
+
+OURS = "chosen here"  # where a default rate is from if neither a paper nor its authors' code has it
 
 
 def equation(cls: type[Method]) -> str:

@@ -49,6 +49,8 @@ class Tags:
         keeps_weight: a hook reads base weights that a pass has read before; a run that shards the base has freed them.
         inference_cost: `none` (once merged), `low`, `tokens` or `network`.
         lr: the default learning rate with AdamW.
+        lr_from: where that rate is from: a place in the paper, or in the authors' code if nobody else is named, as
+            `table 9` or `train.sh`; with the optimizer if it is not AdamW or Adam. Empty: peftree chose it.
         small: fields that fit models a few dozen units wide; its checks and examples use them.
         known: checks of the contract that it fails on some model, each with the reason in the paper.
         peft: the same method in Hugging Face PEFT, if the two differ only in names.
@@ -59,6 +61,7 @@ class Tags:
     identity_at_init: bool
     mergeable: bool
     lr: float
+    lr_from: str = ""
     lengthens_sequence: bool = False
     needs_data: bool = False
     needs_dense_weight: bool = False
@@ -70,8 +73,12 @@ class Tags:
 
 
 def of_recipe(base: Tags, branch: Branch, paper: str, said: Mapping[str, Any]) -> Tags:
-    """Return the tags of a recipe: those of its base, with what its file says."""
-    return replace(base, **{**said, "branch": branch, "paper": paper})
+    """Return the tags of a recipe: those of its base, with what its file says.
+
+    What the base says of its rate's source holds for the base's paper and rate, not for others.
+    """
+    where = base.lr_from if paper == base.paper and "lr" not in said else ""
+    return replace(base, **{"lr_from": where, **said, "branch": branch, "paper": paper})
 
 
 def of_parts(small: Mapping[str, Any]) -> Tags:

@@ -24,8 +24,9 @@ class AdapterDrop(Method):
     """Sequential bottlenecks that can be left out of the first layers."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2010.11918", False, False, lr=1e-4, inference_cost="low", small={"reduction": 2, "drop": 1}
-    )
+        "additive", "arXiv 2010.11918", False, False, lr=1e-4, lr_from="Adapter_Drop_Training.ipynb of AdapterHub",
+        inference_cost="low", small={"reduction": 2, "drop": 1},
+    )  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
     reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     drop: int = Field(5, ge=0, le=10000, description="layers that omit it outside training (the paper: 0 to 11)")

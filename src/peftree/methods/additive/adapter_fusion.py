@@ -23,8 +23,9 @@ class AdapterFusion(Composed):
     """Attention over the outputs of frozen adapters."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2005.00247", False, False, lr=5e-5, inference_cost="low", small={"size": 12}
-    )
+        "additive", "arXiv 2005.00247", False, False, lr=5e-5, lr_from="03_Adapter_Fusion.ipynb of AdapterHub",
+        inference_cost="low", small={"size": 12},
+    )  # fmt: skip
     sites: str = Field("ffn", description="sub-layers or projections where the adapters are")
     size: int = Field(48, ge=1, le=65536, description="width of the bottlenecks if there are no sources")
 

@@ -2,7 +2,7 @@
 
 Chen et al. 2022, arXiv 2205.13535, equations 2-3. D [size, d] starts Kaiming uniform, U [d, size] and biases zero.
 The paper's equation reads the normed x; the released code reads the residual stream h before the norm, as do we
-(`reads="input"` is the equation). The code trains with SGD; the learning rate here is for AdamW.
+(`reads="input"` is the equation). The code trains with SGD.
 
 >>> AdaptFormer().size
 64

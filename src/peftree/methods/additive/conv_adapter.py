@@ -24,7 +24,9 @@ CONV: tuple[Any, ...] = (functional.conv1d, functional.conv2d, functional.conv3d
 class ConvAdapter(Method):
     """Convolutional bottlenecks parallel to the convolutions of a network."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2208.07463", False, False, lr=1e-3, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2208.07463", False, False, lr=1e-3, lr_from="the default of main.py", inference_cost="low"
+    )
     sites: str = Field("conv@all", description="convolutions that get a parallel one")
     reduction: int = Field(8, ge=1, le=65536, description="input channels divided by those of the bottleneck")
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")

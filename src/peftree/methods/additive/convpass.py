@@ -23,7 +23,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class ConvPass(Method):
     """Convolutional by-passes of a vision transformer."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2207.07039", True, False, lr=1e-3, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2207.07039", True, False, lr=1e-3, lr_from="the default of convpass/vtab/train.py",
+        inference_cost="low",
+    )  # fmt: skip
     sites: str = Field("vision:attn vision:ffn", description="sub-layers that get a parallel convolution")
     size: int = Field(8, ge=1, le=65536, description="channels of the convolution")
     scale: float = Field(1.0, gt=0, le=1e4, description="factor s of the branch")

@@ -23,8 +23,8 @@ class DePT(Method):
     """Decomposed prompt tuning."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2309.05173", False, False, lr=5e-4, lengthens_sequence=True, inference_cost="tokens",
-        small={"length": 3, "r": 2, "s_max": 16},
+        "additive", "arXiv 2309.05173", False, False, lr=5e-4, lr_from="README, one of three for A and B",
+        lengthens_sequence=True, inference_cost="tokens", small={"length": 3, "r": 2, "s_max": 16},
     )  # fmt: skip
     sites: str = Field("stack embed", description="stacks, and their embeddings")
     length: int = Field(60, ge=1, le=10000, description="number of virtual tokens m")

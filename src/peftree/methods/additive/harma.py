@@ -22,9 +22,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class HarMA(Method):
     """Bottlenecks with attention, partly shared between the towers of a model."""
 
-    tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2404.18253", True, False, lr=4e-4, inference_cost="low", small={"size": 8, "heads": 2}
-    )
+    tags: ClassVar[Tags] = Tags("additive", "arXiv 2404.18253", True, False, lr=4e-4,
+        lr_from="configs/Retrieval_rsitmd_vit.yaml", inference_cost="low", small={"size": 8, "heads": 2},
+    )  # fmt: skip
     sites: str = Field("attn.o ffn.down", description="projections whose output gets a bottleneck")
     size: int = Field(128, ge=2, le=65536, description="width of the bottleneck w, even")
     heads: int = Field(8, ge=1, le=4096, description="number of heads; a divisor of half of `size`")

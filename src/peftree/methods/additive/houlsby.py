@@ -23,7 +23,7 @@ class Houlsby(Method):
     """Sequential bottlenecks after both sub-layers of every layer, and trained layer norms."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 1902.00751", False, False, lr=3e-4, inference_cost="low", small={"size": 5}
+        "additive", "arXiv 1902.00751", False, False, lr=3e-4, lr_from="README", inference_cost="low", small={"size": 5}
     )
     sites: str = Field("attn.o ffn.down norm", description="projections that get a bottleneck; norms that train")
     size: int = Field(64, ge=1, le=65536, description="width of the bottleneck (the paper: 8 to 512)")

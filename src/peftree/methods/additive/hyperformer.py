@@ -23,8 +23,8 @@ class HyperFormer(Method):
     """Bottlenecks from a shared hypernetwork."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2106.04489", False, False, lr=3e-4, inference_cost="low",
-        small={"embedding": 4, "hidden": 8, "projected": 4, "reduction": 8},
+        "additive", "arXiv 2106.04489", False, False, lr=3e-4, lr_from="hyperformer/configs/hyperformer.json",
+        inference_cost="low", small={"embedding": 4, "hidden": 8, "projected": 4, "reduction": 8},
     )  # fmt: skip
     sites: str = Field("attn.o ffn.down", description="projections whose output gets a bottleneck")
     tasks: int = Field(1, ge=1, le=100000, description="number of tasks")

@@ -25,8 +25,8 @@ class IDPG(Method):
     """Virtual tokens generated from the mean of the embedded input."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2204.04497", False, False, lr=1e-3, lengthens_sequence=True, inference_cost="tokens",
-        small={"length": 3, "hidden": 8}, known={"causal": POOLS, "turns": POOLS},
+        "additive", "arXiv 2204.04497", False, False, lr=1e-3, lr_from="grid of IDPG-DNN.sh", lengthens_sequence=True,
+        inference_cost="tokens", small={"length": 3, "hidden": 8}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
     length: int = Field(5, ge=1, le=10000, description="number of virtual tokens")

@@ -23,8 +23,8 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class KAdapter(Method):
     """Knowledge adapters: they read some layers of a frozen stack, through which no gradient goes."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2002.01808", False, False, 5e-5, inference_cost="network",
-                                small={"size": 8, "heads": 2})  # fmt: skip
+    tags: ClassVar[Tags] = Tags("additive", "arXiv 2002.01808", False, False, lr=5e-5, inference_cost="network",
+        lr_from="run_pretrain_fac-adapter.sh", small={"size": 8, "heads": 2})  # fmt: skip
     sites: str = Field("text:stack? vision:stack? audio:stack? decoder:stack?", description="stacks that get adapters")
     adapters: int = Field(3, ge=1, le=1024, description="number of layers whose input an adapter reads")
     size: int = Field(768, ge=1, le=65536, description="width of an adapter")

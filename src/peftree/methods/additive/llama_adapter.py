@@ -27,6 +27,7 @@ class LlamaAdapter(Method):
         True,
         False,
         lr=9e-3,
+        lr_from="blr of finetuning.sh, which scales it by batch / 256",
         lengthens_sequence=True,
         inference_cost="tokens",
         small={"length": 3},

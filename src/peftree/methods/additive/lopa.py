@@ -25,8 +25,8 @@ class LoPA(Method):
     """A soft prompt with a low-rank gate for each instance."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2405.15282", False, False, lr=1e-3, lengthens_sequence=True, inference_cost="tokens",
-        small={"length": 3, "hidden": 8, "r": 2}, known={"causal": POOLS, "turns": POOLS},
+        "additive", "arXiv 2405.15282", False, False, lr=1e-3, lr_from="README", lengthens_sequence=True,
+        inference_cost="tokens", small={"length": 3, "hidden": 8, "r": 2}, known={"causal": POOLS, "turns": POOLS},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")
     length: int = Field(10, ge=1, le=10000, description="number of virtual tokens")

@@ -23,7 +23,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class LST(Method):
     """Ladder side-tuning: small blocks fed by every layer of the frozen stack, through which no gradient goes."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2206.06522", True, False, lr=3e-3, inference_cost="network")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2206.06522", True, False, lr=3e-3, lr_from="seq2seq/scripts/ladder_side_tuning_base.sh",
+        inference_cost="network",
+    )  # fmt: skip
     sites: str = Field("stack", description="stacks that get a side network")
     reduction: int = Field(8, ge=1, le=4096, description="width of the stack divided by that of the side network")
     temperature: float = Field(0.1, gt=0, le=100, description="T of the gates")

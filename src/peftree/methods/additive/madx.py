@@ -22,7 +22,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class MADX(Method):
     """Bottlenecks and an invertible adapter around the embeddings."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2005.00052", False, False, lr=1e-4, inference_cost="low")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2005.00052", False, False, lr=1e-4, lr_from="04_Cross_Lingual_Transfer.ipynb of AdapterHub",
+        inference_cost="low",
+    )  # fmt: skip
     sites: str = Field("ffn.down embed? head?", description="projections that get a bottleneck; embeddings and head")
     reduction: float = Field(2.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     inverse: float = Field(2.0, gt=0, le=4096, description="width of half an embedding divided by that inside F and G")

@@ -24,8 +24,9 @@ class MHR(Method):
     """Multi-head routing of LoRA skills by task."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2211.03831", True, False, lr=1e-3, inference_cost="low", small={"skills": 3, "splits": 2}
-    )
+        "additive", "arXiv 2211.03831", True, False, lr=1e-3, lr_from="the default of mttl/arguments.py",
+        inference_cost="low", small={"skills": 3, "splits": 2},
+    )  # fmt: skip
     sites: str = Field("linear", description="projections that get skills")
     tasks: int = Field(1, ge=1, le=100000, description="number of tasks")
     skills: int = Field(8, ge=1, le=4096, description="number of skills")

@@ -4,7 +4,7 @@ Jin et al. 2023, arXiv 2301.07868, as the authors' code has it for MSR-VTT. Imag
 video; T reads each frame's [CLS] and mean patch, a [hidden 16] calibrates each frame, patches pass D and U alone (see
 `OverFrames`); the model needs a [CLS]. Texts: T is over the words by the layer's masks, z has no activation, a = 1. In
 the top `tied` layers f = M v + m scales D's rows, v [factor] of all towers, layer by layer. U, c, v start at 0. The
-code's mask for short videos is not here; mean over frames and loss are the user's. Rate: ours (theirs: 5e-6).
+code's mask for short videos is not here; mean over frames and loss are the user's. They train at 5e-6.
 
 >>> MVAdapter(frames=8).words
 32

@@ -22,8 +22,8 @@ from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags
 class PTuning(Method):
     """Virtual tokens made by a network that is dropped after training."""
 
-    tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2103.10385", False, False, lr=1e-3, lengthens_sequence=True, inference_cost="tokens",
+    tags: ClassVar[Tags] = Tags("additive", "arXiv 2103.10385", False, False, lr=1e-3,
+        lr_from="P_Tuning.ipynb of Hugging Face PEFT; authors: 1e-4", lengthens_sequence=True, inference_cost="tokens",
         small={"length": 3, "hidden": 6, "encoder": "mlp"},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")

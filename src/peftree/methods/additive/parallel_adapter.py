@@ -19,8 +19,9 @@ class ParallelAdapter(Method):
     """Bottleneck that reads a sub-layer's input and adds to its output."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2110.04366", True, False, lr=1e-4, inference_cost="low", small={"size": 5}
-    )
+        "additive", "arXiv 2110.04366", True, False, lr=1e-4, lr_from="exps/run_glue.sh", inference_cost="low",
+        small={"size": 5},
+    )  # fmt: skip
     sites: str = Field("ffn", description="sub-layers that get a parallel bottleneck")
     size: int = Field(512, ge=1, le=65536, description="width of the bottleneck")
     scale: float = Field(4.0, gt=0, le=1e4, description="factor s of the branch")

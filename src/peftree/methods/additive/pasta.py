@@ -29,6 +29,7 @@ class PASTA(Method):
         True,
         False,
         lr=1e-3,
+        lr_from="between MRPC.sh, 2.5e-4, and CoNLL03.sh, 3e-3",
         inference_cost="low",
         known=dict.fromkeys(("causal", "generates", "turns"), LAST),
     )

@@ -21,7 +21,8 @@ class PrefixPropagation(Method):
     """Virtual tokens at the input, with a learned vector added to each before every layer."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2305.12086", False, False, lr=1e-2, lengthens_sequence=True, inference_cost="tokens",
+        "additive", "arXiv 2305.12086", False, False, lr=1e-2,
+        lr_from="grid of run_script/arxiv_longformer_propagation.sh", lengthens_sequence=True, inference_cost="tokens",
         small={"length": 3},
     )  # fmt: skip
     sites: str = Field("stack", description="which stacks get virtual tokens")

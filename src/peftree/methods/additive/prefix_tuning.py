@@ -25,6 +25,7 @@ class PrefixTuning(Method):
         False,
         False,
         lr=1e-2,
+        lr_from="prefix_tuning.ipynb of Hugging Face PEFT; authors: 5e-5",
         lengthens_sequence=True,
         inference_cost="tokens",
         small={"length": 3},

@@ -26,6 +26,7 @@ class PromptTuning(Method):
         False,
         False,
         lr=3e-2,
+        lr_from="peft_prompt_tuning_clm.ipynb of PEFT; authors: 0.3",
         lengthens_sequence=True,
         inference_cost="tokens",
         small={"length": 3},

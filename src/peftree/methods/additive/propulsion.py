@@ -21,7 +21,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class Propulsion(Method):
     """Powers of learned vectors that rescale outputs."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2409.10927", True, True, lr=2e-4, small={"degree": 3})
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2409.10927", True, True, lr=2e-4, lr_from="RTE.ipynb", small={"degree": 3}
+    )
     sites: str = Field("linear embed?", description="maps and embeddings whose output is rescaled")
     degree: int = Field(15, ge=1, le=1000, description="power k of the vectors")
 

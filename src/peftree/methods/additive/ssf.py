@@ -18,7 +18,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class SSF(Method):
     """Scale and shift of deep features."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2210.08823", False, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2210.08823", False, True, lr=1e-3, lr_from="train_scripts/vit/imagenet_1k/train_ssf.sh"
+    )
     sites: str = Field("linear norm conv?", description="maps and norms whose output is scaled and shifted")
     start: Literal["normal", "identity"] = Field("normal", description="N(1, 0.02) and N(0, 0.02), or 1 and 0")
 

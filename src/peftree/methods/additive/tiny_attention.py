@@ -22,8 +22,9 @@ class TinyAttention(Method):
     """A contextual adapter: attention with a head width of about one."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2211.01979", True, False, lr=1e-3, inference_cost="low", small={"heads": 2, "head_dim": 2}
-    )
+        "additive", "arXiv 2211.01979", True, False, lr=1e-3, lr_from="grid of grid_search_ada.py",
+        inference_cost="low", small={"heads": 2, "head_dim": 2},
+    )  # fmt: skip
     sites: str = Field("attn.o", description="projections whose output gets an attention")
     heads: int = Field(4, ge=1, le=4096, description="number of heads")
     head_dim: int = Field(1, ge=1, le=4096, description="width of a head d_t")

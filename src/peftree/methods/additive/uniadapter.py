@@ -25,7 +25,8 @@ class UniAdapter(Method):
     """Bottlenecks parallel to the feed-forward networks of two towers, with one down-projection for both."""
 
     tags: ClassVar[Tags] = Tags(
-        "additive", "arXiv 2302.06605", False, False, lr=1e-5, inference_cost="low", small={"size": 8},
+        "additive", "arXiv 2302.06605", False, False, lr=1e-5, lr_from="configs/retrieval_coco.yaml",
+        inference_cost="low", small={"size": 8},
         known={"identity": "only the image's up-projection does not start at 0; a text model starts unchanged"},
     )  # fmt: skip
     sites: str = Field("ffn", description="feed-forward networks that get a bottleneck")

@@ -25,7 +25,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class UniPT(Method):
     """Universal parallel tuning: an aggregator of all layers, through which no gradient goes to the stack."""
 
-    tags: ClassVar[Tags] = Tags("additive", "arXiv 2308.14316", False, False, lr=5e-4, inference_cost="network")
+    tags: ClassVar[Tags] = Tags(
+        "additive", "arXiv 2308.14316", False, False, lr=5e-4, lr_from="VSE-infty/train_f30k_wsl.sh",
+        inference_cost="network",
+    )  # fmt: skip
     sites: str = Field("text:stack? vision:stack? audio:stack? decoder:stack?", description="stacks that get a network")
     reduction: int = Field(2, ge=1, le=4096, description="width of the stack divided by that of the network")
 

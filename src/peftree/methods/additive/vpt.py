@@ -2,7 +2,7 @@
 
 Jia et al. 2022, arXiv 2203.12119, equations 4-5 (deep) and 2-3 (shallow). P [layers, l, d] (shallow: [1, l, d])
 starts uniform within +-sqrt(6 / (3 p^2 + d)) for patches of p x p pixels. The outputs at the prompts' places are
-replaced by P_j before layer j and dropped after the last. The released code tunes SGD; the rate here is for AdamW.
+replaced by P_j before layer j and dropped after the last. The released code tunes SGD.
 
 >>> VPT().length
 10

@@ -19,7 +19,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class Hydra(Method):
     """A parallel and a sequential adapter, both linear."""
 
-    tags: ClassVar[Tags] = Tags("hybrid", "arXiv 2309.06922", True, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags(
+        "hybrid", "arXiv 2309.06922", True, True, lr=1e-3, lr_from="vtab1k/configs/hydra_both/caltech101.yaml"
+    )
     sites: str = Field("attn.o ffn.down", description="projections that get both branches")
     r: int = Field(2, ge=1, le=65536, description="rank of each branch")
     scale: float = Field(1.0, gt=0, le=1e6, description="factor of both branches")

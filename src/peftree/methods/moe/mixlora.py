@@ -25,9 +25,9 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class MixLoRA(Method):
     """Feed-forward networks as sparse mixtures of low-rank experts, and LoRA on the attention."""
 
-    tags: ClassVar[Tags] = Tags(
-        "moe", "arXiv 2404.15159", True, False, 2e-4, inference_cost="low", small={"experts": 3}
-    )
+    tags: ClassVar[Tags] = Tags("moe", "arXiv 2404.15159", True, False, lr=2e-4,
+        lr_from="templates/mixlora.json of MoE-PEFT", inference_cost="low", small={"experts": 3},
+    )  # fmt: skip
     sites: str = Field("attn.q attn.k attn.v attn.o ffn", description="networks that get experts, maps that get LoRA")
     experts: int = Field(8, ge=2, le=4096, description="number of experts")
     top: int = Field(2, ge=1, le=4096, description="experts per token")

@@ -22,7 +22,7 @@ class MOELoRA(Method):
     """Mixture of LoRA experts with a gate by task."""
 
     tags: ClassVar[Tags] = Tags(
-        "moe", "arXiv 2310.18339", True, False, lr=2e-4, inference_cost="low",
+        "moe", "arXiv 2310.18339", True, False, lr=2e-4, lr_from="experiments/moelora.bash", inference_cost="low",
         small={"experts": 2, "r": 4, "embedding": 4},
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="projections that get experts")

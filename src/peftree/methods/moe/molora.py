@@ -25,8 +25,9 @@ class MoLoRA(Method):
     """Mixture of LoRA experts with a dense token router."""
 
     tags: ClassVar[Tags] = Tags(
-        "moe", "arXiv 2309.05444", True, False, lr=3e-4, inference_cost="low", small={"experts": 3}
-    )
+        "moe", "arXiv 2309.05444", True, False, lr=3e-4, lr_from="configs/molora.gin, for Adafactor",
+        inference_cost="low", small={"experts": 3},
+    )  # fmt: skip
     sites: str = Field("linear", description="projections that get experts")
     experts: int = Field(10, ge=1, le=4096, description="number of experts")
     r: int = Field(4, ge=1, le=65536, description="rank of each expert")

@@ -24,7 +24,8 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class PERFT(Method):
     """Routed low-rank experts parallel to a feed-forward network."""
 
-    tags: ClassVar[Tags] = Tags("moe", "arXiv 2411.08212", False, False, 1e-5, inference_cost="low")
+    tags: ClassVar[Tags] = Tags("moe", "arXiv 2411.08212", False, False, lr=1e-5, inference_cost="low",
+        lr_from="a guide in a copy of the authors' repository")  # fmt: skip
     sites: str = Field("ffn", description="feed-forward networks, mixtures of experts or not")
     route: Literal["own", "base", "all"] = Field("own", description="which router chooses; `all`: none")
     experts: int = Field(4, ge=1, le=4096, description="number of experts; with `base`, that of the model")
@@ -62,8 +63,7 @@ class Routed(Rewrite):
         nn.init.normal_(self.terms.B, std=1e-6)
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
-        u = self.terms.inner(x)
-        g = torch.ones_like(u[..., 0])
+        g = torch.ones_like((u := self.terms.inner(x))[..., 0])
         if self.gate is not None:
             g = torch.stack([share * whose for share, whose in self.gate.chosen(x)]).sum(0)
         elif self.base is not None:

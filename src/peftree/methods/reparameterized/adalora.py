@@ -23,7 +23,9 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class AdaLoRA(Method):
     """Low-rank adaptation with adaptive budget allocation."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2303.10512", True, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2303.10512", True, True, lr=1e-3, lr_from="NLG_QA/scripts/run_debertav3_squadv2.sh"
+    )
     sites: str = Field("attn.q attn.v", description="which weights get triplets")
     r: int = Field(12, ge=1, le=65536, description="rank at start")
     target_r: int = Field(8, ge=1, le=65536, description="mean rank at the end; at r or above, nothing is pruned")

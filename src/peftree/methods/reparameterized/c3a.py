@@ -21,7 +21,8 @@ class C3A(Method):
     """Circular convolution adaptation."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2407.19342", False, True, lr=0.3, small={"block": 4, "sites": "linear"},
+        "reparameterized", "arXiv 2407.19342", False, True, lr=0.3, lr_from="Hugging Face PEFT's MetaMathQA suite, c3a",
+        small={"block": 4, "sites": "linear"},
         peft=Peft("C3A", {"block_size": "block"}, {"c3a_kernel": "k"}, {"block_size_pattern": {}}),
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights get a term")

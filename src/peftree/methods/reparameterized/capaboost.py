@@ -21,7 +21,9 @@ from peftree.methods.contract import Field, Method, Site, Tags
 class CapaBoost(Method):
     """Tied low-rank terms, each under its own mask."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2407.01320", True, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2407.01320", True, True, lr=1e-3, lr_from="grid commented out in scripts/run_lora.sh"
+    )
     sites: str = Field("attn.q attn.v", description="which weights get masked low-rank terms")
     r: int = Field(8, ge=1, le=65536, description="rank of each term")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

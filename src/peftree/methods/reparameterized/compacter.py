@@ -19,8 +19,9 @@ class Compacter(Method):
     """Low-rank hypercomplex bottlenecks after both sub-layers."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2106.04647", False, False, lr=3e-3, inference_cost="low", small={"reduction": 4}
-    )
+        "reparameterized", "arXiv 2106.04647", False, False, lr=3e-3, lr_from="seq2seq/configs/compacter.json",
+        inference_cost="low", small={"reduction": 4},
+    )  # fmt: skip
     sites: str = Field("attn.o ffn.down norm", description="projections that get a bottleneck; norms that train")
     reduction: float = Field(32.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     p: int = Field(4, ge=1, le=256, description="number of terms, and width of the shared matrices")

@@ -25,7 +25,8 @@ class DeLoRA(Method):
     """Decoupled low-rank adaptation."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2503.18225", True, True, lr=1e-3, needs_dense_weight=True, small={"r": 4},
+        "reparameterized", "arXiv 2503.18225", True, True, lr=1e-3, lr_from="scripts/glue_eval.sh, MNLI and SST-2",
+        needs_dense_weight=True, small={"r": 4},
         peft=Peft("DELORA", {"r": "r", "delora_lambda": "strength"},
                   {"delora_A": "A", "delora_B": "B.T", "delora_lambda": "l", "delora_w_norm": "norm"},
                   {"module_dropout": 0.0, "rank_pattern": {}, "lambda_pattern": {}}),

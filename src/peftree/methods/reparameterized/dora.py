@@ -22,7 +22,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class DoRA(Method):
     """Weight-decomposed low-rank adaptation."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2402.09353", True, True, lr=2e-4, needs_dense_weight=True)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2402.09353", True, True, lr=2e-4, lr_from="commonsense_reasoning/llama_7B_Dora.sh",
+        needs_dense_weight=True,
+    )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights are decomposed")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

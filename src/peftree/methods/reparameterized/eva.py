@@ -23,8 +23,9 @@ class EVA(Method):
     """Low-rank adaptation that starts in the subspace of its inputs."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2410.07170", True, True, lr=5e-4, needs_data=True, small={"r": 4}
-    )
+        "reparameterized", "arXiv 2410.07170", True, True, lr=5e-4, lr_from="README, with alpha=1 (train.py)",
+        needs_data=True, small={"r": 4},
+    )  # fmt: skip
     sites: str = Field("linear", description="which weights get a low-rank term")
     r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

@@ -27,7 +27,10 @@ def unit(sites: Sequence[Site]) -> int:
 class FacT(Method):
     """Factor tuning."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2212.03145", True, True, lr=1e-3, small={"r": 4})
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2212.03145", True, True, lr=1e-3, lr_from="the default of FacT/fact_tt.py",
+        small={"r": 4},
+    )  # fmt: skip
     sites: str = Field("linear", description="weights whose changes are one tensor")
     r: int = Field(16, ge=1, le=65536, description="rank")
     form: Literal["train", "tucker"] = Field("train", description="a core per block, or mixtures of r shared cores")

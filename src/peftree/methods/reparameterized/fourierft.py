@@ -22,8 +22,9 @@ class FourierFT(Method):
     """Weight changes with a sparse spectrum."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2405.03003", False, True, lr=1e-2, needs_dense_weight=True, small={"n": 40}
-    )
+        "reparameterized", "arXiv 2405.03003", False, True, lr=1e-2,
+        lr_from="low end of the range in NLU_optuna.py, to 0.2", needs_dense_weight=True, small={"n": 40},
+    )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights change")
     n: int = Field(1000, ge=1, le=10_000_000, description="number of trained coefficients of each weight")
     alpha: float = Field(150.0, gt=0, le=1e6, description="scale")

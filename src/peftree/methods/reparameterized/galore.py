@@ -22,8 +22,8 @@ from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags, t
 class GaLore(Method):
     """Full-parameter learning whose optimizer sees gradients in a low-rank subspace."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2403.03507", True, True, lr=3e-5, small={"scale": 1.0, "period": 2},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2403.03507", True, True, lr=3e-5,
+        lr_from="README, RoBERTa on GLUE", small={"scale": 1.0, "period": 2},
         known=dict.fromkeys(("side_by_side", "routes"), "whole parameters train; a copy replaces the earlier one"),
     )  # fmt: skip
     sites: str = Field("all", description="which parameters train; `all` is every one")

@@ -21,7 +21,8 @@ class GLoRA(Method):
     """Generalised low-rank adaptation."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2306.07967", True, True, lr=5e-4, needs_dense_weight=True,
+        "reparameterized", "arXiv 2306.07967", True, True, lr=5e-4,
+        lr_from="PEFT's MetaMathQA suite, vector paths; authors: 1e-4", needs_dense_weight=True,
         peft=Peft("GLORA", {"r": "r", "config_A_B": "matrices", "config_C": "coupling", "config_D_E": "biases"},
                   {f"glora_{path}.{t}": f"terms.{path}.{t}" for path in "ABCDE" for t in ("Xd", "Xu", "X")},
                   frozen={f"glora_{path}.zeros": f"terms.{path}.zeros" for path in "ABCDE"}),

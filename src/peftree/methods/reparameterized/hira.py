@@ -19,7 +19,7 @@ class HiRA(Method):
     """Hadamard high-rank adaptation."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "ICLR 2025", True, True, lr=1e-3, needs_dense_weight=True,
+        "reparameterized", "ICLR 2025", True, True, lr=1e-3, lr_from="README", needs_dense_weight=True,
         small={"r": 24, "sites": "linear"},
         peft=Peft("HIRA", {"r": "r"}, {"hira_A": "A", "hira_B": "B.T"}, {"hira_dropout": 0.0, "rank_pattern": {}}),
     )  # fmt: skip

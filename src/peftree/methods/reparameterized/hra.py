@@ -22,8 +22,8 @@ class HRA(Method):
     """Householder reflection adaptation."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2405.17484", True, True, lr=1e-3, small={"r": 4, "sites": "linear"},
-        peft=Peft("HRA", {"r": "r", "apply_GS": "orthogonal"}, {"hra_u": "U"}),
+        "reparameterized", "arXiv 2405.17484", True, True, lr=1e-3, lr_from="nlu/experiments/glue/qnli.sh",
+        small={"r": 4, "sites": "linear"}, peft=Peft("HRA", {"r": "r", "apply_GS": "orthogonal"}, {"hra_u": "U"}),
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights are reflected")
     r: int = Field(8, ge=1, le=65536, description="number of reflections; even, so that they cancel at the start")

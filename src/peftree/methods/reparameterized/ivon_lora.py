@@ -22,8 +22,9 @@ class IvonLoRA(Method):
     """Low-rank adaptation with a learned posterior."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2411.04421", True, True, lr=0.03, small={"ess": 1e10, "hess": 0.01, "clip": 1.0}
-    )
+        "reparameterized", "arXiv 2411.04421", True, True, lr=0.03, lr_from="ivon.sh, for IVON",
+        small={"ess": 1e10, "hess": 0.01, "clip": 1.0},
+    )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

@@ -21,8 +21,8 @@ from peftree.methods.contract import Field, Method, Peft, Place, Site, Tags
 class LoKr(Method):
     """Low-rank Kronecker products."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2309.14859", True, True, lr=1e-3, small={"r": 2, "factor": 4, "both": True},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2309.14859", True, True, lr=1e-3,
+        lr_from="PEFT's image-gen suite, lokr; authors' hcp_lokr.yaml: 1e-4", small={"r": 2, "factor": 4, "both": True},
         peft=Peft("LOKR", {"r": "r", "alpha": "alpha", "decompose_both": "both", "decompose_factor": "factor"},
                   {f"lokr_{n}": n for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
                   {"rank_dropout": 0.0, "module_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}},

@@ -21,7 +21,9 @@ from peftree.methods.contract import Deltas, Field, Method, Place, Site, Tags
 class LoRA(Method):
     """Low-rank adaptation of linear maps, embeddings and stacked experts."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2106.09685", True, True, lr=5e-4)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2106.09685", True, True, lr=5e-4, lr_from="examples/NLU/roberta_base_mnli.sh"
+    )
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

@@ -24,8 +24,9 @@ class LoRAGA(Method):
     """Low-rank adaptation that starts along the gradient of full fine-tuning."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2407.05000", True, True, lr=5e-5, needs_data=True, small={"r": 4, "alpha": 4}
-    )
+        "reparameterized", "arXiv 2407.05000", True, True, lr=5e-5, lr_from="reproduce/conf/model/t5small.yaml",
+        needs_data=True, small={"r": 4, "alpha": 4},
+    )  # fmt: skip
     sites: str = Field("linear", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the root of the rank")

@@ -18,8 +18,9 @@ class LoRAXS(Method):
     """A trained core between frozen factors of the weight itself."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2405.17604", False, True, lr=1e-3, needs_dense_weight=True, small={"r": 4}
-    )
+        "reparameterized", "arXiv 2405.17604", False, True, lr=1e-3, lr_from="grid of scripts/run_glue.py",
+        needs_dense_weight=True, small={"r": 4},
+    )  # fmt: skip
     sites: str = Field("linear", description="which weights get a core")
     r: int = Field(16, ge=1, le=65536, description="rank, or the weight's smaller width if less; the paper: 4 to 64")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")

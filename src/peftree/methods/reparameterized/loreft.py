@@ -26,8 +26,9 @@ class LoReFT(Method):
     """Edits of hidden states in a learned subspace, at some tokens."""
 
     tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2404.03592", False, False, lr=9e-4, inference_cost="low",
-        small={"r": 2, "first": 2, "last": 2}, known=dict.fromkeys(("causal", "generates", "turns"), LAST),
+        "reparameterized", "arXiv 2404.03592", False, False, lr=9e-4, lr_from="examples/loreft/README.md",
+        inference_cost="low", small={"r": 2, "first": 2, "last": 2},
+        known=dict.fromkeys(("causal", "generates", "turns"), LAST),
     )  # fmt: skip
     sites: str = Field("layer", description="layers whose output is edited")
     r: int = Field(8, ge=1, le=65536, description="rank of the edit")

@@ -18,8 +18,8 @@ from peftree.methods.contract import Field, Method, Peft, Place, Site, Tags
 class MiSS(Method):
     """Matrix shard sharing."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2409.15371", True, True, lr=1e-4, small={"r": 8},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2409.15371", True, True, lr=1e-4,
+        lr_from="PEFT's MetaMathQA suite; authors' run_miss.sh: 2e-5", small={"r": 8},
         peft=Peft("MISS", {"r": "r", "mini_r": "columns", "miss_dropout": "dropout", "init_weights": "variant"},
                   {"miss_block": "D"}, values={"init_weights": {"plain": True, "bat": "bat", "mini": "mini"}}),
     )  # fmt: skip

@@ -19,7 +19,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class MoSLoRA(Method):
     """Mixture of subspaces in low-rank adaptation."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2406.11909", True, True, lr=3e-4)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2406.11909", True, True, lr=3e-4, lr_from="commonsense_reasoning/train_moslora.sh"
+    )
     sites: str = Field("attn.q attn.k attn.v ffn.up ffn.down", description="which weights get a low-rank term")
     r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(32.0, gt=0, le=1e6, description="scale before division by the rank")

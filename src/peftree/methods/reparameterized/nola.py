@@ -22,7 +22,10 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class NoLA(Method):
     """Low-rank factors as combinations of random ones."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2310.02556", True, True, lr=5e-3, small={"k": 24, "alpha": 8})
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2310.02556", True, True, lr=5e-3, lr_from="gpt/scripts/finetune_gpt2m_e2e_qv_nola.sh",
+        small={"k": 24, "alpha": 8},
+    )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="rank")
     alpha: float = Field(8.0, gt=0, le=1e6, description="scale before division by the rank")

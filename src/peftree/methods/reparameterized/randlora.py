@@ -20,8 +20,8 @@ from peftree.methods.contract import Field, Method, Peft, Place, Site, Tags
 class RandLoRA(Method):
     """Full-rank sums of scaled random matrices."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2502.00987", True, True, lr=1e-3, small={"r": 6},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2502.00987", True, True, lr=1e-3,
+        lr_from="vision_language/src/args.py; GLUE/train_all.sh: 1e-4", small={"r": 6},
         peft=Peft("RANDLORA", {"r": "r", "randlora_alpha": "alpha", "randlora_dropout": "dropout",
                                "projection_prng_key": "basis_seed"},
                   {"randlora_lambda": "L", "randlora_gamma": "G"}, {"sparse": False, "very_sparse": False},

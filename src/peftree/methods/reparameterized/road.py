@@ -23,8 +23,8 @@ PER = {"road_1": 1, "road_2": 2, "road_4": 4}  # angles for a pair
 class RoAd(Method):
     """Rotation of outputs in the plane."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2409.00119", True, True, lr=1e-3, small={"group": 8, "variant": "road_2"},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2409.00119", True, True, lr=1e-3,
+        lr_from="road_finetuning/README.md of Hugging Face PEFT", small={"group": 8, "variant": "road_2"},
         peft=Peft("ROAD", {"variant": "variant", "group_size": "group"}, {"road_theta": "t", "road_alpha": "a"}),
     )  # fmt: skip
     sites: str = Field("linear", description="which maps have their outputs rotated")

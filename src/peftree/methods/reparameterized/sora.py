@@ -22,7 +22,9 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class SoRA(Method):
     """Sparse low-rank adaptation."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2311.11696", True, True, lr=8e-4)
+    tags: ClassVar[Tags] = Tags(
+        "reparameterized", "arXiv 2311.11696", True, True, lr=8e-4, lr_from="scripts/run_glue_sora_no_schedule.sh"
+    )
     sites: str = Field("linear", description="which weights get a gated low-rank term")
     r: int = Field(16, ge=1, le=65536, description="rank at the start")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the first rank")

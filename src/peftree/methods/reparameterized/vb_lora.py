@@ -20,8 +20,8 @@ from peftree.methods.contract import Deltas, Field, Method, Peft, Place, Site, T
 class VBLoRA(Method):
     """Low-rank factors from a bank of vectors."""
 
-    tags: ClassVar[Tags] = Tags(
-        "reparameterized", "arXiv 2405.15179", False, True, lr=1e-3, small={"r": 2, "vectors": 6, "length": 8},
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2405.15179", False, True, lr=1e-3,
+        lr_from="scripts_vblora_all/roberta_base_cola.sh, for the bank", small={"r": 2, "vectors": 6, "length": 8},
         peft=Peft("VBLORA", {"r": "r", "num_vectors": "vectors", "vector_length": "length", "topk": "k",
                              "vblora_dropout": "dropout"},
                   {"vblora_logits_A": "A_logits", "vblora_logits_B": "B_logits",

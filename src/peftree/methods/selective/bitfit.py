@@ -18,7 +18,7 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class BitFit(Method):
     """Trained offsets of the biases."""
 
-    tags: ClassVar[Tags] = Tags("selective", "arXiv 2106.10199", True, True, lr=1e-3)
+    tags: ClassVar[Tags] = Tags("selective", "arXiv 2106.10199", True, True, lr=1e-3, lr_from="README")
     sites: str = Field("bias", description="modules whose bias is trained; `bias` is every one outside heads")
 
     def count(self, sites: Sequence[Site]) -> int:

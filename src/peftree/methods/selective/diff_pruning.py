@@ -5,7 +5,7 @@ from the hard concrete distribution in training, z = clip(t (2 s - 1), 0, 1) wit
 uniform; else s = sigmoid(a). The extra loss is penalty * sum sigmoid(a). After the share `search` of the steps the
 `share` of all entries with the largest |z_g z w| is kept and trains on, all others are zero; after training values and
 places of those are left. `structured=False`: no z_g. Here weights alone, in theirs biases and norms too. They take
-three epochs for either part, a rate of 1e-5 to 5e-5 for w and of 0.1 for the gates.
+three epochs for either part, and a rate of 0.1 for the gates.
 
 >>> DiffPruning().share
 0.005
@@ -24,7 +24,9 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class DiffPruning(Method):
     """Whole weights train, and a few entries of what they learned are kept."""
 
-    tags: ClassVar[Tags] = Tags("selective", "arXiv 2012.07463", True, True, lr=5e-5, small={"share": 0.1})
+    tags: ClassVar[Tags] = Tags("selective", "arXiv 2012.07463", True, True, lr=5e-5,
+        lr_from="the default of run_glue_diffpruning.py; README: 1e-5", small={"share": 0.1},
+    )  # fmt: skip
     sites: str = Field("linear", description="weights whose entries compete")
     share: float = Field(0.005, gt=0, le=1, description="share of all entries that is kept")
     search: float = Field(0.5, gt=0, le=1, description="share of the steps before the entries are chosen")

@@ -4,7 +4,7 @@ Das et al. 2023, arXiv 2311.03748, section 3, and the authors' code. As the FISH
 tenth of the samples, at least 3 and at most 25, those on which the model is worst, and every `period` steps they are
 found and the entries chosen again. Entries that go keep what they learned, `past` [n] at `past_at` [n] of each weight;
 entries that stay keep their value and the optimizer's state; those that come start at zero. A batch counts as one
-sample: batches of one row are the paper's. The authors train with Adafactor at 0.01; the rate here is for AdamW.
+sample: batches of one row are the paper's. The authors train with Adafactor at 0.01.
 
 >>> FishDip().period
 100

@@ -3,7 +3,7 @@
 Agarwal et al. 2024, arXiv 2408.14470, and the authors' code. Of the k = share * (number of entries) one part in T joins
 in each of the T steps of a run, the best over all sites by that step's gradient, and stays. v [k] starts at zero,
 `where` [3, k] holds site, row and column. `init` chooses all k by the gradient of one batch: a loop that calls no hooks
-trains these; where a run starts they are given up. The default share and rate are ours.
+trains these; where a run starts they are given up. The default share is ours.
 
 >>> ID3().exp
 1.0

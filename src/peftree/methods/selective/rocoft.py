@@ -21,7 +21,9 @@ from peftree.methods.contract import Field, Method, Place, Site, Tags
 class RoCoFT(Method):
     """Trained offsets of k rows or columns."""
 
-    tags: ClassVar[Tags] = Tags("selective", "arXiv 2410.10075", True, True, lr=1e-3, small={"k": 2})
+    tags: ClassVar[Tags] = Tags(
+        "selective", "arXiv 2410.10075", True, True, lr=1e-3, lr_from="row_leader/qnli_rank_3.ipynb", small={"k": 2}
+    )
     sites: str = Field("linear", description="weights whose rows or columns are trained")
     k: int = Field(3, ge=1, le=65536, description="number of rows or columns of each weight")
     axis: Literal["rows", "columns"] = Field("rows", description="rows are output units, columns input units")

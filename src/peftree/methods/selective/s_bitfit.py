@@ -3,7 +3,7 @@
 Lawton et al. 2023, arXiv 2305.16597, section 3: parameters of a PEFT method are pruned by first-order salience, the
 sum over steps of |db dL/ddb|, then the kept ones are trained from scratch. Here in one run: all train for the share
 `search` of the steps, then the mask m is chosen and db goes back to zero, its optimizer state with it. S keeps whole
-biases by mean salience, U (`unit="entry"`) entries. Only the card was read: what is summed, shares and rate are ours.
+biases by mean salience, U (`unit="entry"`) entries. Only the card was read: what is summed and the shares are ours.
 
 >>> SBitFit().unit
 'module'

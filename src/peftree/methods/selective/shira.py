@@ -22,7 +22,8 @@ class SHiRA(Method):
     """Sparse high-rank adapters."""
 
     tags: ClassVar[Tags] = Tags(
-        "selective", "arXiv 2406.13175", True, True, lr=3e-4, needs_dense_weight=True, small={"r": 2},
+        "selective", "arXiv 2406.13175", True, True, lr=3e-4, lr_from="Hugging Face PEFT's MetaMathQA suite, shira",
+        needs_dense_weight=True, small={"r": 2},
         peft=Peft("SHIRA", {"r": "r", "mask_type": "mask", "random_seed": "basis_seed"}, {"shira_weight": "v"},
                   values={"mask_type": {"random": "random"}}, frozen={"shira_indices": "indices"}),
     )  # fmt: skip

@@ -5,7 +5,7 @@ v [k] starts at zero at random entries. In the first `window` steps of each `per
 candidates of each weight as it has entries, those with the largest gradient in the first backward pass. Then a share of
 the entries moves: all the first time, later `rate` less what has passed of the run. Moved ones start at zero, and their
 moments at the candidate's means, aged `window` steps, which the optimizer corrects entry by entry. (In their code
-windows after the first are a step longer, and the age of moved entries lags a step behind; the rate here is ours.)
+windows after the first are a step longer, and the age of moved entries lags a step behind.)
 
 >>> SpIEL().window
 5

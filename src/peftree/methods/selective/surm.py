@@ -3,7 +3,7 @@
 Sehanobish et al. 2024, arXiv 2406.17740, section 4. `circulant`: C_ij = (a * b)_((i - j) mod n), a and b [n].
 `toeplitz`: C = T_b T_a, both symmetric, T_ij = t_|i - j|. b starts at zero; a starts N(0, 1), for `toeplitz` N(0,
 0.02), as in the authors' code. They have square weights alone; here n = max(out, in), and C is the upper left part (T_a
-is [in, in]). The fast form multiplies Fourier transforms. The paper's Kronecker form is `krona`. The rate is ours.
+is [in, in]). The fast form multiplies Fourier transforms. The paper's Kronecker form is `krona`.
 
 >>> SURM(form="toeplitz").form
 'toeplitz'

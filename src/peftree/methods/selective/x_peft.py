@@ -4,7 +4,7 @@ Kwak and Kim 2024, arXiv 2401.16137. D_i [b, d] and U_i [d, b] are random from N
 `basis_seed` and not stored. `hard`: m is 1 at the k largest of N logits, else 0, gradients go to their softmax; one bit
 an adapter is kept after training. `soft`: m is the softmax. n is a layer norm of width b with trained gain and shift,
 2 (N + b) numbers per layer in all. No code is public, and only part of the paper was read: that n is before the
-nonlinearity, this ReLU, the start of the logits, N(0, 0.02), and the rate are ours.
+nonlinearity, this ReLU and the start of the logits, N(0, 0.02), are ours.
 
 >>> XPEFT(adapters=400).k
 50

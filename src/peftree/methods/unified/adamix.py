@@ -22,8 +22,9 @@ class AdaMix(Method):
     """A mixture of bottlenecks with random routing, merged to one."""
 
     tags: ClassVar[Tags] = Tags(
-        "unified", "arXiv 2205.12410", False, False, lr=4e-4, inference_cost="low", small={"size": 5}
-    )
+        "unified", "arXiv 2205.12410", False, False, lr=4e-4, lr_from="bert_base_mnli_expert_soup.sh",
+        inference_cost="low", small={"size": 5},
+    )  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets a mixture")
     experts: int = Field(4, ge=1, le=256, description="number n of down- and of up-projections")
     size: int = Field(16, ge=1, le=65536, description="bottleneck width (the paper: 16 on large, 48 on base models)")

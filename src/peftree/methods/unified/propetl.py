@@ -19,8 +19,9 @@ class ProPETL(Method):
     """One prototype bottleneck, masked differently in every layer."""
 
     tags: ClassVar[Tags] = Tags(
-        "unified", "arXiv 2305.17682", False, False, lr=1e-4, inference_cost="low", small={"reduction": 4}
-    )
+        "unified", "arXiv 2305.17682", False, False, lr=1e-4, lr_from="propetl-roberta/scripts/run_adapter.sh",
+        inference_cost="low", small={"reduction": 4},
+    )  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets the masked prototype")
     reduction: float = Field(12.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
     keep: float = Field(0.5, gt=0, le=1, description="share of the prototype's entries that a layer keeps")
