@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-operations bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
+.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench bench-confirm bench-page bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -54,11 +54,17 @@ quantized-page: env ## adapt packed bases by every method and write the table
 peft-page: env ## run the matrix of Hugging Face PEFT's files and write its page
 	$(TESTING) $(BIN)/python -W ignore tools/peft_page.py
 
-bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py --whole --rounds 11 --markdown docs/bench-step.md --json docs/bench-step.json
+bench: env ## measure the benchmark's sections that the code left behind (SECTION=name: that one; ALL=1: all)
+	$(BIN)/python benchmarks/bench.py $(SECTION) $(if $(ALL),--all) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SMALL),--small)
+	@$(MAKE) --no-print-directory bench-page
 
-bench-operations: env ## attaching, switching, merging, saving and more, beside Hugging Face PEFT
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/operations.py --rounds 3 --markdown docs/bench-operations.md --json docs/bench-operations.json
+bench-confirm: env ## measure a few rows of the benchmark again, after a change that should not change them
+	$(BIN)/python benchmarks/bench.py --confirm
+	@$(MAKE) --no-print-directory bench-page
+
+bench-page: env ## docs/bench.md, its figures and what other pages quote, from docs/bench.json
+	$(BIN)/python -m tools.bench_page
+	$(BIN)/python -m tools.readme
 
 bench-gpu: env ## time and memory of a training step on a GPU, beside Hugging Face PEFT (random weights, bf16)
 	$(BIN)/python benchmarks/gpu.py --json results/bench-gpu.json
@@ -71,9 +77,9 @@ bench-smoke: env ## the smallest suite of the benchmark on real models and data,
 	$(BIN)/peftree report results/smoke --html results/smoke/report.html
 
 study: env ## the study's page, the adviser's evidence and the README's table, from the packed records
-	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.study
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence.make
-	OMP_NUM_THREADS=1 $(BIN)/python tools/readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.readme
 
 models-page: env ## docs/models.md from docs/models.json (`python -m tools.models_page measure` measures)
 	$(BIN)/python -m tools.models_page

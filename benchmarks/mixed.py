@@ -1,29 +1,22 @@
 """Mixed batches beside Hugging Face PEFT: one batch whose rows use different adapters, over the bare base.
 
-    python benchmarks/mixed.py [--rounds 15] [--layers 4] [--dtype float32] [--json out.json]
+    python benchmarks/mixed.py [--rounds 15] [--layers 4] [--dtype float32] [--only "32 x 1, 32 adapters"]
 
 The base is of the SmolLM2-135M shape with random weights, LoRA of rank 8 is on every linear map. Time is process CPU
-time of one forward pass without gradients; in a round every variant runs once, in rotated order; a figure is the median
-over the rounds of its ratio to the bare base of that round, with quartiles. A decoded token follows 64 others in a
-cache, which is cut back to them. The stacks are held, as in all passes of a `route` but the first: "first pass" is a
-pass in a new `route`.
+time of one forward pass without gradients, over the bare base's in the same round (`benchmarks/step.py`). A decoded
+token follows 64 others in a cache, which is cut back to them. The stacks are held, as in all passes of a `route` but
+the first: "first pass" is a pass in a new `route`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from step import ALL, smol
+from step import ALL, Row, compare, ratios, section, smol
 from transformers import DynamicCache
 
 import peftree
@@ -85,10 +78,11 @@ def held(model: Any) -> int:
     return sum(t.nbytes for m in route.mixed.values() for s in m.stacks.values() for t in s if t is not None)
 
 
-def measure(case: tuple[int, int, int], layers: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Return the ratios of one case to the bare base, and the base's milliseconds."""
+def measure(case: tuple[int, int, int], asked: argparse.Namespace, share: float) -> Row:
+    """Return the ratios of one case to the bare base, and the base's seconds."""
     rows, tokens, adapters = case
-    plain, names = smol(layers, False).to(dtype).eval(), [f"a{row % adapters}" for row in range(rows)]
+    plain = smol(asked.layers, False).to(getattr(torch, asked.dtype)).eval()
+    names = [f"a{row % adapters}" for row in range(rows)]
     mine, other, solo = ours(plain, adapters), theirs(plain, adapters), ours(plain, 1)
     again = step(mine, rows, tokens)
 
@@ -97,54 +91,25 @@ def measure(case: tuple[int, int, int], layers: int, dtype: torch.dtype, rounds:
             again()
 
     run = {
-        "bare base": step(plain, rows, tokens),
-        "peftree, one adapter": step(solo, rows, tokens),
-        "peftree, first pass": first,
-        "HF PEFT, adapter_names": step(other, rows, tokens, adapter_names=names),
+        "bare": step(plain, rows, tokens),
+        "one": step(solo, rows, tokens),
+        "first": first,
+        "peft": step(other, rows, tokens, adapter_names=names),
     }
     with peftree.route(mine, names):
-        run["peftree, mixed"] = step(mine, rows, tokens)
-        found: dict[str, list[float]] = {name: [] for name in run}
-        times = 1 if tokens > 1 else 5
-        for turn in range(-1, rounds):
-            spent = {}
-            for name in [*run][turn % len(run) :] + [*run][: turn % len(run)]:
-                begin = time.process_time()
-                for _ in range(times):
-                    run[name]()
-                spent[name] = (time.process_time() - begin) / times
-            if turn >= 0:
-                for name, seconds in spent.items():
-                    found[name].append(seconds if name == "bare base" else seconds / spent["bare base"])
-        out: dict[str, Any] = {"held, MB": held(mine) / 1e6}
-    out["bare base, ms"] = statistics.median(found.pop("bare base")) * 1e3
-    for name, ratios in found.items():
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        out[name] = {"ratio": middle, "quartiles": [low, high]}
-    return out
+        run["mixed"] = step(mine, rows, tokens)
+        found = ratios(compare(run, asked.rounds, asked.seconds * share), "bare")
+        return {**found, "goal": GOALS.get(case, ""), "held_bytes": held(mine)}
 
 
-def main() -> None:
-    """Print a line for each case, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    every = {}
+def measured(asked: argparse.Namespace) -> Iterator[Row]:
+    """Measure the cases that are asked for."""
+    every = {"{} x {}, {} adapters".format(*case): case for case in CASES}
+    wanted = {name: case for name, case in every.items() if not asked.only or name in asked.only}
     with torch.no_grad():
-        for case in CASES:
-            found = every["rows {}, tokens {}, adapters {}".format(*case)] = measure(
-                case, args.layers, getattr(torch, args.dtype), args.rounds
-            )
-            goal = f"  goal {GOALS[case]:.2f}" if case in GOALS else ""
-            told = (f"{n} {v['ratio']:.2f}" if isinstance(v, dict) else f"{n} {v:.1f}" for n, v in found.items())
-            print("{} x {}, {} adapters: ".format(*case) + "; ".join(told) + goal, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        for name, case in wanted.items():
+            yield {"row": name, **measure(case, asked, 1 / len(wanted))}
 
 
 if __name__ == "__main__":
-    main()
+    section(measured, __doc__, layers={"type": int, "default": 4}, dtype={"default": "float32"})

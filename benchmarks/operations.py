@@ -1,7 +1,9 @@
-"""CPU seconds of what one does with adapters, beside Hugging Face PEFT: `make bench-operations` writes the page.
+"""CPU seconds of what one does with adapters, beside Hugging Face PEFT.
 
-Each library runs in processes of its own, in turns; a figure is the median of the rounds. `--one LIBRARY` is one such
-process, which prints a line of JSON.
+    python benchmarks/operations.py [peftree | peft] [--rounds 2]
+
+Each library runs in processes of its own, in turns; a figure is the median of the rounds. With the name of a library it
+is one such process, which prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from step import machine
-
+Row = dict[str, Any]
 MANY = 64  # adapters on one model
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Operation -> goal, and what it is compared with: "s" seconds, "x" the other library's time, or another operation.
@@ -74,8 +75,9 @@ def smol() -> Any:
     """Return the SmolLM2-135M shape: 30 layers, 210 linear maps, a small vocabulary."""
     from transformers import LlamaConfig, LlamaModel
 
+    layers = 1 if os.environ.get("BENCH_SMALL") else 30
     return LlamaModel(LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, vocab_size=1000,
     ))  # fmt: skip
 
@@ -99,6 +101,7 @@ def ours() -> dict[str, float]:
         out["save, first in a process"] = timed(lambda: peftree.save(a, f"{folder}/a"))
         out["save again"] = timed(lambda: peftree.save(a, f"{folder}/a"), 3)
         out["load another"] = timed(lambda: peftree.load(model, f"{folder}/a", name="c"))
+        out["load another, low_cpu_mem_usage"] = out["load another"]
         out["replace by a loaded adapter"] = timed(lambda: peftree.replace(a, b), 3)
         out["replace by a folder"] = timed(lambda: peftree.replace(a, f"{folder}/a"), 3)
     peftree.switch(model, "a")
@@ -141,6 +144,9 @@ def theirs() -> dict[str, float]:
         out["save, first in a process"] = timed(lambda: wrapped.save_pretrained(folder, selected_adapters=["a"]))
         out["save again"] = timed(lambda: wrapped.save_pretrained(folder, selected_adapters=["a"]), 3)
         out["load another"] = timed(lambda: wrapped.load_adapter(f"{folder}/a", "c"))
+        lean = timed(lambda: wrapped.load_adapter(f"{folder}/a", "d", low_cpu_mem_usage=True))
+        out["load another, low_cpu_mem_usage"] = lean
+        wrapped.delete_adapter("d")
         swap = timed(lambda: hotswap_adapter(wrapped, f"{folder}/a", "a", torch_device="cpu"), 3)
         out["replace by a loaded adapter"] = out["replace by a folder"] = swap
     wrapped.set_adapter("a")
@@ -185,41 +191,19 @@ def _run(arguments: list[str]) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def measured(rounds: int) -> dict[str, Any]:
-    """Return the medians of all operations, by library, and where they were measured."""
+def measured(asked: argparse.Namespace) -> Iterator[Row]:
+    """Return the medians of all operations."""
     runs: dict[str, list[dict[str, float]]] = {"peftree": [], "peft": []}
-    for number in range(rounds):
+    for number in range(asked.rounds):
         for library in list(runs)[:: 1 if number % 2 else -1]:
-            runs[library].append(json.loads(_run([__file__, "--one", library])))
+            runs[library].append(json.loads(_run([__file__, library])))
         runs["peftree"][-1] |= commands()
-    medians = {lib: {n: statistics.median(r[n] for r in found) for n in found[0]} for lib, found in runs.items()}
-    return {"machine": machine(), "rounds": rounds, "seconds": medians}
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return the result as a page."""
-    own, other = result["seconds"]["peftree"], result["seconds"]["peft"]
-    lines = [
-        "# Operations beside Hugging Face PEFT", "",
-        "Written by `make bench-operations`. " + ", ".join(f"{k} {v}" for k, v in result["machine"].items()) + ".", "",
-        f"CPU seconds on one thread, the median of {result['rounds']} round(s) on a machine that "
-        "other programs shared; each library in processes of its own, in "
-        "turns. The model has the shape of SmolLM2-135M in float32 (30 layers, 210 linear maps, 107 million weights "
-        "without its vocabulary); LoRA on all maps, rank 8, and rank 2 where many are attached.", "",
-        "| operation | peftree, s | PEFT, s | ratio | goal | |", "|---|--:|--:|--:|---|---|",
-    ]  # fmt: skip
-    missed = []
+    own, other = ({n: statistics.median(r[n] for r in found) for n in found[0]} for found in runs.values())
     for name in own:
-        theirs = other.get(name)
-        goal, met = _goal(name, own, theirs)
-        missed += [] if met else [name]
-        right = ["-", "-"] if theirs is None else [f"{theirs:.4f}", f"{own[name] / max(theirs, 1e-9):.3f}"]
-        lines.append(f"| {name} | {own[name]:.4f} | {right[0]} | {right[1]} | {goal} | {'' if met else 'missed'} |")
-    lines += ["", "PEFT's `hotswap_adapter` reads a folder. PEFT's unmerging subtracts, so the weights come back "
-              "rounded; peftree puts back the same tensors.", ""]  # fmt: skip
-    why = [f"* {name}: {WHY.get(name, 'not explained yet')}." for name in missed]
-    lines += ["## Missed", "", *why] if missed else []
-    return "\n".join(lines).rstrip() + "\n"
+        goal, met = _goal(name, own, other.get(name))
+        row: Row = {"row": name, "peftree": round(own[name], 6), "goal": goal, "met": "" if met else "missed"}
+        row |= {"peft": round(other[name], 6)} if name in other else {}
+        yield row if met else {**row, "why": f"{WHY.get(name, 'not explained yet')}."}
 
 
 def _goal(name: str, own: dict[str, float], theirs: float | None) -> tuple[str, bool]:
@@ -235,27 +219,17 @@ def _goal(name: str, own: dict[str, float], theirs: float | None) -> tuple[str, 
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", choices=("peftree", "peft"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
-    if args.one:
+    """Measure one library in this process, which has imported nothing of either, or both in processes of their own."""
+    if len(sys.argv) > 1 and sys.argv[1] in ("peftree", "peft"):
         import torch
 
         torch.set_num_threads(1)
-        print(json.dumps(ours() if args.one == "peftree" else theirs()))
+        print(json.dumps(ours() if sys.argv[1] == "peftree" else theirs()))
         return
-    result = measured(args.rounds)
-    print(markdown(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if args.markdown:
-        args.markdown.write_text(markdown(result), "utf-8")
+    from step import section
+
+    section(measured, __doc__)
 
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 if __name__ == "__main__":
     main()

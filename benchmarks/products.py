@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from step import Step, compare, ours, smol, spread, variants
+from step import Row, Step, compare, ours, ratios, section, smol, tokens, variants
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,19 +27,6 @@ def choose(back_end: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = BACK_ENDS[back_end]
 
 
-def timed(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each, run in turns; a name that is a back-end chooses it."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            choose(name if name in BACK_ENDS else "MKL")
-            begin = time.process_time()
-            run()
-            seconds[name] += [time.process_time() - begin] if turn else []
-    choose("MKL")
-    return {name: statistics.median(found) for name, found in seconds.items()}
-
-
 class Chosen(Step):
     """A training step by one back-end."""
 
@@ -51,44 +37,46 @@ class Chosen(Step):
         return super().loss()
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(
-        "| tokens x in x out | MKL | oneDNN | back: MKL | oneDNN | bf16 | bf16 widened | fp16 | error: MKL | oneDNN |"
-    )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for tokens, into, out in SHAPES:
-        x, W, g = torch.randn(tokens, into), torch.randn(out, into), torch.randn(tokens, out)
-        (xb, Wb), (xh, Wh) = (x.bfloat16(), W.bfloat16()), (x.half(), W.half())
-        seconds = [
-            timed(dict.fromkeys(BACK_ENDS, lambda x=x, W=W: functional.linear(x, W)), rounds),
-            timed(dict.fromkeys(BACK_ENDS, lambda g=g, W=W: g @ W), rounds),
-            timed({"bf16": lambda x=xb, W=Wb: functional.linear(x, W)}, rounds),
-            timed({"widened": lambda x=xb, W=Wb: functional.linear(x.float(), W.float())}, rounds),
-            timed({"fp16": lambda x=xh, W=Wh: functional.linear(x, W)}, 5),
-        ]
-        exact, errors = x.double() @ W.double().t(), []
-        for name in BACK_ENDS:
+def speeds(shape: tuple[int, int, int], asked: argparse.Namespace) -> Row:
+    """Return GF/s of each kind of product of a shape, and the errors of the back-ends."""
+    tokens, into, out = shape
+    x, W, g = torch.randn(tokens, into), torch.randn(out, into), torch.randn(tokens, out)
+
+    def by(name: str, product: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
             choose(name)
-            errors.append(float((functional.linear(x, W) - exact).abs().max() / exact.abs().max()))
-        choose("MKL")
-        speeds = [f"{2 * tokens * into * out / s / 1e9:.0f}" for found in seconds for s in found.values()]
-        print(f"| {tokens} x {into} x {out} | {' | '.join(speeds)} | {errors[0]:.1e} | {errors[1]:.1e} |", flush=True)
+            return product()
+
+        return run
+
+    run = {name: by(name, lambda: functional.linear(x, W)) for name in BACK_ENDS}
+    run |= {f"back {name}": by(name, lambda: g @ W) for name in BACK_ENDS}
+    xb, Wb = x.bfloat16(), W.bfloat16()
+    run["bf16"] = by("MKL", lambda: functional.linear(xb, Wb))
+    run["widened"] = by("MKL", lambda: functional.linear(xb.float(), Wb.float()))
+    seconds = compare(run, asked.rounds, asked.seconds / len(SHAPES) / 2)
+    row: Row = {"row": " x ".join(map(str, shape)), "rounds": len(seconds["MKL"])}
+    row |= {n: round(2 * tokens * into * out / statistics.median(s) / 1e9) for n, s in seconds.items()}
+    exact = x.double() @ W.double().t()
+    for name in BACK_ENDS:
+        far = float((run[name]() - exact).abs().max() / exact.abs().max())
+        row[f"error {name}"] = f"{far:.1e}"
+    choose("MKL")
+    return row
+
+
+def measured(asked: argparse.Namespace) -> Iterator[Row]:
+    """Measure the products, then a whole step."""
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        yield speeds(shape, asked)
     base, ((method, fields), _) = smol(4, False), variants("smol")["lora all"]
-    batch = {"input_ids": torch.randint(5, 20000, (8, 128), generator=torch.Generator().manual_seed(1))}
-    steps = {name: Chosen(ours(base, method, fields), batch) for name in BACK_ENDS}
+    steps = {name: Chosen(ours(base, method, fields), tokens(8, 128)) for name in BACK_ENDS}
     for name, each in steps.items():
         each.back_end = name
-    found = compare(steps, rounds)
-    median, (low, high) = spread(found["oneDNN"], found["MKL"])
-    share = f"{median:.2f} ({low:.2f}-{high:.2f})"
-    print(f"\nA LoRA step (4 layers, 8 x 128 tokens) by oneDNN takes {share} of its time by MKL.")
+    found = ratios(compare(steps, asked.rounds, asked.seconds / 2), "MKL")
+    yield {"row": "LoRA step, 4 layers, by oneDNN over MKL", "rounds": found["rounds"], "oneDNN": found["oneDNN"]}
 
 
 if __name__ == "__main__":
-    main()
+    section(measured, __doc__)

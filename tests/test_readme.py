@@ -22,9 +22,11 @@ def test_generated_parts_are_current() -> None:
     spec.loader.exec_module(tool)
     fresh = tool.current(README)
     table = re.compile(r"<!-- methods:start -->\n(.*)<!-- methods:end -->", re.DOTALL)
-    assert table.sub("", fresh) == table.sub("", README), "run `python tools/readme.py`"
+    assert table.sub("", fresh) == table.sub("", README), "run `python -m tools.readme`"
     old, new = (set(re.findall(r"`(\w+)`", found[1])) for text in (README, fresh) if (found := table.search(text)))
-    assert old <= new, "a method in the table is gone: run `python tools/readme.py`"
+    assert old <= new, "a method in the table is gone: run `python -m tools.readme`"
+    precision = tool.DOCS / "precision.md"
+    assert tool.current(precision.read_text("utf-8")) == precision.read_text("utf-8"), "run `python -m tools.readme`"
     assert len(old) > 20 and tool.current(README.replace("`lora`", "`lorax`")) == fresh
 
 

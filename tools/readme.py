@@ -1,4 +1,4 @@
-"""Write the README's generated parts from the code and the study: `python tools/readme.py` (--check only compares)."""
+"""Write the generated parts of README.md and docs/precision.md: `python -m tools.readme` (--check only compares)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+
+from tools import bench_page
 
 from peftree import describe
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
+PAGES = (README, DOCS / "precision.md")
 
 
 def methods() -> str:
@@ -26,8 +28,6 @@ def methods() -> str:
 
 def facts() -> str:
     """Return three measured facts about peftree and Hugging Face PEFT from the stored results."""
-    steps = {(s["shape"], s["method"]): s for s in json.loads((DOCS / "bench-step.json").read_text("utf-8"))["steps"]}
-    lora, dora = (steps["whole", f"{name} all"] for name in ("lora", "dora"))
     files = json.loads((DOCS / "peft-files.json").read_text("utf-8"))
     read = Counter(found for found, _ in files["read"].values())
     sure = read["right"] + read["refused"] + read["wrong"]
@@ -36,19 +36,11 @@ def facts() -> str:
     linear, attention = re.findall(r"(\d+ of \d+) \(", everything[0])[:2]
     return f"""\
 * **A training step** of SmolLM2-135M, adapters on all linear layers, compared with Hugging Face PEFT {files["peft"]}:
-  LoRA takes {lora["peak_ratio"]:.2f} of the peak memory and {_time(lora)}; DoRA takes
-  {dora["peak_ratio"]:.2f} of the peak memory and {_time(dora)} ([side-by-side measurements](docs/bench-step.md)).
+  {bench_page.facts(bench_page.load())} ([side-by-side measurements](docs/bench.md)).
 * **PEFT adapter files**: of {sure} cases that PEFT itself supports, {read["right"]} reproduce its outputs within 1e-5,
   {read["refused"]} are refused with a reason, {read["wrong"]} are wrong ([the matrix](docs/peft-files.md)).
 * **Models**: LoRA is correct on the linear layers of {linear} classes in transformers' auto mappings that have any, and
   on the attention of {attention} ([each class](docs/models.md))."""
-
-
-def _time(step: dict[str, Any]) -> str:
-    """Say the ratio of times, if it is outside the noise of the same model measured twice."""
-    low, high = step["noise_quartiles"]
-    noise = low <= step["time_ratio"] <= high
-    return "the same time within noise" if noise else f"{step['time_ratio']:.2f} of the time"
 
 
 def study() -> str:
@@ -57,22 +49,34 @@ def study() -> str:
     return rest.partition("\n\n")[0]
 
 
+def speed() -> str:
+    """Return the table of time and memory from the benchmark."""
+    return bench_page.speed(bench_page.load())
+
+
+def loss() -> str:
+    """Return the paragraph about the loss without logits from the benchmark."""
+    return bench_page.loss(bench_page.load())
+
+
 def current(text: str) -> str:
-    """Return `text` with the parts between the marks regenerated."""
-    for name, part in (("facts", facts), ("methods", methods), ("study", study)):
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        before, _, rest = text.partition(start)
-        text = f"{before}{start}\n{part()}\n{end}{rest.partition(end)[2]}"
+    """Return `text` with the parts between its marks regenerated."""
+    for part in (facts, methods, study, speed, loss):
+        start, end = (f"<!-- {part.__name__}:{word} -->" for word in ("start", "end"))
+        before, mark, rest = text.partition(start)
+        if mark:
+            text = f"{before}{start}\n{part()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 def main() -> int:
-    """Write the file, or with --check say whether it is current."""
-    text = README.read_text("utf-8")
-    fresh = current(text)
+    """Write the files, or with --check say whether they are current."""
+    texts = {path: path.read_text("utf-8") for path in PAGES}
+    fresh = {path: current(text) for path, text in texts.items()}
     if "--check" in sys.argv:
-        return int(fresh != text)
-    README.write_text(fresh, "utf-8")
+        return int(fresh != texts)
+    for path, text in fresh.items():
+        path.write_text(text, "utf-8")
     return 0
 
 

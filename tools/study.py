@@ -1,4 +1,4 @@
-"""Write docs/study.md from the packed study: `python tools/study.py`.
+"""Write docs/study.md from the packed study: `python -m tools.study`.
 
 Every number comes from docs/study/small.jsonl.gz and the suite `small`; intervals, relative scores and paired tests are
 the report's. Methods are compared once all their final seeds are there. The words are in study.md.j2.
@@ -7,7 +7,6 @@ the report's. Methods are compared once all their final seeds are there. The wor
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import jinja2
 import yaml
 from markupsafe import Markup
+from tools.figure import svg_file
 
 from peftree import registry, report, text
 from peftree.bench.grouping import FULL, HEAD_ONLY, comparisons, labelled
@@ -328,17 +328,6 @@ def sheet(group: panels.Panels, columns: int = 4) -> Markup:
     rows = -(-len(group.panels) // columns)
     across = wide * min(columns, len(group.panels))
     return svg.document(across, head + high * rows, group.title, group.caption, body)
-
-
-def svg_file(drawn: str) -> str:
-    """Return a figure as a standalone SVG file, with styles and symbols inside."""
-    size = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn)
-    assert size is not None
-    style = Path(svg.__file__).with_name("figure.css").read_text("utf-8")
-    fonts = 'font-family="system-ui, Segoe UI, Liberation Sans, Arial, sans-serif"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}" {fonts}'
-    top, title, rest = str(drawn).removeprefix("<svg").partition("</title>")
-    return f"{start}{top}{title}<style>{style}</style>{svg.symbols()}{rest}\n"
 
 
 def pictures(task: Task, built: report.Report) -> dict[str, str]:
