@@ -200,6 +200,9 @@ class RunConfig(BaseModel):
         (), description="trackers that also get the curves, separated by commas"
     )
     base_score: bool = Field(True, description="score the model without the adapter first")
+    measure_memory: bool = Field(
+        False, description="at the end, plan the run's memory and measure its peak; on a CPU by some more passes"
+    )
     resume: bool = Field(False, description="continue from the newest complete checkpoint")
     quiet: bool = Field(False, description="print only errors")
     _lines: dict[str, str] = PrivateAttr(default_factory=dict)
