@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-operations bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
+.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench-step bench-operations bench-runs bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -59,6 +59,9 @@ bench-step: env ## time and memory of a training step, beside Hugging Face PEFT
 
 bench-operations: env ## attaching, switching, merging, saving and more, beside Hugging Face PEFT
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/operations.py --rounds 3 --markdown docs/bench-operations.md --json docs/bench-operations.json
+
+bench-runs: env ## CPU time of whole runs, beside a script of Hugging Face PEFT and transformers' Trainer
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/runs.py --json results/bench-runs.json
 
 bench-gpu: env ## time and memory of a training step on a GPU, beside Hugging Face PEFT (random weights, bf16)
 	$(BIN)/python benchmarks/gpu.py --json results/bench-gpu.json
