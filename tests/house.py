@@ -75,7 +75,7 @@ ROOMS = {
     "tasks": 2600,
     "evaluate": 1400,
     "runs": 450,
-    "train": 3260,
+    "train": 3470,
     "plan": 3450,
     "assets": 1600,
     "probes": 970,

@@ -114,7 +114,7 @@ def trained(task: SuiteTask, material: Material, wanted: Cell) -> Record:
     own = {"model": material.model, "task": task.task, "data": data, "method": {"name": wanted.method}, "lr": lr}
     own |= {"output": str(folder / "run"), "seed": wanted.seed, "threads": 1, "quiet": True}
     try:
-        config = RunConfig.model_validate({**task.settings, **own, "base_score": False})
+        config = RunConfig.model_validate({**task.settings, **own, "base_score": False, "measure_memory": False})
         result, opened = complete(config)
         found: Record = {"status": "ok", "loss": heldout(opened), "trained": result.trainable_parameters}
         found |= {result.metric: result.score}

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from peftree.assets.fetch import cache_root
 from peftree.bench.run import Choice, run_suite
 from peftree.bench.suite import Suite, load_suite
 from peftree.errors import ConfigError
-from peftree.files import atomic_write
+from peftree.files import atomic_write, cache_root
 from peftree.machine import free_memory
 from peftree.runs.record import RunRecord
 

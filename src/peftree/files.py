@@ -16,6 +16,11 @@ from typing import Any
 from peftree.errors import StoreError, unwritten
 
 
+def cache_root() -> Path:
+    """Return the cache folder: ``$PEFTREE_CACHE``, else ``~/.cache/peftree``."""
+    return Path(os.environ.get("PEFTREE_CACHE") or "~/.cache/peftree").expanduser().absolute()
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> Path:
     """Write `data` to `path` through a temporary file in the same folder, fsync, rename.
 

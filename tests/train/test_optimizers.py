@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 import peftree
 from peftree.data.rows import load_data
 from peftree.errors import ConfigError
-from peftree.optimizers import DEFAULT, check_optimizer
+from peftree.optimizers import DEFAULT, check_optimizer, make_optimizer
 from peftree.settings import load_config
 from peftree.tasks import build_task
 from peftree.train.run import run
@@ -146,3 +146,25 @@ def test_every_schedule_of_the_trainer_runs_or_is_refused(
     else:
         said = f"{run(config).steps} steps"
     assert said == "6 steps" or ("'linear'" in said and name in NEED_MORE)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_default_is_torchs_adamw(decay: float) -> None:
+    """Twenty steps over tensors of many sizes, beside torch's AdamW without its fused kernel."""
+    shapes = [(8, 576), (576, 8), (1,), (3, 5, 7), (192,)]
+    sides = []
+    for made in (
+        lambda groups: make_optimizer(DEFAULT, groups, weight_decay=decay),
+        lambda groups: torch.optim.AdamW(groups, weight_decay=decay, foreach=False, fused=False),
+    ):
+        draw = torch.Generator().manual_seed(0)
+        tensors = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+        optimizer = made([{"params": tensors[:2], "lr": 1e-2}, {"params": tensors[2:], "lr": 1e-3}])
+        assert bool(optimizer.defaults["fused"]) is (len(sides) == 0)
+        for _ in range(20):
+            for tensor in tensors:
+                tensor.grad = torch.randn(tensor.shape, generator=draw)
+            optimizer.step()
+        sides.append(tensors)
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -148,7 +148,8 @@ def test_a_run_says_what_was_joined_and_is_planned_as_it_is_measured(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", LINES)
     held = RunConfig(model=decoder, data={"train": str(path), "valid": str(path)}).data
-    found = run(config(decoder, path, tmp_path / "o", packing=True, save_every=0).model_copy(update={"data": held}))
+    asked = config(decoder, path, tmp_path / "o", packing=True, save_every=0, measure_memory=True)
+    found = run(asked.model_copy(update={"data": held}))
     tokens = [len(f"{prompt} {completion}".split()) + 1 for prompt, completion in LINES]
     pairs = sum(2 * max(two) for two in zip(tokens[::2], tokens[1::2], strict=True))
     said = next(line for line in capsys.readouterr().err.splitlines() if "packing" in line)

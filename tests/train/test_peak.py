@@ -76,7 +76,8 @@ def dit(tmp_path: Path) -> str:
 
 
 def ran(model: str, data: Path, output: Path, *more: str) -> Run:
-    words = [f"model={model}", f"data={data}", f"output={output}", "batch_size=4", "steps=2", "threads=1", *more]
+    words = [f"model={model}", f"data={data}", f"output={output}", "batch_size=4", "steps=2", "threads=1"]
+    words += ["measure_memory=true", *more]
     return run(load_config(None, words))
 
 

@@ -37,7 +37,7 @@ def _config(model: str, data: Path, out: Path, **more: Any) -> RunConfig:
 def test_a_run_trains_on_a_packed_base(kind: str, decoder: str, prompt_data: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = run(_config(decoder, prompt_data, tmp_path / "r", quantize=kind))
+        found = run(_config(decoder, prompt_data, tmp_path / "r", quantize=kind, measure_memory=True))
     assert found.steps == 3 and found.planned_bytes and found.peak_bytes
     written = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert written["planned_bytes"] == found.planned_bytes

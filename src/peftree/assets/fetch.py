@@ -32,18 +32,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from peftree.assets.table import ASSETS, Asset, Kind
 from peftree.errors import AssetError, did_you_mean
-from peftree.files import atomic_write, sha256, sync_folder
+from peftree.files import atomic_write, cache_root, sha256, sync_folder
 
 MANIFEST = ".manifest.json"
 
 
 _REGISTRY: dict[Kind, str] = {"wheel": "PyPI", "sdist": "PyPI", "deb": "Debian", "npm": "npm"}
 _TROUBLE = (AssetError, OSError, http.client.HTTPException, subprocess.SubprocessError)
-
-
-def cache_root() -> Path:
-    """Return the cache folder: ``$PEFTREE_CACHE``, else ``~/.cache/peftree``."""
-    return Path(os.environ.get("PEFTREE_CACHE") or "~/.cache/peftree").expanduser().absolute()
 
 
 def ensure(name: str, quiet: bool = False) -> Path:

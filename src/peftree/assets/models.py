@@ -20,9 +20,10 @@ import yaml
 from pydantic import TypeAdapter
 
 from peftree.assets.composed import dual, llava
-from peftree.assets.fetch import cache_root, ensure, intact, make_folder
+from peftree.assets.fetch import ensure, intact, make_folder
 from peftree.assets.table import ASSETS
 from peftree.errors import AssetError, did_you_mean
+from peftree.files import cache_root
 
 HERE = Path(__file__).parent
 FORMAT = {"llava": 2}  # 1 for others; raised when a converter's output changes: cached folders are then made again

@@ -38,7 +38,7 @@ def work(job: dict[str, Any]) -> Path:
     """
     warnings.filterwarnings("ignore")  # the output is read by people when a run fails
     started = datetime.now(UTC)
-    config = RunConfig.model_validate(job["config"])
+    config = RunConfig.model_validate({"measure_memory": False} | job["config"])  # `step_peak` does
     output = Path(config.output)
     shutil.rmtree(output, ignore_errors=True)  # left by a run that was cut off
     facts = job["facts"]

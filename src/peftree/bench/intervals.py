@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its modules are imported where they are first used, which for one run is nowhere
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from peftree.errors import DataError
 
@@ -147,7 +147,7 @@ def detectable(sample: ArrayLike, reference: ArrayLike, *, exponential: bool = F
     """
     first, second = (_linear(matrix, exponential) for matrix in matrices([sample, reference]))
     error, df = spread(first - second)
-    return float(stats.t.ppf((1 + LEVEL) / 2, df) + stats.t.ppf(POWER, df)) * error
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, df) + scipy.stats.t.ppf(POWER, df)) * error
 
 
 def relative_score(
@@ -183,7 +183,7 @@ def _fieller(above: Array, below: Array) -> Interval:
         return Interval(ratio, -math.inf, math.inf)
     if error <= 1e-12 * abs(d):
         return Interval(ratio, ratio, ratio)
-    squared = float(stats.t.ppf((1 + LEVEL) / 2, df)) ** 2
+    squared = float(scipy.stats.t.ppf((1 + LEVEL) / 2, df)) ** 2
 
     def excess(r: float) -> float:
         one, _ = spread(above - r * below)
@@ -197,7 +197,7 @@ def _root(excess: Callable[[float], float], inside: float, step: float) -> float
     for doubling in range(40):
         outside = inside + step * 2.0**doubling
         if excess(outside) > 0:
-            return float(optimize.brentq(excess, min(inside, outside), max(inside, outside)))
+            return float(scipy.optimize.brentq(excess, min(inside, outside), max(inside, outside)))
     return math.copysign(math.inf, step)
 
 
@@ -227,7 +227,7 @@ def wilson(successes: int, trials: int) -> Interval:
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise DataError(f"{successes} of {trials} is not a proportion.", "Give 0 <= k <= n, n > 0.")
-    p, found = successes / trials, stats.binomtest(successes, trials).proportion_ci(LEVEL, "wilson")
+    p, found = successes / trials, scipy.stats.binomtest(successes, trials).proportion_ci(LEVEL, "wilson")
     return Interval(p, min(p, float(found.low)), max(p, float(found.high)))
 
 
@@ -268,5 +268,5 @@ def _exp(value: float) -> float:
 
 def _ends(centre: float, error: float, df: float) -> tuple[float, float]:
     """Return the ends of Student's interval."""
-    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, df)) * error
     return centre - half, centre + half

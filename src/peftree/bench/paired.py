@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from peftree.bench.intervals import matrices
 
@@ -37,7 +37,7 @@ def mcnemar(sample: ArrayLike, reference: ArrayLike) -> float:
     """
     gaps = np.asarray(sample, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     won, lost = int((gaps > 0).sum()), int((gaps < 0).sum())
-    return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return float(scipy.stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def permutation_test(sample: ArrayLike, reference: ArrayLike, *, draws: int = 5000, seed: int = 0) -> float:
@@ -93,7 +93,7 @@ def signed_rank(gaps: Sequence[float]) -> float:
     found = np.asarray([gap for gap in gaps if gap], dtype=np.float64)
     if not found.size:
         return 1.0
-    ranks = np.sign(found) * stats.rankdata(np.abs(found))
+    ranks = np.sign(found) * scipy.stats.rankdata(np.abs(found))
     return permutation_test(ranks[None], np.zeros_like(ranks)[None])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from peftree.errors import DataError
 
@@ -48,7 +48,7 @@ def mean_ranks(scores: Mapping[str, Sequence[float]]) -> Ranks:
         raise DataError("Mean ranks need at least 2 methods on the same 2 or more tasks.", "Run more of both.")
     table = np.asarray([scores[name] for name in names], dtype=np.float64).T
     n, k = table.shape
-    ranks = stats.rankdata(-table, axis=1)
+    ranks = scipy.stats.rankdata(-table, axis=1)
     means = ranks.mean(axis=0)
     order = sorted(range(k), key=lambda index: (means[index], names[index]))
     critical = critical_difference(k, n)
@@ -64,7 +64,7 @@ def critical_difference(methods: int, tasks: int) -> float:
     >>> round(critical_difference(4, 14), 2)  # the worked example of Demsar 2006, section 3.2.3
     1.25
     """
-    q = float(stats.studentized_range.ppf(0.95, methods, math.inf)) / math.sqrt(2)
+    q = float(scipy.stats.studentized_range.ppf(0.95, methods, math.inf)) / math.sqrt(2)
     return q * math.sqrt(methods * (methods + 1) / (6 * tasks))
 
 
@@ -75,7 +75,7 @@ def _friedman(ranks: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float
     rest = float(((ranks - (k + 1) / 2) ** 2).sum()) - between
     if rest <= 1e-12:
         return 0.0 if between > 1e-12 else 1.0
-    return float(stats.f.sf((n - 1) * between / rest, k - 1, (k - 1) * (n - 1)))
+    return float(scipy.stats.f.sf((n - 1) * between / rest, k - 1, (k - 1) * (n - 1)))
 
 
 def _groups(means: Sequence[float], critical: float) -> tuple[tuple[int, int], ...]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftree.assets.data import write_data
-from peftree.assets.fetch import cache_root
 from peftree.assets.models import MODELS, model_folder
 from peftree.bench.suite import Source, SuiteTask
 from peftree.errors import ConfigError, DataError
+from peftree.files import cache_root
 
 SPLITS = ("train", "valid", "test")
 

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,36 @@ class _Box:
 
 
 def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Return the bytes that the graph of `forward()` keeps for backward.
+    """Return the bytes that the graph of `forward()`, which returns its result, keeps for backward; see `saving`."""
+    with saving(model) as kept:
+        return kept(forward())
+
+
+@contextlib.contextmanager
+def saving(model: nn.Module) -> Iterator[Callable[[Tensor], int]]:
+    """Yield a function of the result of a pass inside: the bytes that its graph keeps for backward.
 
     Each storage counts once and in full while the graph holds a view of it; the parameters and buffers of
-    `model` do not count. `forward` must return a tensor that the graph belongs to.
+    `model` do not count. Call the function inside, before any backward pass.
     """
     own = {t.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) for t in stored(p)}
-    checkpointed = any(m.__dict__.get("gradient_checkpointing") for m in model.modules())
-    kept = _seen_by_hooks(forward) if checkpointed else _held_by_graph(forward())
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    def total(kept: Iterable[Tensor]) -> int:
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    if not any(m.__dict__.get("gradient_checkpointing") for m in model.modules()):
+        yield lambda result: total(_held_by_graph(result))
+        return
+    boxes: list[weakref.ref[_Box]] = []  # reading a checkpointed graph would rerun layers
+
+    def pack(tensor: Tensor) -> _Box:
+        box = _Box(tensor)
+        boxes.append(weakref.ref(box))
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        yield lambda result: total(box.tensor for reference in boxes if (box := reference()) is not None)
 
 
 def _held_by_graph(result: Tensor) -> list[Tensor]:
@@ -58,22 +78,6 @@ def _held_by_graph(result: Tensor) -> list[Tensor]:
         for value in values:
             several = value if isinstance(value, tuple | list) else (value,)
             found += [v for v in several if isinstance(v, Tensor)]
-    return found
-
-
-def _seen_by_hooks(forward: Callable[[], Any]) -> list[Tensor]:
-    """Return the saved tensors that are alive after `forward()`: reading a checkpointed graph would rerun layers."""
-    boxes: list[weakref.ref[_Box]] = []
-
-    def pack(tensor: Tensor) -> _Box:
-        box = _Box(tensor)
-        boxes.append(weakref.ref(box))
-        return box
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-        result = forward()
-    found = [box.tensor for reference in boxes if (box := reference()) is not None]
-    del result
     return found
 
 

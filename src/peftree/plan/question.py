@@ -131,6 +131,7 @@ _IDLE = (
         "log_every",
         "report_to",
         "base_score",
+        "measure_memory",
         "resume",
         "quiet",
         "memory",

@@ -65,7 +65,7 @@ class Costs(_Strict):
         peak_rss_bytes: most resident memory while training, or of the process as a whole if the kernel cannot restart
             that count; rss_after_load_bytes: resident memory before training.
         device_peak_bytes: most memory of tensors on the CUDA device while training; None on a CPU.
-        saved_for_backward_bytes: what the graph of one training batch keeps.
+        saved_for_backward_bytes: what the graph of the first training pass keeps; None where passes are compiled.
         gradient_bytes, optimizer_bytes: bytes of one gradient per trained tensor, and of the optimizer's state.
         allocator_peak_bytes: most that torch's CPU allocator held in one forward and backward pass of the first rows.
         peak_bytes: most bytes of tensors at once in training or scoring, including the model's and the optimizer's: on
@@ -114,6 +114,7 @@ class Run(Costs):
         split: `test`, or `valid` if no test file was given.
         score, values, items: after training, on that split, `items` in its order; see `evaluate.quality.Scores`.
         base_score, base_values, base_items: the same without the adapter; empty if not asked for.
+        base_known: whether these are what an earlier run measured, with everything that they depend on the same.
         constant_score: the score of one answer for all rows (the commonest class or text, or the mean); or None.
         no_better_than: which of the two the score does not beat; empty if it beats them.
         labels: class names in the order of the model's outputs.
@@ -139,6 +140,7 @@ class Run(Costs):
     base_score: FiniteFloat | None = None
     base_values: dict[str, FiniteFloat] = Field(default_factory=dict)
     base_items: tuple[FiniteFloat, ...] = ()
+    base_known: bool = False
     constant_score: FiniteFloat | None = None
     no_better_than: str = ""
     labels: tuple[str, ...] = ()

@@ -62,7 +62,7 @@ class Draws:
     def of(self, *key: object) -> Iterator[None]:
         """Make what is drawn inside depend on `key`; outside, random states are not changed."""
         digest = hashlib.sha256(repr((self.seed, self.epoch, *key)).encode()).digest()
-        with _kept():
+        with unmoved():
             random.seed(digest)
             np.random.seed(np.frombuffer(digest, np.uint32))
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -70,7 +70,8 @@ class Draws:
 
 
 @contextlib.contextmanager
-def _kept() -> Iterator[None]:
+def unmoved() -> Iterator[None]:
+    """Restore the random states of `random`, `numpy.random` and torch on the CPU after what is done inside."""
     before = _now()
     try:
         yield
@@ -136,7 +137,7 @@ class _Stream(_Told, IterableDataset[Any]):
             state = _now()
         rows, end = None, object()
         while True:
-            with _kept():
+            with unmoved():
                 _set(state)
                 rows = iter(self.rows) if rows is None else rows
                 row = next(rows, end)

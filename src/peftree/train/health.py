@@ -162,14 +162,23 @@ class Health:
         return any(other.rpartition("/")[part] == key for other in self.alive)
 
     def effect(self, model: nn.Module, batch: Mapping[str, Any]) -> float:
-        """Return the largest change that the adapter makes to the output on a batch.
+        """Return the largest change that the adapter makes to the output on the first rows of a batch, or on all.
 
-        The model gets everything that it got in training: some models read their labels, and not every tensor's
-        first dimension is the rows.
+        The model gets everything that it got in training: some models read their labels. Where not every tensor's first
+        dimension is the rows, and where the first rows do not change, it gets all rows.
 
         Raises:
             TrainError: the output does not change.
         """
+        return self._effect(model, first_rows(batch)) or self._effect(model, batch) or self._none()
+
+    def _none(self) -> float:
+        raise TrainError(
+            f"Adapter '{self.adapter.name}' is switched on and trained, but the output equals the base's.",
+            "Raise lr if it is tiny; check that its sites are in the part that the task runs.",
+        )
+
+    def _effect(self, model: nn.Module, batch: Mapping[str, Any]) -> float:
         on = active(model)
         training = model.training
         model.eval()
@@ -183,13 +192,7 @@ class Health:
             model.train(training)
         same = new.shape == old.shape and new.dim()
         rows = range(len(new) if same else 0)  # one by one: the logits of a batch are its largest tensor
-        change = max((float((new[i].float() - old[i].float()).abs().max()) for i in rows), default=float("inf"))
-        if change == 0:
-            raise TrainError(
-                f"Adapter '{self.adapter.name}' is switched on and trained, but the output equals the base's.",
-                "Raise lr if it is tiny; check that its sites are in the part that the task runs.",
-            )
-        return change
+        return max((float((new[i].float() - old[i].float()).abs().max()) for i in rows), default=float("inf"))
 
     def report(self, change: float | None) -> str:
         """Return the line that says what was checked."""
@@ -216,6 +219,14 @@ def names(adapter: Adapter) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{key}/{name}"] = parameter
     return found
+
+
+def first_rows(batch: Mapping[str, Any], count: int = 2) -> Mapping[str, Any]:
+    """Return the first rows of a batch whose tensors all have its rows as their first dimension; any other as it is."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    lengths = {len(t) if t.dim() else 0 for t in tensors}
+    plain = len(lengths) == 1 and all(isinstance(v, Tensor | bool | None) for v in batch.values())
+    return {k: v[:count] if isinstance(v, Tensor) else v for k, v in batch.items()} if plain else batch
 
 
 def main_output(output: Any) -> Tensor:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging as hf_logging
 
+from peftree.evaluate.cost import saving
 from peftree.machine import machine
 from peftree.runs.record import CurvePoint
 from peftree.tasks import Items
@@ -137,18 +139,44 @@ def throughput(items: Items, rows: int, step_seconds: float | None) -> dict[str,
     return {"throughput": each * min(rows, count) / step_seconds, "throughput_unit": unit}
 
 
-class Saved(TrainerCallback):
-    """Measures what a graph keeps when training begins, after a method that reads data has read it."""
+class Saved(TrainerCallback, ExportableState):
+    """Counts what the graph of a run's first training pass keeps, as the pass makes it; a checkpoint holds the figure.
 
-    def __init__(self, measure: Callable[[], int], clock: Clock) -> None:
-        self.measure = measure
-        self.clock = clock
-        self.bytes = 0
+    Attributes:
+        bytes: the figure; None before that pass, and where passes are compiled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.bytes: int | None = None
+        self._inside = contextlib.ExitStack()
+
+    def state(self) -> dict[str, Any]:
+        """Return the figure, for a checkpoint."""
+        return {"args": {}, "attributes": {"bytes": self.bytes}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Measure."""
-        with self.clock("setup"):
-            self.bytes = self.measure()
+        """Wait for the first pass, or take the figure of a run that goes on."""
+        self.bytes = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("bytes")
+        if self.bytes is not None:
+            return
+        count: list[Callable[[Tensor], int]] = []
+
+        def begin(model: nn.Module, inputs: Any) -> None:
+            if model.training and torch.is_grad_enabled():
+                count[:] = [self._inside.enter_context(saving(model))]
+
+        def end(model: nn.Module, inputs: Any, output: Any) -> None:
+            if count:
+                self.bytes = count.pop()(output.loss)
+                self.on_train_end(args, state, control)
+
+        self._inside.callback(self.model.register_forward_hook(end).remove)
+        self._inside.callback(self.model.register_forward_pre_hook(begin).remove)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Wait no more."""
+        self._inside.close()
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ from peftree.evaluate.quality import Scores
 from peftree.runs.record import Run
 
 
-def scored(scores: Scores, base: Scores | None, split: str) -> dict[str, Any]:
-    """Return scores under the names of a run's result."""
+def scored(scores: Scores, base: Scores | None, split: str, known: bool) -> dict[str, Any]:
+    """Return scores under the names of a run's result; `known`: the base's are those of an earlier run."""
     return {
         "metric": scores.metric, "higher_is_better": scores.higher_is_better, "aggregate": scores.aggregate,
         "split": split, "score": scores.score, "values": dict(scores.values), "items": scores.items,
         "base_score": base.score if base else None, "base_values": dict(base.values) if base else {},
-        "base_items": base.items if base else (), "constant_score": scores.constant,
+        "base_items": base.items if base else (), "base_known": known,
+        "constant_score": scores.constant,
         "no_better_than": scores.unbeaten(base.score if base else None),
     }  # fmt: skip
 

@@ -36,6 +36,7 @@ LOCK, INPUTS = ".lock", "inputs.json"
 _FREE = (
     *("output", "task", "resume", "quiet", "threads", "save_every", "keep", "epochs", "steps", "base_score"),
     *("log_every", "report_to", "workers", "data", "model", "compile", "processes", "shard", "chunked_loss"),
+    "measure_memory",
 )
 _STEP = ("batch_size", "accumulation", "processes")  # their product, the rows of a step, stays
 # What scoring a finished run depends on.
@@ -215,10 +216,10 @@ def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) ->
     """
     path = Path(config.output) / INPUTS
     rows = {split: _rows(data, split) for split in ("train", "valid", "test")}
-    beside = _beside(config.model)
+    near = beside(config.model)
     if not used:
         base = fingerprint(model).model_dump()
-        atomic_write(path, json.dumps({"rows": rows, "beside": beside, "base": base}, indent=1) + "\n")
+        atomic_write(path, json.dumps({"rows": rows, "beside": near, "base": base}, indent=1) + "\n")
         return
     old = _record(path.parent, INPUTS, lambda p: read_json(p, 1 << 22))
     advice = "Resume with the same inputs, or name another output folder and train again."
@@ -233,8 +234,8 @@ def check_inputs(config: RunConfig, data: Data, model: nn.Module, used: bool) ->
         what = f"The run in {config.output} began with another base model: {base_differs}."
         raise ConfigError(what, advice)
     known: dict[str, Any] = old.get("beside", {})
-    changed = sorted(name for name in {*known, *beside} if known.get(name) != beside.get(name))
-    if known and beside and changed:
+    changed = sorted(name for name in {*known, *near} if known.get(name) != near.get(name))
+    if known and near and changed:
         raise ConfigError(f"{config.model}: {changed[0]} has changed since the run began.", advice)
 
 
@@ -253,7 +254,7 @@ def _rows(data: Data, split: str) -> str:
     return seen.hexdigest()
 
 
-def _beside(model: str) -> dict[str, str]:
+def beside(model: str) -> dict[str, str]:
     """Return the hashes of the small files in a model's folder; empty for a hub name."""
     folder = Path(model).expanduser()
     found = sorted(p for p in folder.iterdir() if p.suffix in _BESIDE and p.is_file()) if folder.is_dir() else []

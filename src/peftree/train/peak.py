@@ -25,20 +25,23 @@ from peftree.settings import RunConfig
 from peftree.tasks import Batch, Items, Task
 
 Figures = dict[str, int | None]
+LONG = 100  # steps of a run that measures its memory without being asked
 
 
 def peak(
-    config: RunConfig, task: Task, adapter: Adapter, items: Mapping[str, Items], optimizer: Optimizer | None
-) -> tuple[Figures, str]:
-    """Return a run's peak, measured and planned, under the names of its record, and a line with both.
+    config: RunConfig, task: Task, adapter: Adapter, items: Mapping[str, Items], optimizer: Optimizer | None,
+    steps: int,
+) -> tuple[Figures, str]:  # fmt: skip
+    """Return the peak of a run of `steps` steps, measured and planned, under the names of its record, and a line with both.
 
     On CUDA the allocator recorded it. On a CPU the largest batches go through the model again, without the optimizer's
-    update. Random states are not changed. A quiet run has neither, since they cost some passes and a plan.
+    update. Random states are not changed. A run that does not ask for it (`measure_memory`), or is so short that some
+    passes and a plan cost more than a few hundredths of it, has only what CUDA recorded.
     """
-    if config.quiet:
-        return {}, ""
     device, why, when = next(task.model.parameters()).device, "", ""
     found: Figures = {"peak_bytes": device_peak(device)}
+    if not (steps >= LONG if config.measure_memory is None else config.measure_memory):
+        return found, ""
     gc.collect()
     gc.freeze()  # collections, of which every measurement makes one, pass over what is there
     try:

@@ -24,15 +24,12 @@ from peftree.evaluate.cost import (
     device_peak,
     peak_rss,
     reset_peaks,
-    saved_bytes,
     training_bytes,
 )
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
-from peftree.loss import deferred
 from peftree.methods.contract import Method
 from peftree.named_method import make_method
-from peftree.precision import autocast
 from peftree.resolver import located
 from peftree.runs.read import METRICS
 from peftree.runs.record import Run
@@ -40,6 +37,7 @@ from peftree.settings import SETTINGS, RunConfig, load_config, run_of, write_res
 from peftree.tasks import Items, Options, Task, build_task
 from peftree.tasks.packing import check_deltas, training_items
 from peftree.train.ability import check_machine, training_device
+from peftree.train.base import base_scores
 from peftree.train.measure import Clock, Saved, StepClock, calm, curve, environment, throughput
 from peftree.train.outcome import last_lines, scored
 from peftree.train.output import (
@@ -121,17 +119,17 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
         items["train"] = training_items(task, data.train, config)
         trainer = _trainer(config, task, adapter, items, clock, lr)
         trainer.say(*(f"note: {line}" for line in (*data.warnings, *task.notes)))
-        saved = Saved(lambda: _saved(config, task, items["train"]), clock)
+        saved = Saved(task.model)
         if team.first:
             check_inputs(config, data, task.model, used)
             write_resolved(Path(config.output) / SETTINGS, resolved)
         if sharded:
             team.sum(0)  # the first may still be reading; for a layer, the others wait minutes at most
-        elif team.first:
+        elif team.first and not config.compile:
             trainer.add_callback(saved)
         trainer.ends, trainer.scored_at = True, done
     split = data.scored[0]
-    base = _base_score(config, task, items[split], clock) if config.base_score and (team.first or sharded) else None
+    base, known = _base_score(config, task, items[split], clock, config.base_score and (team.first or sharded))
     loaded = current_rss()
     reset_peaks(trainer.args.device)
     with clock("train"):
@@ -143,13 +141,13 @@ def _complete(config: RunConfig, onto: OpenRun | None, team: Team) -> tuple[Run,
     if scores is None or not team.first:
         return Run(**team.told(None)), opened
     folder = store.save(adapter, Path(config.output) / "adapter", format="native")
-    memory, told = peak(config, task, adapter, items, trainer.optimizer)
+    memory, told = peak(config, task, adapter, items, trainer.optimizer, trainer.state.global_step)
     result = Run(
-        **_what(config, method, resolved, lr), **scored(scores, base, split), **_counts(task, adapter),
+        **_what(config, method, resolved, lr), **scored(scores, base, split, known), **_counts(task, adapter),
         labels=task.labels, n_train=len(data.train), steps=trainer.state.global_step,
         adapter_bytes=sum(p.stat().st_size for p in folder.iterdir()), **peaks,
         **memory, gradient_bytes=sizes["trainable"], optimizer_bytes=sizes["optimizer"],
-        rss_after_load_bytes=loaded, saved_for_backward_bytes=None if sharded else saved.bytes, **clock.results(),
+        rss_after_load_bytes=loaded, saved_for_backward_bytes=saved.bytes, **clock.results(),
         **throughput(items["train"], rows_of_step(config.model_dump()), clock.step_seconds()),
         curve=curve(trainer.state.log_history), environment=environment(),
     )  # fmt: skip
@@ -345,18 +343,6 @@ def _every(steps: int | None) -> tuple[str, int | None]:
     return ("steps", steps) if steps else ("no", None)
 
 
-def _saved(config: RunConfig, task: Task, items: Items) -> int:
-    """Return the bytes that the graph of one training batch keeps; random states are not changed."""
-    batch = next(task.batches(items, config.batch_size))
-    model, training = task.model, task.model.training
-    model.train()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(), autocast(device, config.precision), deferred(model, config.defers_logits):
-        found = saved_bytes(lambda: model(**batch).loss, model)
-    model.train(training)
-    return found
-
-
 def _what(config: RunConfig, method: Method, resolved: dict[str, Any], lr: float) -> dict[str, Any]:
     return {
         "task": resolved["task"], "model": config.model, "method": method.name, "branch": method.tags.branch,
@@ -379,9 +365,15 @@ def _score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
         return task.score(items, config.eval_batch_size)
 
 
-def _base_score(config: RunConfig, task: Task, items: Items, clock: Clock) -> Scores:
-    with disabled(task.model):
-        return _score(config, task, items, clock)
+def _base_score(
+    config: RunConfig, task: Task, items: Items, clock: Clock, asked: bool
+) -> tuple[Scores | None, bool]:  # fmt: skip
+    def measure() -> Scores:
+        with disabled(task.model):
+            return _score(config, task, items, clock)
+
+    with clock("setup"):
+        return base_scores(config, task, items, measure) if asked else (None, False)
 
 
 def _write_metrics(result: Run, trainer: AdapterTrainer, memory: str) -> None:
