@@ -202,8 +202,8 @@ class RunConfig(BaseModel):
     base_score: bool = Field(True, description="score the model without the adapter first")
     measure_memory: bool | None = Field(
         None,
-        description="at the end, plan the run's memory and measure its peak, on a CPU by some more passes; none: in runs "
-        "of 100 steps or more",
+        description="at the end, plan the run's memory and measure its peak, on a CPU by some more passes; none: in "
+        "runs of 100 steps or more",
     )
     resume: bool = Field(False, description="continue from the newest complete checkpoint")
     quiet: bool = Field(False, description="print only errors")

@@ -32,7 +32,7 @@ def peak(
     config: RunConfig, task: Task, adapter: Adapter, items: Mapping[str, Items], optimizer: Optimizer | None,
     steps: int,
 ) -> tuple[Figures, str]:  # fmt: skip
-    """Return the peak of a run of `steps` steps, measured and planned, under the names of its record, and a line with both.
+    """Return a run's peak after `steps` steps, measured and planned, under the names of its record, and a line of both.
 
     On CUDA the allocator recorded it. On a CPU the largest batches go through the model again, without the optimizer's
     update. Random states are not changed. A run that does not ask for it (`measure_memory`), or is so short that some
