@@ -1,6 +1,7 @@
 """Norms and gated networks that keep less, beside the plain ones and Hugging Face PEFT: one step of LoRA on all maps.
 
     python benchmarks/blocks.py [--rounds 7] [--shape smol whole] [--precision float32 bf16-base] [--deferred]
+        [--only exact]
 
 In every round each variant runs once, in rotated order; ratios to PEFT are taken within a round, and their median and
 quartiles are reported. `exact`, `recompute` and `checkpoint` are the values of `activations`; `before` is `exact`
@@ -61,15 +62,18 @@ def ours(base: nn.Module, name: str) -> nn.Module:
 def measured(kind: str, base: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace) -> list[str]:
     """Measure one shape and precision and return its rows."""
     config = step.variants(kind)["lora all"][1]
-    steps = {n: Timed(ours(base, n), batch, n, args.deferred) for n in OURS}
-    steps |= {n: Timed(step.theirs(base, config), batch, n, False) for n in ("peft", "again")}
-    seconds = step.compare(steps, args.rounds)
+    steps = {n: Timed(ours(base, n), batch, n, args.deferred) for n in OURS if n in (args.only or OURS)}
+    theirs = ("peft", "again") if args.rounds else ("peft",)
+    steps |= {n: Timed(step.theirs(base, config), batch, n, False) for n in theirs}
+    seconds = step.compare(steps, args.rounds) if args.rounds else {}
     saved = {n: saved_bytes(s.loss, s.model) for n, s in steps.items()}
     peak = {n: step.peak_bytes(s) for n, s in steps.items()}
     rows = []
     for name in steps:
-        median, (low, high) = step.spread(seconds[name], seconds["peft"])
-        cells = [f"{median:.3f} ({low:.3f}-{high:.3f})"]
+        cells = ["-"]
+        if seconds:
+            median, (low, high) = step.spread(seconds[name], seconds["peft"])
+            cells = [f"{median:.3f} ({low:.3f}-{high:.3f})"]
         for found in (saved, peak):
             cells += [f"{found[name] / 1e6:,.1f}", f"{found[name] / found['peft']:.3f}"]
         rows.append(f"{name} | " + " | ".join(cells) + " |")
@@ -79,7 +83,8 @@ def measured(kind: str, base: nn.Module, batch: dict[str, Tensor], args: argpars
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: bytes alone")
+    parser.add_argument("--only", nargs="*", default=[], choices=OURS)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shape", nargs="*", default=["smol"], choices=("smol", "whole"))
     parser.add_argument("--precision", nargs="*", default=["float32"], choices=("float32", "bf16-base"))

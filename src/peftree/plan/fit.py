@@ -163,7 +163,7 @@ def _training_changes(request: Request) -> Iterator[_Change]:
             yield _Change(what, fewer, "the same rows per step, less work at once", 0.04 * part)
     if request.activations == "exact" and not request.compile and not request.peft:
         less = {"activations": "recompute"}
-        yield _Change("gate and up run again (recompute)", less, "two products a layer run twice", 0.15)
+        yield _Change("gate and up run again (recompute)", less, "two products a layer run twice", 0.2)
     if not request.gradient_checkpointing:
         yield _Change(
             "gradient checkpointing", {"activations": "checkpoint"}, "each layer's forward pass runs twice", 0.33
