@@ -11,6 +11,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PEFTREE_FAST": os.environ.get("PEFTREE_FAST", "all"),  # the fast forms for tiny inputs too
     "PEFTREE_BASE_SCORES": "0",  # tests change what scores
     "CUDA_VISIBLE_DEVICES": os.environ.get("PEFTREE_GPU", ""),  # which one `make test-gpu` uses
 }  # before torch is imported; processes that a test starts inherit it

@@ -52,6 +52,8 @@ def real(key: str, wanted: Request) -> tuple[nn.Module, Adapter, dict[str, Tenso
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     if adapter.method.tags.needs_data:
         adapter.init([lambda: model(**batch).loss])
+    if wanted.activations == "recompute":
+        adapter.activations = "recompute"
     if wanted.gradient_checkpointing:
         recompute(model, True, preserve_rng_state=False)
     return model.train(), adapter, batch

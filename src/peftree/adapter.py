@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftree import registry
+from peftree.activations import Keeps
 from peftree.deltas import Delta, filled
 from peftree.deltas.packed import unread
 from peftree.errors import AdapterError, did_you_mean, no_model, no_name
@@ -26,7 +27,7 @@ from peftree.sites.parts import modules_of
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
 
-class Adapter:
+class Adapter(Keeps):
     """A named set of deltas on a model, with the method that made them.
 
     Attributes:

@@ -127,7 +127,7 @@ def unwritten(path: str | Path, error: OSError, advice: str = "What was there be
 
 # What transformers, Hugging Face PEFT, TRL, LLaMA-Factory and axolotl call it -> its name here.
 ELSEWHERE = {
-    "activation_checkpointing": "gradient_checkpointing", "base_model": "model", "cutoff_len": "max_length",
+    "activation_checkpointing": "activations", "base_model": "model", "cutoff_len": "max_length",
     "dataset": "data", "datasets": "data", "early_stopping_patience": "early_stopping", "eval_steps": "eval_every",
     "finetuning_type": "method", "gradient_accumulation_steps": "accumulation", "learning_rate": "lr",
     "logging_steps": "log_every", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r", "lora_rank": "r",

@@ -25,7 +25,7 @@ from pydantic import (
 from peftree.catalogue import tasks
 from peftree.errors import ConfigError, did_you_mean
 from peftree.files import atomic_write
-from peftree.strict import explain, read_yaml
+from peftree.strict import SAME, explain, instead, once, read_yaml
 
 
 def _task(name: str) -> str:
@@ -104,6 +104,7 @@ class MethodConfig(BaseModel):
 
 
 Quantized = Literal["none", "nf4", "int8", "int8_torchao", "fp8"]
+Activations = Literal["exact", "recompute", "checkpoint"]
 Watcher = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -186,8 +187,10 @@ class RunConfig(BaseModel):
         "less memory; whole logits are computed where something reads them",
     )
     compile: bool = Field(False, description="compile the model of training passes with torch.compile")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations instead of keeping them: less memory, more time"
+    activations: Activations = Field(
+        "exact",
+        description="what the backward pass finds: exact keeps what it needs; recompute runs gate and up of gated "
+        "feed-forward networks again; checkpoint runs each layer again (as gradient_checkpointing: true says, too)",
     )
     eval_every: int | None = Field(None, ge=0, description="steps between evaluations; none: each epoch; 0: never")
     save_every: int | None = Field(None, ge=0, description="steps between checkpoints; none: each epoch; 0: never")
@@ -214,14 +217,21 @@ class RunConfig(BaseModel):
     def _short(cls, value: Any) -> Any:
         """Read `data: reviews.csv` as `data: {train: reviews.csv}`."""
         if isinstance(value, Mapping) and isinstance(value.get("data"), str):
-            return {**value, "data": {"train": value["data"]}}
-        return value
+            value = {**value, "data": {"train": value["data"]}}
+        return once(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.early_stopping and self.eval_every == 0:
             raise ValueError("early_stopping needs evaluations, but eval_every is 0")
+        if self.compile and self.activations == "recompute":
+            raise ValueError("activations=recompute does nothing in a compiled model: choose exact or checkpoint")
         return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer runs again in the backward pass."""
+        return self.activations == "checkpoint"
 
     @property
     def defers_logits(self) -> bool:
@@ -249,7 +259,7 @@ SETTINGS = "resolved.yaml"  # in a run's folder
 DEFAULT_LENGTH = 256  # tokens of a row where none are named, or what the model takes
 # What settings were called before, or are elsewhere.
 RENAMED = {
-    "batch": "batch_size", "length": "max_length", "image": "image_size", "checkpointing": "gradient_checkpointing",
+    "batch": "batch_size", "length": "max_length", "image": "image_size", "checkpointing": "activations",
     "optim": "optimizer", "torch_compile": "compile", "base": "quantize", "fields": "method.FIELD",
     "column": "data.columns.text", "columns": "data.columns",
 }  # fmt: skip
@@ -345,7 +355,8 @@ def _override(kind: type[BaseModel], tree: dict[str, Any], text: str, lines: dic
         raise ConfigError(f"'{text}' is not an override.", "Write key=value, as in epochs=5 or r=32.")
     value = _value(raw)
     steps = key.split(".")
-    if steps[0] not in kind.model_fields:
+    instead(tree, key, value)
+    if steps[0] not in (*kind.model_fields, SAME):
         _check_stray(kind, key, text)
         steps = ["method", *steps]
     if steps[0] == "method" and len(steps) == 1 and isinstance(value, str):

@@ -149,3 +149,26 @@ def _models(kind: Any) -> Iterator[type[BaseModel]]:
         yield kind
     for part in get_args(kind):
         yield from _models(part)
+
+
+SAME = "gradient_checkpointing"  # what other libraries call activations=checkpoint
+
+
+def instead(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Take out of settings what a word `key=value` says anew, in either way."""
+    if key in (SAME, "activations"):
+        tree.pop(SAME, None)
+        if key == SAME and (value is True or tree.get("activations") == "checkpoint"):
+            tree.pop("activations", None)
+
+
+def once(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings in which `gradient_checkpointing` is said as `activations`."""
+    if SAME not in values:
+        return values
+    on, rest = values[SAME], {k: v for k, v in values.items() if k != SAME}
+    if not isinstance(on, bool):
+        raise ValueError(f"{SAME}: {on!r} is not true or false")
+    if "activations" in rest and on != (rest["activations"] == "checkpoint"):
+        raise ValueError(f"{SAME}={str(on).lower()} and activations={rest['activations']} differ: say one of them")
+    return rest | {"activations": "checkpoint"} if on else rest

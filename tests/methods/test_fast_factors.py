@@ -128,4 +128,4 @@ def test_ia3_keeps_less() -> None:
             sizes.append(saved_bytes(lambda: model(**batch).loss, model))
     assert all(far(a, b) < 1e-6 for a, b in zip(*found, strict=True))
     tokens = batch["input_ids"].numel()
-    assert sizes[1] - sizes[0] == 4 * tokens * zoo.INNER * zoo.LAYERS
+    assert sizes[1] - sizes[0] == 2 * 4 * tokens * zoo.INNER * zoo.LAYERS  # the activation, and what it is rescaled in

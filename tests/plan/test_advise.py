@@ -298,7 +298,7 @@ def test_run_settings_say_what_was_planned(model: str, data: str) -> None:
     found = run_settings(run, d, Candidate("lora", {"r": 4}), how, Cost(plan, True, 4, 4, True), Rate(0.5, 3))
     assert found["data"] == {"train": data, "columns": {"text": "review"}} and found["max_length"] == 24
     assert (found["epochs"], found["task"]) == (7, d.task) and "memory" not in found and "goal" not in found
-    assert (found["batch_size"], found["accumulation"], found["gradient_checkpointing"]) == (4, 4, True)
+    assert (found["batch_size"], found["accumulation"], found["activations"]) == (4, 4, "checkpoint")
     assert found["image_size"] == 16
     assert found["lr"] == registry.get("lora").tags.lr / 2 and found["dtype"] == "bfloat16"
     assert found["method"] == {"name": "lora", "fields": {"r": 4}}

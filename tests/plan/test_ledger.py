@@ -143,6 +143,28 @@ def test_so_it_is_where_completions_are_scored(on: bool, several: bool, monkeypa
     assert (found < 4 * 1024 * 18) == (on and several)
 
 
+@pytest.mark.parametrize(
+    ("key", "method", "attention", "fields"),
+    quick(
+        [
+            ("llama", "lora", "sdpa", {"fields": {"sites": "linear"}}),
+            ("gemma3", "lora", "eager", {"fields": {"sites": "linear"}, "precision": "bf16"}),
+            ("llama", "lora", "eager", {"fields": {"sites": "linear", "dropout": 0.2}, "accumulation": 2}),
+            ("qwen3", "dora", "sdpa", {"fields": {"sites": "linear"}}),
+            ("mistral", "ia3", "sdpa", {}),
+            ("llama", "lora", "sdpa", {"fields": {"sites": "linear"}, "dtype": "bfloat16"}),
+        ],
+        3,
+    ),
+)
+@pytest.mark.parametrize("activations", ["exact", "recompute"])
+def test_so_it_is_where_gates_run_again(
+    key: str, method: str, attention: str, fields: dict[str, Any], activations: str
+) -> None:
+    wanted = plantruth.asked(key, method, attention, activations=activations, **fields)
+    assert plantruth.traced(key, wanted).timeline.peak() == plantruth.real_peak(key, wanted)
+
+
 @pytest.mark.parametrize("key", MODELS.values())
 @pytest.mark.parametrize("method", quick(["lora", "full"]))
 def test_layers_run_again_hold_what_the_allocator_holds(key: str, method: str) -> None:

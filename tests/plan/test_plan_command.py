@@ -156,7 +156,7 @@ def test_a_wrong_field_in_a_run_file_is_named_with_its_line(folder: Path, tmp_pa
         (["method=lora", "--set", "r=4"], ["There is no option --set", "key=value: r="]),
         (["--batch", "4"], ["There is no option --batch", "key=value: batch_size="]),
         (["--no-padded"], ["There is no option --no-padded"]),
-        (["checkpointing=true"], ["checkpointing", "Write gradient_checkpointing"]),
+        (["checkpointing=true"], ["checkpointing", "Write activations"]),
         (["method=lora", "--memory", "lots"], ["'lots' is not an amount of memory", "24GB"]),
         (["method=lora", "--memory", "1KB"], ["even in 4 bits"]),
         (["method=lora", "--memory", "24"], ["'24' has no unit", "24GB", "24GiB"]),

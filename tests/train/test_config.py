@@ -48,6 +48,47 @@ def test_short_forms() -> None:
     assert config.method.name == "dora"
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "want"),
+    [
+        ("", [], "exact"),
+        ("activations: recompute", [], "recompute"),
+        ("gradient_checkpointing: true", [], "checkpoint"),
+        ("gradient_checkpointing: false", [], "exact"),
+        ("activations: checkpoint\ngradient_checkpointing: true", [], "checkpoint"),
+        ("activations: recompute\ngradient_checkpointing: false", [], "recompute"),
+        ("activations: recompute", ["gradient_checkpointing=true"], "checkpoint"),
+        ("activations: recompute", ["gradient_checkpointing=false"], "recompute"),
+        ("activations: checkpoint", ["gradient_checkpointing=false"], "exact"),
+        ("gradient_checkpointing: true", ["activations=recompute"], "recompute"),
+        ("gradient_checkpointing: true", ["gradient_checkpointing=false"], "exact"),
+    ],
+)
+def test_gradient_checkpointing_is_one_of_the_activations(
+    tmp_path: Path, file: str, words: list[str], want: str
+) -> None:
+    config = load_config(write(tmp_path, GOOD + file), words)
+    assert (config.activations, config.gradient_checkpointing) == (want, want == "checkpoint")
+    plain = config.resolved({}, 1e-3)
+    assert plain["activations"] == want and "gradient_checkpointing" not in plain
+    assert load_config(write_resolved(tmp_path / "resolved.yaml", plain)).activations == want
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("activations: recompute\ngradient_checkpointing: true", "differ: say one of them"),
+        ("activations: checkpoint\ngradient_checkpointing: false", "differ: say one of them"),
+        ("gradient_checkpointing: some", "is not true or false"),
+        ("activations: recompute\ncompile: true", "activations=recompute does nothing in a compiled model"),
+        ("activations: none", "activations"),
+    ],
+)
+def test_activations_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(tmp_path, GOOD + text))
+
+
 def test_overrides_reach_every_level(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     texts = ["epochs=5", "data.valid=v.csv", "method.alpha=4", "r=32", "sites=attn.q attn.v", "task=generation"]

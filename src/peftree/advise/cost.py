@@ -121,7 +121,8 @@ def _with(asked: Request, rows: int, checkpointing: bool) -> Request:
     """Return the request with this many rows at a time and no fewer per step; with all if their rows are compared."""
     rows = asked.batch_size if asked.contrastive else rows
     passes, scored = -(-asked.batch_size * asked.accumulation // rows), min(rows, asked.eval_batch_size)
-    changes = {"batch_size": rows, "accumulation": passes, "gradient_checkpointing": checkpointing}
+    kept = "checkpoint" if checkpointing else "exact" if asked.gradient_checkpointing else asked.activations
+    changes = {"batch_size": rows, "accumulation": passes, "activations": kept}
     return asked.model_copy(update=changes | {"eval_batch_size": scored})
 
 

@@ -34,7 +34,7 @@ def run_settings(
     if found.accumulation > 1:
         settings["accumulation"] = found.accumulation
     if found.checkpointing:
-        settings["gradient_checkpointing"] = True
+        settings["activations"] = "checkpoint"
     if data.tokens is not None and data.modality == "language":
         settings["max_length"] = max(how.length, LEAST_LENGTH)
     if how.image:

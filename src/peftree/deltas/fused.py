@@ -174,24 +174,30 @@ def _divides(c: Tensor) -> bool:
     return c.device.type == "cpu" and (isinstance(c, FakeTensor) or bool(c.detach().abs().min() > 1e-20))
 
 
-_on = [os.environ.get("PEFTREE_FAST", "1") != "0"]
+FEW = 1 << 15  # entries of an input for which Python's part of an autograd function costs more than it saves
+# The fewest entries of an input whose gradients come from a fast form; PEFTREE_FAST=0 means none do, `all` that all do.
+_fewest = [{"0": math.inf, "all": 0.0}.get(os.environ.get("PEFTREE_FAST", ""), FEW)]
 
 
 @contextlib.contextmanager
 def fast_forms(on: bool) -> Iterator[None]:
-    """Use the forms of this file inside, or none of them; outside the environment variable PEFTREE_FAST=0 says so."""
-    before, _on[:] = _on[:], [on]
+    """Use fast forms for inputs of any size inside, or none; outside the environment variable PEFTREE_FAST says so."""
+    before, _fewest[:] = _fewest[:], [0.0 if on else math.inf]
     try:
         yield
     finally:
-        _on[:] = before
+        _fewest[:] = before
 
 
 def fast_forms_on(x: Tensor) -> bool:
-    """Return whether an autograd function may stand for operations on `x`: not if compiled, traced or transformed."""
+    """Return whether an autograd function may stand for operations on `x`.
+
+    Not if they are compiled, traced or transformed, nor if `x` has few entries and a graph is made.
+    """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    return _on[0] and x.device.type != "meta"  # for which torch has no autocast
+    few = x.numel() < _fewest[0] and (torch.is_grad_enabled() or _fewest[0] == math.inf)
+    return not few and x.device.type != "meta"  # for which torch has no autocast
 
 
 def fusable(x: Tensor, W: Tensor, b: Tensor | None, p: float = 0.0) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional
 
 Tensors = list[Tensor]
@@ -38,6 +39,15 @@ class Recipe(NamedTuple):
             return self.gram(left, kept)
         x = self.remake(kept).to(left.dtype)
         return left.t() @ x.reshape(-1, x.shape[-1])
+
+
+class Remade(torch.autograd.Function):
+    """A function whose output can be made again from what it saved."""
+
+    @staticmethod
+    def recipe(node: Any) -> Recipe:
+        """Return the recipe of the output that `node` produced."""
+        raise NotImplementedError
 
 
 def recipe(x: Tensor) -> Recipe | None:
@@ -71,6 +81,9 @@ def _walk(node: Any, depth: int, exact: bool) -> Recipe | None:
     `exact`: the shape matters to what follows, so no view may be skipped (its own shape is not recorded).
     """
     name = type(node).__name__
+    if isinstance(node, BackwardCFunction):
+        own = node._forward_cls  # type: ignore[attr-defined]
+        return own.recipe(node) if issubclass(own, Remade) else None
     if name == "MulBackward0":
         return _product(node, depth)
     if depth and name in _LAYOUT and not (exact and name in _VIEWS):

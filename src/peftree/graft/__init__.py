@@ -17,6 +17,7 @@ from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
 from peftree.graft.call import PerThread, Shared
 from peftree.graft.entry import check_length, positions_of
+from peftree.graft.forms import Form, find
 from peftree.graft.hub import Cell, Hub
 from peftree.graft.places import CLASS_TOKENS, LENGTH_FIRST, connects, join, refuse, slots, tower, within
 from peftree.graft.probe import Door
@@ -41,6 +42,7 @@ class Graft:
         shared: the adapters that are switched on.
         by: key, site and delta of every place of an adapter, by its name, in the order in which they were put on.
         first: paths of modules in which a text's length comes first, and its rows second.
+        forms: by path of a module, its form that keeps less (`graft.forms`), if it has one.
         swaps: whether some are torch's (`batch_first=False`), so that any other module's input may be ordered so too.
     """
 
@@ -50,6 +52,7 @@ class Graft:
         self.by: dict[str, list[Entry]] = {}
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
+        self.forms: dict[str, Form] = {}
         kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in modules_of(model).items()}
         self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in LENGTH_FIRST]
         self.swaps = any(first for _, first in kinds.values())
@@ -150,7 +153,8 @@ class Graft:
                 if isinstance(part, AttentionPart):
                     part.remove(module)
             hub.outer, hub.cells, hub.sources = [], [], {}
-            vars(hub).pop("door", None)
+            for name in ("door", "form"):
+                vars(hub).pop(name, None)
             hub.programs.clear()
             used |= {hub.path} if hub._modules else set()
         self.stacks, self.shared.looks = {}, False
@@ -173,14 +177,18 @@ class Graft:
                 del hub.door
             elif hub.door is not None:
                 hub.door.fresh |= self.by.keys()
-            if not (hub._modules or hub.outer or hub.cells):
+            if not (hub._modules or hub.outer or hub.cells or hub.form):
                 restore(module)
+        if not self.by:
+            self.forms.clear()
 
     def _ground(self, adapters: Iterable[str], sites: set[str]) -> None:
         """Put on what every graft needs: parts around what users call, frozen statistics in norms, no nested tensors.
 
         No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
+        Modules that have a form which keeps less get it.
         """
+        self.forms = self.forms or find(modules_of(self.model))
         for path, module in modules_of(self.model).items():
             keep_gradients(module)
             if not path or (tower(path, module) and any(inside(s, path) for s in sites)):
@@ -190,6 +198,8 @@ class Graft:
                 door.fresh |= set(adapters)
             counts = isinstance(module, _NormBase) and module.running_mean is not None
             counts = counts or isinstance(module, parametrizations._SpectralNorm)
+            if path in self.forms:
+                self.hub(path).form = self.forms[path]
             if counts or isinstance(module, nn.TransformerEncoder):
                 hub = self.hub(path)
                 if not any(isinstance(p, StillPart) for p in hub.outer):

@@ -99,6 +99,7 @@ class Shared:
         unseen: paths of modules whose deltas were not yet in effect in any run outside torch.compile.
         looks: whether a delta reads the scene.
         sizes: adapted modules, or their parents, with an attribute that was set later, and its first value.
+        activations: `recompute` if the inside of feed-forward networks is computed again in the backward pass.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class Shared:
         self.unseen: set[str] = set()
         self.looks = False
         self.sizes: dict[tuple[Any, str], Any] = {}
+        self.activations = "exact"
         self._enlist()
 
     def _enlist(self) -> None:

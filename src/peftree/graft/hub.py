@@ -74,6 +74,7 @@ class Hub(Host):
         door: the first of them in a module that users call.
         opaque: see `opaque`; packed: the weight is that of a quantised base.
         length_first: the module takes `[length, rows, width]`; swaps: others of the model do.
+        form: what computes the frozen module's output and keeps less (`graft.forms`); tried: what it found out.
     """
 
     original: type[nn.Module]
@@ -84,6 +85,8 @@ class Hub(Host):
     length_first: bool = False
     swaps: bool = False
     door: Any = None
+    form: Any = None
+    tried: tuple[Any, ...] = ()
 
     def __init__(self, shared: Shared, path: str) -> None:
         super().__init__()
@@ -133,6 +136,10 @@ class Hub(Host):
             if not is_packed(W):
                 b: Any = module.bias
                 return functional.linear(args[0], W.to(args[0].dtype), None if b is None else b.to(args[0].dtype))
+        if self.form is not None and not self.changed.effective:
+            made = self.form.of(self, module, args, kwargs)
+            if made is not None:
+                return made
         return self.original.forward(module, *args, **kwargs)
 
     def program(self, names: tuple[str, ...]) -> Program:

@@ -112,6 +112,8 @@ def _ready(asked: Request, device: str) -> tuple[Callable[[], Tensor], torch.opt
     if asked.peft:
         model = modules.real(model, asked.peft)
     model.train()
+    if adapter is not None and asked.activations == "recompute":
+        adapter.activations = "recompute"
     if adapter is not None and adapter.method.tags.needs_data:
         adapter.init([lambda: model(**batch).loss])
 

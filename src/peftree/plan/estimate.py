@@ -35,7 +35,7 @@ from peftree.tasks.loading import changed
 
 # Settings that the full model's own figures do not depend on.
 _APART: dict[str, Any] = {
-    "batch_size": 1, "max_length": 1, "accumulation": 1, "gradient_checkpointing": False, "eval_batch_size": 1,
+    "batch_size": 1, "max_length": 1, "accumulation": 1, "activations": "exact", "eval_batch_size": 1,
     "train_batch": None, "eval_batch": None,
 }  # fmt: skip
 FRAGMENTS = 0.03  # of what moves; see `reserved`
@@ -185,7 +185,7 @@ def traced(
 def scoring(request: Request) -> Request:
     """Return the evaluation of a batch that a run's scores need; there are no gradients then, as after every step."""
     changes = {"mode": "eval", "batch_size": request.eval_batch_size, "train_batch": request.eval_batch}
-    alike = {"gradient_checkpointing": False, "accumulation": 1, "eval_batch": None}
+    alike = {"activations": "exact", "accumulation": 1, "eval_batch": None}
     return request.model_copy(update=changes | alike)
 
 

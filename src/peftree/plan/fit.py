@@ -161,9 +161,12 @@ def _training_changes(request: Request) -> Iterator[_Change]:
             what = f"batches of {rows}, {times} per step"
             fewer: dict[str, Any] = {"batch_size": rows, "accumulation": times}
             yield _Change(what, fewer, "the same rows per step, less work at once", 0.04 * part)
+    if request.activations == "exact" and not request.compile and not request.peft:
+        less = {"activations": "recompute"}
+        yield _Change("gate and up run again (recompute)", less, "two products a layer run twice", 0.2)
     if not request.gradient_checkpointing:
         yield _Change(
-            "gradient checkpointing", {"gradient_checkpointing": True}, "each layer's forward pass runs twice", 0.33
+            "gradient checkpointing", {"activations": "checkpoint"}, "each layer's forward pass runs twice", 0.33
         )
     if request.optimizer in (DEFAULT, "adamw_torch") and _takes_any(request):
         yield _Change("8-bit AdamW", {"optimizer": "adamw_8bit"}, "its state is rounded", 0.3)

@@ -83,6 +83,8 @@ class Request(RunConfig):
     def _one_way(self) -> Self:
         if self.devices > 1 and self.shard == "none":
             raise ValueError(f"devices={self.devices} share nothing: set shard=ddp or shard=fsdp")
+        if self.peft and self.code == "peft" and self.activations == "recompute":
+            raise ValueError("activations=recompute is not for PEFT's own code: set code=peftree, or another value")
         return self
 
     @property

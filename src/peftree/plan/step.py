@@ -51,6 +51,8 @@ def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tup
     if request.packing:
         check_deltas(adapter)
     recompute(model, request.gradient_checkpointing)
+    if request.activations == "recompute" and request.mode == "train":
+        adapter.activations = "recompute"
     model.train(request.mode == "train")
     return model, adapter
 

@@ -258,12 +258,14 @@ def _prepare(config: RunConfig, method: Method) -> tuple[Data, Task, Adapter]:
             raise ConfigError(
                 f"{config.where(name)}{name}={several}: the loss of {data.task} compares the "
                 "rows of one forward pass, so several passes are not a larger batch.",
-                f"Set {name}: 1 and raise batch_size; gradient_checkpointing saves memory.",
+                f"Set {name}: 1 and raise batch_size; activations: checkpoint saves memory.",
             )
     adapter = adapt(task.model, method, name=config.adapter, head=config.head, seed=config.seed)
     if config.packing:
         check_deltas(adapter)
     _leave_room(config, task, adapter)
+    if config.activations == "recompute":
+        adapter.activations = "recompute"
     if config.gradient_checkpointing:
         model: Any = task.model
         with warnings.catch_warnings():  # the name that every 5.x has; later ones say it will change
