@@ -75,8 +75,8 @@ class LowRank(Reweight):
         if self.lookup:
             u = functional.embedding(x, A.t())
         else:
-            u = functional.linear(functional.dropout(x, self.dropout, self.training), A)
-        return y + self.scale * (u @ B)
+            u = functional.linear(functional.dropout(x, self.dropout) if self.dropout and self.training else x, A)
+        return torch.add(y, u @ B, alpha=self.scale)
 
     def fused(self, x: Tensor, frozen: Frozen) -> Tensor | None:
         """Map and term as one function."""
