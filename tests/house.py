@@ -64,7 +64,7 @@ ON_THE_CORE = (
 # Lines of each room, with blank ones, comments and docstrings; "" is the files that lie in no room. Methods, recipes
 # and the building blocks in deltas/ grow with the tree and have limits of their own: METHOD, RECIPE, PRIMITIVE.
 ROOMS = {
-    "": 3700,
+    "": 3720,
     "sites": 2060,
     "deltas": 1000,
     "methods": 570,

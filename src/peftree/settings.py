@@ -182,9 +182,7 @@ class RunConfig(BaseModel):
         "fp16 scales the loss and is slow on CPUs",
     )
     chunked_loss: bool = Field(
-        True,
-        description="compute a language model's loss some tokens at a time, without keeping logits: the same value, "
-        "less memory; whole logits are computed where something reads them",
+        True, description="compute a language model's loss without keeping logits, unless something reads them"
     )
     compile: bool = Field(False, description="compile the model of training passes with torch.compile")
     activations: Activations = Field(
@@ -204,9 +202,7 @@ class RunConfig(BaseModel):
     )
     base_score: bool = Field(True, description="score the model without the adapter first")
     measure_memory: bool | None = Field(
-        None,
-        description="at the end, plan the run's memory and measure its peak, on a CPU by some more passes; none: in "
-        "runs of 100 steps or more",
+        None, description="plan and measure the peak, on a CPU by passes at the end; none: in runs of 100 steps or more"
     )
     resume: bool = Field(False, description="continue from the newest complete checkpoint")
     quiet: bool = Field(False, description="print only errors")
