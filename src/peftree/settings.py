@@ -186,8 +186,8 @@ class RunConfig(BaseModel):
     )
     compile: bool = Field(False, description="compile the model of training passes with torch.compile")
     activations: Activations = Field(
-        "exact", description="what the backward pass finds: exact keeps what it needs; recompute runs gate and up of "
-        "feed-forward networks again; checkpoint runs each layer again (gradient_checkpointing: true says so, too)",
+        "exact", description="what the backward pass finds: exact keeps what it needs; recompute runs gate and up "
+        "maps again; checkpoint runs each layer again (gradient_checkpointing: true says so, too)",
     )  # fmt: skip
     eval_every: int | None = Field(None, ge=0, description="steps between evaluations; none: each epoch; 0: never")
     save_every: int | None = Field(None, ge=0, description="steps between checkpoints; none: each epoch; 0: never")
