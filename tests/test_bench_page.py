@@ -138,7 +138,8 @@ def test_rows_measured_again_confirm_the_page_or_not(again: dict[str, Any], word
     assert (not found) if not words else len(found) == 1 and words in found[0], found
 
 
-def test_another_machine_confirms_nothing() -> None:
+def test_other_versions_confirm_nothing_and_another_processor_may() -> None:
+    assert not page.faults(STEP, record(), {**record(), "machine": {**MACHINE, "cpu": "y"}})
     (found,) = page.faults(STEP, record(), {**record(), "machine": {**MACHINE, "torch": "2"}})
     assert "torch 1, here 2" in found and "make bench" in found
 
