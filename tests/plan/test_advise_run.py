@@ -23,7 +23,7 @@ from plan.test_advise import invented
 from train import tiny
 
 RUN = {
-    "config": {"num_hidden_layers": 1}, "accumulation": 2, "gradient_checkpointing": True, "head": False,
+    "config": {"num_hidden_layers": 1}, "accumulation": 2, "activations": "checkpoint", "head": False,
     "dtype": "auto", "batch_size": 8,
 }  # fmt: skip
 

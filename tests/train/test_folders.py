@@ -19,7 +19,7 @@ from peftree.errors import BusyError, ConfigError, TrainError
 from peftree.settings import RunConfig, load_config, write_resolved
 from peftree.train import run as runs
 from peftree.train.export import export_run
-from peftree.train.output import LOCK, _beside, check_inputs, check_settings, held
+from peftree.train.output import LOCK, beside, check_inputs, check_settings, held
 from peftree.train.run import open_run, run
 from sampled import quick
 from train.tiny import reviews, tokenizer, write_csv
@@ -213,7 +213,7 @@ def test_another_base_in_the_same_folder_does_not_resume(begun: list[str], tmp_p
         run(load_config(None, begun))
 
 
-def test_another_tokenizer_beside_the_same_base_does_not_resume(begun: list[str], encoder: str, tmp_path: Path) -> None:
+def test_another_tokenizerbeside_the_same_base_does_not_resume(begun: list[str], encoder: str, tmp_path: Path) -> None:
     (tmp_path / "base").unlink()
     (tmp_path / "base").mkdir()
     for path in Path(encoder).iterdir():
@@ -225,16 +225,16 @@ def test_another_tokenizer_beside_the_same_base_does_not_resume(begun: list[str]
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "chat_template.jinja", "config.json"])
-def test_any_small_file_beside_the_base_is_compared(tmp_path: Path, name: str) -> None:
+def test_any_small_filebeside_the_base_is_compared(tmp_path: Path, name: str) -> None:
     """What makes inputs lies in files of several kinds; one that comes, changes or goes is seen."""
     (tmp_path / "model.safetensors").write_bytes(b"weights have their own fingerprint")
-    seen = [_beside(str(tmp_path))]
+    seen = [beside(str(tmp_path))]
     for text in (b"a", b"b"):
         (tmp_path / name).write_bytes(text)
-        seen.append(_beside(str(tmp_path)))
+        seen.append(beside(str(tmp_path)))
     (tmp_path / name).unlink()
     assert [set(files) for files in seen] == [set(), {name}, {name}]
-    assert seen[1] != seen[2] and _beside(str(tmp_path)) == seen[0]
+    assert seen[1] != seen[2] and beside(str(tmp_path)) == seen[0]
 
 
 @pytest.mark.parametrize("name", ["resolved.yaml", "inputs.json"])
@@ -288,14 +288,14 @@ MOVES: dict[str, Any] = {
     "accumulation": 2, "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2, "max_grad_norm": 2.0,
     "max_length": 9, "image_size": 32, "generate": 3, "chat": True, "seed": 1, "dtype": "bfloat16",
     "packing": True, "group_by_length": True, "quantize": "nf4",
-    "gradient_checkpointing": True, "eval_every": 3, "early_stopping": 2,
+    "activations": "checkpoint", "eval_every": 3, "early_stopping": 2,
     "method": {"name": "lora", "fields": {"r": 3}},
 }  # fmt: skip
 STAYS = {
     "compile": True, "workers": 2, "shard": "fsdp", "chunked_loss": False,
     "output": "o", "task": "text-regression", "resume": True, "quiet": True, "threads": 2, "save_every": 3, "keep": 3,
     "epochs": 9.0, "steps": 99, "base_score": False, "log_every": 3, "data": {"train": "b.csv"}, "model": "m",
-    "report_to": ["wandb"],
+    "report_to": ["wandb"], "measure_memory": True,
 }  # fmt: skip
 
 
@@ -310,6 +310,10 @@ def test_a_setting_that_moves_the_result_does_not_change_on_resume(tmp_path: Pat
     for name, value in MOVES.items():
         with pytest.raises(ConfigError, match=f"other settings: .*{name}[. ]"):
             check_settings(config, resolved | STAYS | {name: value})
+    for before, after in ((False, "exact"), (True, "checkpoint")):  # as older versions called it
+        older = {k: v for k, v in resolved.items() if k != "activations"} | {"gradient_checkpointing": before}
+        write_resolved(tmp_path / "resolved.yaml", older)
+        assert check_settings(config, resolved | {"activations": after})
 
 
 def test_another_image_under_the_same_name_does_not_resume(vit: str, image_data: Path, tmp_path: Path) -> None:

@@ -87,13 +87,13 @@ def far(one: list[float], two: list[float]) -> float:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads the old name
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_lora_is_peft_under_autocast(kind: str, decoder: str, tmp_path: Path) -> None:
-    """Alike but for the order of additions, which rounds; fp16 has a scaled loss, which changes nothing."""
+    """Alike but for rounding: of sums in another order, and of inputs rebuilt in float32 where PEFT keeps bf16."""
     made, start = trained(decoder, tmp_path, **{kind: True})
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
     half, _ = by_hand(decoder, start, made.batches, dtype)
     full, _ = by_hand(decoder, start, made.batches, None)
     assert made.seen[0] == half[0] != full[0], "until a first step moves it, a LoRA adds nothing"
-    assert far(made.seen, half) < 1e-3 and made.seen[-1] < made.seen[0] - 0.01
+    assert far(made.seen, half) < (4e-3 if kind == "bf16" else 1e-3) and made.seen[-1] < made.seen[0] - 0.01
     assert {p.dtype for p in made.adapter.parameters()} == {torch.float32}
     assert "forward" not in vars(made._base), "nothing of the run stays on the model"
     (tmp_path / "chunked").mkdir()

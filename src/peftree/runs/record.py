@@ -114,7 +114,7 @@ class Run(Costs):
         split: `test`, or `valid` if no test file was given.
         score, values, items: after training, on that split, `items` in its order; see `evaluate.quality.Scores`.
         base_score, base_values, base_items: the same without the adapter; empty if not asked for.
-        base_known: whether these are what an earlier run measured, with everything that they depend on the same.
+        base_known: whether an earlier run measured these, all that they depend on being the same; None: unknown.
         constant_score: the score of one answer for all rows (the commonest class or text, or the mean); or None.
         no_better_than: which of the two the score does not beat; empty if it beats them.
         labels: class names in the order of the model's outputs.
@@ -140,7 +140,7 @@ class Run(Costs):
     base_score: FiniteFloat | None = None
     base_values: dict[str, FiniteFloat] = Field(default_factory=dict)
     base_items: tuple[FiniteFloat, ...] = ()
-    base_known: bool = False
+    base_known: bool | None = None
     constant_score: FiniteFloat | None = None
     no_better_than: str = ""
     labels: tuple[str, ...] = ()
