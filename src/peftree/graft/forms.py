@@ -2,8 +2,8 @@
 
 They are found by what they compute, not by name. A stand-in of the module's class, with its own settings and small
 random weights, must give the form's output bit for bit, and its gradients up to rounding. Whatever then differs in a
-run (another activation, hooks on it, a changed or trained weight, no gradient, `torch.compile`) runs the module's own
-forward.
+run (other settings, another activation, hooks on it, a changed or trained weight, no gradient, `torch.compile`) runs
+the module's own forward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,18 +26,27 @@ from peftree.graft.call import carry
 from peftree.graft.hub import Hub
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (int, float, str, bool)
 _CLOSE = 1e-6  # of the largest gradient
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Call = Callable[..., Any]
+_forwards: dict[type, Call] = {}  # the forward of each class as it was tried
 
 
+@dataclass(frozen=True)
 class Form:
-    """What computes a module's output and keeps less for the backward pass."""
+    """What computes a module's output and keeps less for the backward pass; `settings` are those it was found with."""
+
+    settings: dict[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     def of(self, hub: Hub, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module computes; None if its own forward must run."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or not torch.is_grad_enabled() or not fast_forms_on(x):
+            return None
+        now = vars(module)
+        same = hub.original.forward is _forwards.setdefault(hub.original, hub.original.forward)
+        if not same or any(now.get(name) != value for name, value in self.settings.items()):
             return None
         return self.output(hub, module, x)
 
@@ -90,7 +99,7 @@ class Gated(Form):
 
 
 def _heard(module: nn.Module) -> bool:
-    return any(vars(module)[name] for name in _HOOKS)
+    return _has_any_global_hook() or any(vars(module)[name] for name in _HOOKS)
 
 
 def _repeats(hub: Hub, *maps: Any) -> tuple[bool, Any, Any] | None:
@@ -103,7 +112,7 @@ def _repeats(hub: Hub, *maps: Any) -> tuple[bool, Any, Any] | None:
         inner = module._modules.get("deltas")
         program = inner.program(choice.active) if isinstance(inner, Hub) else None
         programs.append(program)
-        if _heard(module) or _has_any_global_hook() or "forward" in vars(module):
+        if _heard(module) or "forward" in vars(module):
             return None
         if program is None:
             continue
@@ -125,6 +134,7 @@ def find(modules: Mapping[str, nn.Module]) -> dict[str, Form]:
             key = (_key(module), *((n, m if isinstance(m, int) else _key(m)) for n, m in parts.items()))
             if key not in known:
                 known[key] = _form(module, parts)
+                _forwards[type(module)] = type(module).forward
             if (form := known[key]) is not None:
                 found[path] = form
     return found
@@ -146,8 +156,13 @@ def _parts(module: nn.Module) -> dict[str, Any] | None:
 def _key(module: nn.Module) -> Any:
     """Return what tells modules apart that compute otherwise, their weights left out."""
     own = {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
-    plain = (int, float, str, bool)
-    return type(module), frozenset((n, v if isinstance(v, plain) else id(v)) for n, v in own.items())
+    return type(module), frozenset((n, v if isinstance(v, _PLAIN) else id(v)) for n, v in own.items())
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the plain values that are set on a module."""
+    own = vars(module).items()
+    return {n: v for n, v in own if not n.startswith("_") and n != "training" and isinstance(v, _PLAIN)}
 
 
 def _form(module: nn.Module, parts: dict[str, Any]) -> Form | None:
@@ -165,7 +180,7 @@ def _randn(draw: torch.Generator, *shape: int) -> Tensor:
 
 def _norm(module: nn.Module, width: int) -> Norm | None:
     draw = torch.Generator().manual_seed(0)
-    x = _randn(draw, 4, 1, width) * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    x = _randn(draw, 4, 2, width) * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float32)[:, None, None]
     w = _randn(draw, width)
 
     def own(x: Tensor, w: Tensor) -> Tensor:
@@ -177,21 +192,22 @@ def _norm(module: nn.Module, width: int) -> Norm | None:
         how = RMS(eps, offset, narrow)
         same = (_same(own, how.plain, x.to(t), w.to(t)) for t in _DTYPES)
         if all(same) and _alike(functools.partial(own, w=w), functools.partial(normed, w=w, how=how), x):
-            return Norm(how)
+            return Norm(how, settings=_settings(module))
     return None
 
 
 def _gated(module: nn.Module, maps: list[str], rest: str, act: nn.Module) -> Gated | None:
     draw = torch.Generator().manual_seed(0)
-    x, *weights = (_randn(draw, 8, 8) for _ in range(4))
-    linear = {name: nn.Linear(8, 8, bias=False, device="meta") for name in maps}
-    for own_map, weight in zip(linear.values(), weights, strict=True):
-        own_map.weight = nn.Parameter(weight, False)
+    x = _randn(draw, 3, 4, 8)
+    linear = {name: nn.Linear(8, 8, device="meta") for name in maps}
+    for own_map in linear.values():
+        own_map.weight = nn.Parameter(_randn(draw, 8, 8), False)
+        own_map.bias = nn.Parameter(_randn(draw, 8), False)
     own = _stand_in(module, {}, {**linear, rest: act})
     for gate, up, down in itertools.permutations(maps):
         form = functools.partial(_by_gate, linear[gate], linear[up], linear[down], act)
         if _same(own, form, x) and _alike(own, form, x):
-            return Gated(gate, up, down, rest, type(act))
+            return Gated(gate, up, down, rest, type(act), settings=_settings(module))
     return None
 
 
