@@ -164,19 +164,16 @@ def test_what_looks_across_tokens_or_past_a_bias_is_not_found() -> None:
     assert forms.find(odd) == {}
 
 
-@pytest.mark.parametrize("change", ["eps", "factor", "class"])
-def test_what_is_changed_later_counts(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["eps", "factor"])
+def test_a_setting_that_is_changed_later_counts(change: str) -> None:
     base: Any = nn.Sequential(nn.Linear(8, 8), Scale(), Feed(nn.SiLU()))
     x = torch.randn(3, 4, 8)
     put(base, "lora", sites="0", r=2)
     assert set(graft_of(base).forms) == {"1", "2"}
     if change == "eps":
         base[1].eps = 1.0
-    elif change == "factor":
-        base[2].fault = "factor"
     else:
-        own = Feed.forward
-        monkeypatch.setattr(Feed, "forward", lambda self, x: 2 * own(self, x))
+        base[2].fault = "factor"
     with fast_forms(False):
         want = base(x)
     with fast_forms(True):

@@ -44,9 +44,8 @@ class _Gated(Remade):
         (gz,) = grads
         with uncast(gz):
             if torch.is_grad_enabled():
-                wanted = [t for t, needed in zip((g, u), ctx.needs_input_grad[:2], strict=True) if needed]
-                found = iter(torch.autograd.grad(ctx.act(g) * u, wanted, gz, create_graph=True, allow_unused=True))
-                return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+                g, u = (t if t.requires_grad else t.detach().requires_grad_() for t in (g, u))
+                return *torch.autograd.grad(ctx.act(g) * u, (g, u), gz, create_graph=True, allow_unused=True), None
             with torch.enable_grad():
                 leaf = g.detach().requires_grad_()
                 a = ctx.act(leaf)

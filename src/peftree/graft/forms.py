@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ _PLAIN = (int, float, str, bool)
 _CLOSE = 1e-6  # of the largest gradient
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Call = Callable[..., Any]
-_forwards: dict[type, Call] = {}  # the forward of each class as it was tried
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,7 @@ class Form:
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or not torch.is_grad_enabled() or not fast_forms_on(x):
             return None
-        now = vars(module)
-        same = hub.original.forward is _forwards.setdefault(hub.original, hub.original.forward)
-        if not same or any(now.get(name) != value for name, value in self.settings.items()):
-            return None
-        return self.output(hub, module, x)
+        return self.output(hub, module, x) if self.settings.items() <= vars(module).items() else None
 
     def output(self, hub: Hub, module: Any, x: Tensor) -> Any:
         """Return the output for one input; None if the module's own forward must run."""
@@ -134,9 +129,8 @@ def find(modules: Mapping[str, nn.Module]) -> dict[str, Form]:
             key = (_key(module), *((n, m if isinstance(m, int) else _key(m)) for n, m in parts.items()))
             if key not in known:
                 known[key] = _form(module, parts)
-                _forwards[type(module)] = type(module).forward
             if (form := known[key]) is not None:
-                found[path] = form
+                found[path] = replace(form, settings={n: v for n, v in _set(module).items() if isinstance(v, _PLAIN)})
     return found
 
 
@@ -155,14 +149,11 @@ def _parts(module: nn.Module) -> dict[str, Any] | None:
 
 def _key(module: nn.Module) -> Any:
     """Return what tells modules apart that compute otherwise, their weights left out."""
-    own = {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
-    return type(module), frozenset((n, v if isinstance(v, _PLAIN) else id(v)) for n, v in own.items())
+    return type(module), frozenset((n, v if isinstance(v, _PLAIN) else id(v)) for n, v in _set(module).items())
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return the plain values that are set on a module."""
-    own = vars(module).items()
-    return {n: v for n, v in own if not n.startswith("_") and n != "training" and isinstance(v, _PLAIN)}
+def _set(module: nn.Module) -> dict[str, Any]:
+    return {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
 
 
 def _form(module: nn.Module, parts: dict[str, Any]) -> Form | None:
@@ -170,8 +161,7 @@ def _form(module: nn.Module, parts: dict[str, Any]) -> Form | None:
         return _norm(module, parts["weight"])
     maps = [n for n, m in parts.items() if isinstance(m, nn.Linear | Conv1D)]
     (rest,) = parts.keys() - set(maps)
-    act: nn.Module = parts[rest]
-    return None if next(act.parameters(), None) is not None else _gated(module, maps, rest, act)
+    return None if next(parts[rest].parameters(), None) is not None else _gated(module, maps, rest, parts[rest])
 
 
 def _randn(draw: torch.Generator, *shape: int) -> Tensor:
@@ -192,22 +182,20 @@ def _norm(module: nn.Module, width: int) -> Norm | None:
         how = RMS(eps, offset, narrow)
         same = (_same(own, how.plain, x.to(t), w.to(t)) for t in _DTYPES)
         if all(same) and _alike(functools.partial(own, w=w), functools.partial(normed, w=w, how=how), x):
-            return Norm(how, settings=_settings(module))
+            return Norm(how)
     return None
 
 
 def _gated(module: nn.Module, maps: list[str], rest: str, act: nn.Module) -> Gated | None:
-    draw = torch.Generator().manual_seed(0)
+    draw, linear = torch.Generator().manual_seed(0), {name: nn.Linear(8, 8, device="meta") for name in maps}
     x = _randn(draw, 3, 4, 8)
-    linear = {name: nn.Linear(8, 8, device="meta") for name in maps}
-    for own_map in linear.values():
-        own_map.weight = nn.Parameter(_randn(draw, 8, 8), False)
-        own_map.bias = nn.Parameter(_randn(draw, 8), False)
+    for m in linear.values():
+        m.weight, m.bias = (nn.Parameter(_randn(draw, *shape), False) for shape in ((8, 8), (8,)))
     own = _stand_in(module, {}, {**linear, rest: act})
     for gate, up, down in itertools.permutations(maps):
         form = functools.partial(_by_gate, linear[gate], linear[up], linear[down], act)
         if _same(own, form, x) and _alike(own, form, x):
-            return Gated(gate, up, down, rest, type(act), settings=_settings(module))
+            return Gated(gate, up, down, rest, type(act))
     return None
 
 

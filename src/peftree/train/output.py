@@ -28,7 +28,7 @@ from peftree.files import atomic_write, read_json, sha256
 from peftree.runs.read import METRICS
 from peftree.settings import SETTINGS, RunConfig
 from peftree.store.fingerprint import Fingerprint, difference, fingerprint
-from peftree.strict import read_yaml
+from peftree.strict import once, read_yaml
 from peftree.tasks import Options
 
 LOCK, INPUTS = ".lock", "inputs.json"
@@ -152,7 +152,7 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
             f"{output} already holds a run.", "Set resume: true to continue, or name another output folder."
         )
     if used:
-        old = _record(output, SETTINGS, lambda path: read_yaml(path, {}))
+        old = once(_record(output, SETTINGS, lambda path: read_yaml(path, {})))
         same = rows_of_step(old) == rows_of_step(resolved)
         usual = {name: field.default for name, field in RunConfig.model_fields.items()}  # of a setting younger than it
         changed = [k for k, v in resolved.items() if k not in (*_FREE, *_STEP) and old.get(k, usual[k]) != v]
