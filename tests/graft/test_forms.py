@@ -130,6 +130,56 @@ def test_what_computes_otherwise_is_not_found() -> None:
     assert forms.find(odd | {"patched": patched}) == {}
 
 
+class Whole(nn.Module):
+    """An RMSNorm over all of a row's dimensions but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(8)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        over = tuple(range(1, x.dim()))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(over, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Shifted(Feed):
+    """A gated feed-forward network of the token before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.roll(1, -2) if x.dim() == 3 else x)
+
+
+class Read(Feed):
+    """A gated feed-forward network that reads the weights of two maps, and not their biases."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (nn.functional.linear(x, m.weight) for m in (self.b, self.a))
+        y: Tensor = self.c(self.act(gate) * up)
+        return y
+
+
+def test_what_looks_across_tokens_or_past_a_bias_is_not_found() -> None:
+    odd = {"whole": Whole(), "shifted": Shifted(nn.SiLU()), "read": Read(nn.SiLU())}
+    assert forms.find(odd) == {}
+
+
+@pytest.mark.parametrize("change", ["eps", "factor"])
+def test_a_setting_that_is_changed_later_counts(change: str) -> None:
+    base: Any = nn.Sequential(nn.Linear(8, 8), Scale(), Feed(nn.SiLU()))
+    x = torch.randn(3, 4, 8)
+    put(base, "lora", sites="0", r=2)
+    assert set(graft_of(base).forms) == {"1", "2"}
+    if change == "eps":
+        base[1].eps = 1.0
+    else:
+        base[2].fault = "factor"
+    with fast_forms(False):
+        want = base(x)
+    with fast_forms(True):
+        assert torch.allclose(base(x), want, atol=1e-5)
+
+
 def test_finding_draws_nothing_and_works_anywhere() -> None:
     modules = dict(zoo.build("gemma").named_modules())
     torch.manual_seed(0)
@@ -188,6 +238,15 @@ def test_second_derivatives_are_those_of_the_expression(which: str) -> None:
     for make in pairs[which]:
         (first,) = torch.autograd.grad(make().pow(3).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.sin().sum(), x)[0])
+    assert far(*found) < 1e-5
+
+
+def test_second_derivatives_of_one_factor() -> None:
+    g, u = torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)
+    found = []
+    for z in (gated(g, u, nn.SiLU()), nn.functional.silu(g) * u):
+        (first,) = torch.autograd.grad(z.pow(3).sum(), u, create_graph=True)
+        found.append(torch.autograd.grad(first.sum(), u)[0])
     assert far(*found) < 1e-5
 
 

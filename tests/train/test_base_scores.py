@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from peftree.adapter import adapt, disabled
@@ -154,6 +156,25 @@ def test_the_files_may_lie_elsewhere_but_not_hold_other_weights(
     tensors[name][1, 2] += 1e-3
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     assert not Scorer(str(copy), review_data)()[1]
+
+
+def test_images_count_by_their_pixels(llava: str, tmp_path: Path) -> None:
+    def draw(name: str, seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / name)
+
+    data = tmp_path / "pairs"
+    data.mkdir()
+    for n in range(2):
+        draw(f"{n}.png", n)
+    rows = [json.dumps({"image": f"{n}.png", "question": "Q", "answer": "A"}) + "\n" for n in range(2)]
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("".join(rows))
+    first = Scorer(llava, data)()
+    assert not first[1] and Scorer(llava, data)() == (first[0], True)
+    draw("1.png", 7)
+    found, known = Scorer(llava, data)()
+    assert not known and found.items[0] == first[0].items[0] and found.items[1] != first[0].items[1]
 
 
 @pytest.mark.parametrize(

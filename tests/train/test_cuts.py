@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from peftree.data.rows import Example, load_data
 from peftree.errors import ConfigError, DataError
-from peftree.settings import load_config
+from peftree.settings import SETTINGS, load_config, write_resolved
 from peftree.tasks import Options, build_task
 from peftree.tasks.generation import Generation
+from peftree.train.output import check_settings
 from peftree.train.run import run
 from train.tiny import reviews, tokenizer, write_csv, write_jsonl
 
@@ -125,3 +126,15 @@ def test_a_completion_gets_no_space_that_is_not_there(before: str, text: str) ->
 
     task: Any = SimpleNamespace(ids=ids)
     assert core.decode(ids(before) + Generation.continued(task, ids(before), before, text)) == before + text
+
+
+def test_a_run_whose_settings_say_gradient_checkpointing_goes_on(
+    decoder: str, prompt_data: Path, tmp_path: Path
+) -> None:
+    words = [f"model={decoder}", f"data={prompt_data}", f"output={tmp_path / 'o'}", "activations=checkpoint"]
+    config = load_config(None, [*words, "steps=2", "save_every=1", "quiet=true", "base_score=false"])
+    path = write_resolved(tmp_path / "o" / SETTINGS, config.resolved({}, 1e-3))
+    path.write_text(path.read_text().replace("activations: checkpoint", "gradient_checkpointing: true"))
+    (tmp_path / "o" / "checkpoint-1").mkdir()
+    again = config.model_copy(update={"resume": True})
+    assert check_settings(again, config.resolved({}, 1e-3))

@@ -237,14 +237,18 @@ def test_the_packaged_pair_answers_questions(llava: str, pictures: Path) -> None
     assert run(config).task == "image-text-to-text"
 
 
-def test_a_template_of_texts_alone_gets_the_image_token(pictures: Path) -> None:
+WRITES_PARTS = "m['content'] if m['content'] is string else m['content'] | tojson"
+
+
+@pytest.mark.parametrize("content", ["m['content']", "m['content'] | trim", f"({WRITES_PARTS})"])
+def test_a_template_of_texts_alone_gets_the_image_token(pictures: Path, content: str) -> None:
     model, processor = built("llava")
     processor.chat_template = (
-        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + " + content + " + '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     )
     made = ImageText(model.eval(), processor, 512)
     path = rows(pictures, [{"image": "0.png", "question": "Q", "answer": "A"}] * 4)
     (feature,) = made.features(load_data(path, valid=path).train[:1])
-    assert feature["text"].startswith(f"<user>{processor.image_token}") and "'type'" not in feature["text"]
+    assert feature["text"].startswith(f"<user>{processor.image_token}") and "type" not in feature["text"]
     assert shown(made, feature) == ["A</s>"]

@@ -44,6 +44,7 @@ class _Gated(Remade):
         (gz,) = grads
         with uncast(gz):
             if torch.is_grad_enabled():
+                g, u = (t if t.requires_grad else t.detach().requires_grad_() for t in (g, u))
                 return *torch.autograd.grad(ctx.act(g) * u, (g, u), gz, create_graph=True, allow_unused=True), None
             with torch.enable_grad():
                 leaf = g.detach().requires_grad_()

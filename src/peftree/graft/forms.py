@@ -2,8 +2,8 @@
 
 They are found by what they compute, not by name. A stand-in of the module's class, with its own settings and small
 random weights, must give the form's output bit for bit, and its gradients up to rounding. Whatever then differs in a
-run (another activation, hooks on it, a changed or trained weight, no gradient, `torch.compile`) runs the module's own
-forward.
+run (other settings, another activation, hooks on it, a changed or trained weight, no gradient, `torch.compile`) runs
+the module's own forward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,20 +26,24 @@ from peftree.graft.call import carry
 from peftree.graft.hub import Hub
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (int, float, str, bool)
 _CLOSE = 1e-6  # of the largest gradient
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Call = Callable[..., Any]
 
 
+@dataclass(frozen=True)
 class Form:
-    """What computes a module's output and keeps less for the backward pass."""
+    """What computes a module's output and keeps less for the backward pass; `settings` are those it was found with."""
+
+    settings: dict[str, Any] = field(default_factory=dict, compare=False, kw_only=True)
 
     def of(self, hub: Hub, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module computes; None if its own forward must run."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or not torch.is_grad_enabled() or not fast_forms_on(x):
             return None
-        return self.output(hub, module, x)
+        return self.output(hub, module, x) if self.settings.items() <= vars(module).items() else None
 
     def output(self, hub: Hub, module: Any, x: Tensor) -> Any:
         """Return the output for one input; None if the module's own forward must run."""
@@ -90,7 +94,7 @@ class Gated(Form):
 
 
 def _heard(module: nn.Module) -> bool:
-    return any(vars(module)[name] for name in _HOOKS)
+    return _has_any_global_hook() or any(vars(module)[name] for name in _HOOKS)
 
 
 def _repeats(hub: Hub, *maps: Any) -> tuple[bool, Any, Any] | None:
@@ -103,7 +107,7 @@ def _repeats(hub: Hub, *maps: Any) -> tuple[bool, Any, Any] | None:
         inner = module._modules.get("deltas")
         program = inner.program(choice.active) if isinstance(inner, Hub) else None
         programs.append(program)
-        if _heard(module) or _has_any_global_hook() or "forward" in vars(module):
+        if _heard(module) or "forward" in vars(module):
             return None
         if program is None:
             continue
@@ -126,7 +130,7 @@ def find(modules: Mapping[str, nn.Module]) -> dict[str, Form]:
             if key not in known:
                 known[key] = _form(module, parts)
             if (form := known[key]) is not None:
-                found[path] = form
+                found[path] = replace(form, settings={n: v for n, v in _set(module).items() if isinstance(v, _PLAIN)})
     return found
 
 
@@ -145,9 +149,11 @@ def _parts(module: nn.Module) -> dict[str, Any] | None:
 
 def _key(module: nn.Module) -> Any:
     """Return what tells modules apart that compute otherwise, their weights left out."""
-    own = {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
-    plain = (int, float, str, bool)
-    return type(module), frozenset((n, v if isinstance(v, plain) else id(v)) for n, v in own.items())
+    return type(module), frozenset((n, v if isinstance(v, _PLAIN) else id(v)) for n, v in _set(module).items())
+
+
+def _set(module: nn.Module) -> dict[str, Any]:
+    return {n: v for n, v in vars(module).items() if not n.startswith("_") and n != "training"}
 
 
 def _form(module: nn.Module, parts: dict[str, Any]) -> Form | None:
@@ -155,8 +161,7 @@ def _form(module: nn.Module, parts: dict[str, Any]) -> Form | None:
         return _norm(module, parts["weight"])
     maps = [n for n, m in parts.items() if isinstance(m, nn.Linear | Conv1D)]
     (rest,) = parts.keys() - set(maps)
-    act: nn.Module = parts[rest]
-    return None if next(act.parameters(), None) is not None else _gated(module, maps, rest, act)
+    return None if next(parts[rest].parameters(), None) is not None else _gated(module, maps, rest, parts[rest])
 
 
 def _randn(draw: torch.Generator, *shape: int) -> Tensor:
@@ -165,7 +170,7 @@ def _randn(draw: torch.Generator, *shape: int) -> Tensor:
 
 def _norm(module: nn.Module, width: int) -> Norm | None:
     draw = torch.Generator().manual_seed(0)
-    x = _randn(draw, 4, 1, width) * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float32)[:, None, None]
+    x = _randn(draw, 4, 2, width) * torch.tensor([1e-3, 0.1, 1.0, 30.0], dtype=torch.float32)[:, None, None]
     w = _randn(draw, width)
 
     def own(x: Tensor, w: Tensor) -> Tensor:
@@ -182,11 +187,10 @@ def _norm(module: nn.Module, width: int) -> Norm | None:
 
 
 def _gated(module: nn.Module, maps: list[str], rest: str, act: nn.Module) -> Gated | None:
-    draw = torch.Generator().manual_seed(0)
-    x, *weights = (_randn(draw, 8, 8) for _ in range(4))
-    linear = {name: nn.Linear(8, 8, bias=False, device="meta") for name in maps}
-    for own_map, weight in zip(linear.values(), weights, strict=True):
-        own_map.weight = nn.Parameter(weight, False)
+    draw, linear = torch.Generator().manual_seed(0), {name: nn.Linear(8, 8, device="meta") for name in maps}
+    x = _randn(draw, 3, 4, 8)
+    for m in linear.values():
+        m.weight, m.bias = (nn.Parameter(_randn(draw, *shape), False) for shape in ((8, 8), (8,)))
     own = _stand_in(module, {}, {**linear, rest: act})
     for gate, up, down in itertools.permutations(maps):
         form = functools.partial(_by_gate, linear[gate], linear[up], linear[down], act)

@@ -58,7 +58,7 @@ def _takes_parts(tokenizer: Any) -> bool:
         said = tokenizer.apply_chat_template([{"role": "user", "content": _parts("a text")}], tokenize=False)
     except (TemplateError, TypeError, AttributeError):
         return False
-    return "a text" in said and "'a text'" not in said
+    return "a text" in said and not any(quoted in said for quoted in ("'a text'", '"a text"'))  # Python's, JSON's
 
 
 def _parts(content: str) -> list[dict[str, str]]:

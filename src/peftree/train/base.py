@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree import sites
+from peftree.data.picture import content
 from peftree.errors import PeftreeError
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write, cache_root, read_json, sha256
@@ -63,10 +64,11 @@ def _key(config: RunConfig, task: Task, items: Items) -> str:
     model: Any = task.model
     packages = {type(module).__module__.partition(".")[0] for module in modules_of(model).values()}
     files = beside(config.model)
-    unread = config.generate and not files  # the tokenizer of a hub name, which turns tokens to texts
+    reads = config.generate or task.modality == "vision-language"
+    unread = reads and not files  # of a hub name: the tokenizer that turns tokens to texts, or what reads images
     if os.environ.get(OFF) == "0" or config.shard != "none" or packages - _OURS or unread:
         return ""
-    base, rows = fingerprint(model, again=True), _hash(items[i] for i in range(len(items)))  # type: ignore[arg-type]
+    base, rows = fingerprint(model, again=True), _hash(_whole(items[i]) for i in range(len(items)))  # type: ignore[arg-type]
     if base.quantized or not rows:
         return ""
     settings = [model.config, *([model.generation_config] if config.generate else [])]
@@ -111,6 +113,12 @@ def _source() -> str:
 
 def _plain(value: Any) -> bool:
     return isinstance(value, Plain) or (isinstance(value, list | tuple) and all(_plain(each) for each in value))
+
+
+def _whole(features: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the features of a row with the hashes of the images that a batch reads, not their names."""
+    images = features.get("images", ())
+    return {**features, "images": [sha256(content(image)) for image in images]} if images else features
 
 
 def _hash(values: Any) -> str:
