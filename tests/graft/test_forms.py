@@ -417,16 +417,20 @@ def test_what_runs_again_draws_and_uses_what_it_did_at_first(p: float) -> None:
     torch.manual_seed(5)
     loss = model(**batch).loss
     peftree.switch(model, "other")
+    model.eval()
     before = torch.get_rng_state()
     wanted = [q for q in model.parameters() if q.requires_grad]
     for _ in range(2):  # a graph that is kept
         found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         assert all(far(a, b) < 1e-6 for a, b in zip([g for g in found if g is not None], want[1:], strict=True))
-    assert torch.equal(torch.get_rng_state(), before)
-    with torch.no_grad():
-        next(q for n, q in model.named_parameters() if "gate_proj.deltas.default" in n).add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert torch.equal(torch.get_rng_state(), before) and not any(m.training for m in model.modules())
+    for part in ("up_proj.weight", "gate_proj.deltas.default"):  # a frozen one, and one that trains
+        peftree.switch(model, "default")
+        loss = model(**batch).loss
+        with torch.no_grad():
+            next(q for n, q in model.named_parameters() if part in n).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_a_term_of_foreign_tensors_does_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

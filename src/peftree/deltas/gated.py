@@ -141,9 +141,9 @@ def again(run: Map, x: Tensor, parameters: Sequence[Tensor], draws: bool) -> Ten
     """Return `run(x)` without what it keeps for the backward pass, in which it runs again.
 
     Args:
-        run: computes the same in both passes, from `x` and from `parameters` that need a gradient, and nothing else.
+        run: computes the same in both passes, from `x` and from `parameters`, and nothing else.
         x: the input, on a CPU if the part draws.
-        parameters: what of the part is trained.
+        parameters: of the part; that one was changed in between is an error, as torch raises it.
         draws: whether it draws random numbers.
     """
     z: Tensor = _Again.apply(_Inner(run, x, draws), x, *parameters)  # type: ignore[no-untyped-call]

@@ -85,12 +85,27 @@ class Gated(Form):
             def run(x: Tensor) -> Tensor:
                 return gated(gate(x), up(x), act)
 
-            trained = [p for m in (gate, up) for p in m.parameters() if p.requires_grad]
+            read = [p for m in (gate, up) for p in m.parameters()]
             if len(hub.tried) != 3 or any(a is not b for a, b in zip(hub.tried, programs, strict=False)):
-                hub.tried = (*programs, closed(run, x, trained))
+                hub.tried = (*programs, closed(run, x, read))
             if hub.tried[-1] and (x.device.type == "cpu" or not draws):
-                return parts[self.down](again(carry(run), x, trained, draws))
+                return parts[self.down](again(_in_mode(carry(run), gate, up), x, read, draws))
         return parts[self.down](gated(gate(x), up(x), act))
+
+
+def _in_mode(run: Call, *maps: nn.Module) -> Call:
+    """Return `run` with the maps in training or evaluation, as they are now."""
+    modes = [m.training for m in maps]
+
+    def ran(x: Tensor) -> Any:
+        before = [m.training for m in maps]
+        try:
+            _ = [m.train(mode) for m, mode in zip(maps, modes, strict=True)]
+            return run(x)
+        finally:
+            _ = [m.train(mode) for m, mode in zip(maps, before, strict=True)]
+
+    return ran
 
 
 def _heard(module: nn.Module) -> bool:
