@@ -458,3 +458,23 @@ def test_the_setting_of_an_adapter() -> None:
     _, _, other = model_of("bert_cls", "lora")
     with pytest.warns(PeftreeWarning, match="no feed-forward network of this model is"):
         other.activations = "recompute"
+
+
+class Twice(nn.Module):
+    """A parametrization: twice the tensor."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_a_parametrized_norm_runs_its_own_forward() -> None:
+    model, batch, _ = model_of("llama", "lora", sites="linear", r=3)
+    norm: Any = model.get_submodule("model.norm")
+    with torch.no_grad():
+        norm.weight.mul_(2)
+        want = model(**batch).loss
+        norm.weight.div_(2)
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", Twice())
+    loss = model(**batch).loss
+    loss.backward()
+    assert far(loss.detach(), want) < 1e-6

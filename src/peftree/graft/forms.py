@@ -58,8 +58,14 @@ class Norm(Form):
 
     def output(self, hub: Hub, module: Any, x: Tensor) -> Tensor | None:
         """Return the normalised rows, unless the weight is trained or of another dtype."""
-        w = module._parameters["weight"]
-        fits = not w.requires_grad and x.dtype == w.dtype and x.dtype in _DTYPES and x.shape[-1:] == w.shape
+        w = module._parameters.get("weight")
+        fits = (
+            w is not None
+            and not w.requires_grad
+            and x.dtype == w.dtype
+            and x.dtype in _DTYPES
+            and x.shape[-1:] == w.shape
+        )
         return normed(x, w, self.how) if fits else None
 
 

@@ -168,6 +168,8 @@ def _save_pretrained(cls: Any) -> Any:
 
 def _effective(name: str) -> property:
     def get(self: Any) -> Tensor | None:
+        if name not in self.__dict__["_parameters"]:  # as torch's parametrizations ask
+            raise AttributeError(name)
         own: Tensor | None = self.__dict__["_parameters"][name]
         hub = self.__dict__["_modules"].get("deltas")
         if hub is None:
