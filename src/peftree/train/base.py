@@ -64,7 +64,7 @@ def _key(config: RunConfig, task: Task, items: Items) -> str:
     model: Any = task.model
     packages = {type(module).__module__.partition(".")[0] for module in modules_of(model).values()}
     files = beside(config.model)
-    reads = config.generate or hasattr(task, "processor")
+    reads = config.generate or "processor" in vars(task)
     unread = reads and not files  # of a hub name: the tokenizer that turns tokens to texts, or what reads images
     if os.environ.get(OFF) == "0" or config.shard != "none" or packages - _OURS or unread:
         return ""
