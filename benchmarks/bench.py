@@ -5,7 +5,7 @@
 Without names: the sections that the code has left behind, or that were measured with fewer rounds than stated; `--all`
 all of them. Each is a process of its own and is written once it is done, so a run may be stopped and called again.
 `--rounds`: at most so many. `--small` tries sections with one layer and few tokens, in this process: the page says that
-this is no measurement, and `make bench` replaces it. `--confirm` measures a few rows again if the code has left a
+this is not a measurement, and `make bench` replaces it. `--confirm` measures a few rows again if the code has left a
 section behind, and if their bytes and ratios are those of the page, notes that and the hash of the code.
 """
 

@@ -230,5 +230,5 @@ def test_what_was_only_tried_is_said_and_not_quoted() -> None:
     assert page.facts(data).startswith("LoRA takes 0.25 of the peak memory and 0.50 of the time; DoRA takes")
     assert page.SMALL not in page.body("whole", data["whole"])
     data["whole"]["small"] = True
-    assert page.facts(data) == page.UNMEASURED and page.SMALL in page.body("whole", data["whole"])
+    assert page.facts(data).startswith(page.UNMEASURED) and page.SMALL in page.body("whole", data["whole"])
     assert page.UNMEASURED in page.loss(data) and page.UNMEASURED in page.speed(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -26,11 +26,7 @@ TASK = {**TASKS[0], "task": "movies"}
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """The tool that makes the page."""
-    spec = importlib.util.spec_from_file_location("study_page", ROOT / "tools" / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tools.study")
 
 
 def invented(**task: float) -> list[RunRecord]:

@@ -33,7 +33,7 @@ the code that should not change the figures ([decision 0047](decisions/0047-one-
 Same weights, same batches, one thread of a CPU, process CPU time. In every round each variant runs once, in rotated
 order; a ratio is taken within a round, and stated as `median (quartiles)` over the rounds. Unless a column says
 otherwise it is peftree / PEFT: below 1 is less. *Noise* is a second copy of PEFT's model over the first, in the same
-rounds: a ratio within its quartiles is no difference shown. Bytes are exact: what the graph keeps for the backward
+rounds: a ratio within its quartiles does not show a difference. Bytes are exact: what the graph keeps for the backward
 pass, parameters left out, and the peak of the allocator in a step.
 
 Elsewhere: [planned and measured memory](plan-truth.md), [whole studies](study.md), and, for a machine with a GPU, `make
@@ -41,9 +41,11 @@ bench-gpu`, which was not run on one yet.
 """
 PROCESSOR = ("cpu", "vectors")  # facts of a machine that its ratios need not depend on
 AXES = {"tokens": "tokens in a text", "layers": "layers", "adapters": "adapters attached"}
-SMALL = "Tried with one layer and 1 x 16 tokens, which shows that it runs; no measurement. Run `make bench`."
+SMALL = "Tried with one layer and 1 x 16 tokens, which shows that it runs, not how fast. Run `make bench`."
 UNMEASURED = "not measured with this code yet: run `make bench`"
 SIDES = (("peftree", "reparameterized"), ("peft", "selective"))
+LINK = "[side-by-side measurements](docs/bench.md)"
+LOSS = "its loss without whole logits, as in `peftree train`"
 LABELS = {"peftree": "peftree", "peft": "PEFT"}
 
 
@@ -217,13 +219,13 @@ def whole(data: dict[str, Record], *names: str) -> bool:
 def facts(data: dict[str, Record]) -> str:
     """Return the README's line about a training step."""
     if not whole(data, "whole"):
-        return UNMEASURED
+        return f"{UNMEASURED} ({LINK})"
     words = []
     for name in ("lora", "dora"):
         row = _row(data, "whole", f"{name} all")
         peak = value(row, "chunked peak_bytes / peft peak_bytes")
         words.append(f"{peak:.2f} of the peak memory and {said(row, 'chunked')}")
-    return f"LoRA takes {words[0]}; DoRA takes\n  {words[1]}"
+    return f"LoRA takes {words[0]}; DoRA takes\n  {words[1]}\n  ({LOSS}; {LINK})"
 
 
 def speed(data: dict[str, Record]) -> str:
@@ -232,7 +234,7 @@ def speed(data: dict[str, Record]) -> str:
         return f"(The table is {UNMEASURED}.)"
     lines = [["", "time / PEFT", "peak memory / PEFT"], ["---", "--:", "--:"]]
     steps = (
-        ("whole", "lora all", "chunked", "a step of SmolLM2-135M, LoRA on all linear maps"),
+        ("whole", "lora all", "chunked", f"a step of SmolLM2-135M, LoRA on all linear maps, {LOSS}"),
         ("whole", "dora all", "chunked", "the same, DoRA"),
         ("step", "smol, lora all, dropout .05", "peftree", "its layers alone, LoRA with dropout .05"),
         ("precision", "smol, autocast-bf16, lora all", "peftree", "its layers alone, LoRA under bfloat16 autocast"),

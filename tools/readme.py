@@ -36,7 +36,7 @@ def facts() -> str:
     linear, attention = re.findall(r"(\d+ of \d+) \(", everything[0])[:2]
     return f"""\
 * **A training step** of SmolLM2-135M, adapters on all linear layers, compared with Hugging Face PEFT {files["peft"]}:
-  {bench_page.facts(bench_page.load())} ([side-by-side measurements](docs/bench.md)).
+  {bench_page.facts(bench_page.load())}.
 * **PEFT adapter files**: of {sure} cases that PEFT itself supports, {read["right"]} reproduce its outputs within 1e-5,
   {read["refused"]} are refused with a reason, {read["wrong"]} are wrong ([the matrix](docs/peft-files.md)).
 * **Models**: LoRA is correct on the linear layers of {linear} classes in transformers' auto mappings that have any, and

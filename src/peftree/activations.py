@@ -42,7 +42,7 @@ class Keeps:
                     model.gradient_checkpointing_enable({"use_reentrant": False})
                 else:
                     model.gradient_checkpointing_disable()
-        if how == "recompute" and not any(isinstance(form, Gated) for form in self.graft.forms.values()):
+        if how == "recompute" and not any(isinstance(form, Gated) for form in (self.graft.forms or {}).values()):
             warnings.warn(
                 "activations=recompute has no effect: no feed-forward network of this model is act(gate(x)) up(x).",
                 PeftreeWarning,

@@ -155,7 +155,7 @@ SAME = "gradient_checkpointing"  # what other libraries call activations=checkpo
 
 
 def instead(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Take out of settings what a word `key=value` says anew, in either way."""
+    """Take out of settings what a word `key=value` says again, under either name."""
     if key in (SAME, "activations"):
         tree.pop(SAME, None)
         if key == SAME and (value is True or tree.get("activations") == "checkpoint"):

@@ -478,3 +478,26 @@ def test_a_parametrized_norm_runs_its_own_forward() -> None:
     loss = model(**batch).loss
     loss.backward()
     assert far(loss.detach(), want) < 1e-6
+
+
+def test_forms_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, find = [], forms.find
+    monkeypatch.setattr("peftree.graft.find", lambda modules: seen.append(1) or find(modules))
+    for name in ("bert_cls", "llama"):  # of which one has none
+        model = zoo.build(name)
+        for number in range(3):
+            peftree.adapt(model, "lora", name=f"a{number}", r=2)
+        peftree.detach(model)
+        peftree.adapt(model, "lora", r=2)
+    assert len(seen) == 4
+
+
+def test_what_hears_all_modules_hears_an_activation_once() -> None:
+    model, batch, _ = model_of("llama", "lora", sites="linear", r=3)
+    act, heard = type(model.get_submodule("model.layers.0.mlp.act_fn")), []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: heard.append(m) if type(m) is act else None)
+    try:
+        model(**batch).loss.backward()
+    finally:
+        hook.remove()
+    assert len(heard) == zoo.LAYERS

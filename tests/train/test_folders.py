@@ -314,6 +314,9 @@ def test_a_setting_that_moves_the_result_does_not_change_on_resume(tmp_path: Pat
         older = {k: v for k, v in resolved.items() if k != "activations"} | {"gradient_checkpointing": before}
         write_resolved(tmp_path / "resolved.yaml", older)
         assert check_settings(config, resolved | {"activations": after})
+    write_resolved(tmp_path / "resolved.yaml", older | {"gradient_checkpointing": "on top"})
+    with pytest.raises(ConfigError, match=r"resolved\.yaml is missing or damaged.*'on top' is not true or false"):
+        check_settings(config, resolved)
 
 
 def test_another_image_under_the_same_name_does_not_resume(vit: str, image_data: Path, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _divides(c: Tensor) -> bool:
 
 
 FEW = 1 << 15  # entries of an input for which Python's part of an autograd function costs more than it saves
-# The fewest entries of an input whose gradients come from a fast form; PEFTREE_FAST=0 means none do, `all` that all do.
+# The fewest entries of an input that takes a fast form; PEFTREE_FAST=0 means that none does, `all` that all do.
 _fewest = [{"0": math.inf, "all": 0.0}.get(os.environ.get("PEFTREE_FAST", ""), FEW)]
 
 
@@ -192,12 +192,11 @@ def fast_forms(on: bool) -> Iterator[None]:
 def fast_forms_on(x: Tensor) -> bool:
     """Return whether an autograd function may stand for operations on `x`.
 
-    Not if they are compiled, traced or transformed, nor if `x` has few entries and a graph is made.
+    Not if they are compiled, traced or transformed, nor if `x` has few entries.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    few = x.numel() < _fewest[0] and (torch.is_grad_enabled() or _fewest[0] == math.inf)
-    return not few and x.device.type != "meta"  # for which torch has no autocast
+    return x.numel() >= _fewest[0] and x.device.type != "meta"  # for which torch has no autocast
 
 
 def fusable(x: Tensor, W: Tensor, b: Tensor | None, p: float = 0.0) -> bool:

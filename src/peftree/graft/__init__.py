@@ -42,7 +42,7 @@ class Graft:
         shared: the adapters that are switched on.
         by: key, site and delta of every place of an adapter, by its name, in the order in which they were put on.
         first: paths of modules in which a text's length comes first, and its rows second.
-        forms: by path of a module, its form that keeps less (`graft.forms`), if it has one.
+        forms: by path of a module, its form that keeps less (`graft.forms`), if any; None before an adapter is on.
         swaps: whether some are torch's (`batch_first=False`), so that any other module's input may be ordered so too.
     """
 
@@ -52,7 +52,7 @@ class Graft:
         self.by: dict[str, list[Entry]] = {}
         self.stacks: dict[str, StackState] = {}
         self._tree: list[Site] | None = None
-        self.forms: dict[str, Form] = {}
+        self.forms: dict[str, Form] | None = None
         kinds = {n: (type(m), vars(m).get("batch_first") is False) for n, m in modules_of(model).items()}
         self.first = [n for n, (c, first) in kinds.items() if first or f"{c.__module__}.{c.__name__}" in LENGTH_FIRST]
         self.swaps = any(first for _, first in kinds.values())
@@ -180,7 +180,7 @@ class Graft:
             if not (hub._modules or hub.outer or hub.cells or hub.form):
                 restore(module)
         if not self.by:
-            self.forms.clear()
+            self.forms = None
 
     def _ground(self, adapters: Iterable[str], sites: set[str]) -> None:
         """Put on what every graft needs: parts around what users call, frozen statistics in norms, no nested tensors.
@@ -188,8 +188,9 @@ class Graft:
         No batch norm updates its running statistics, and no spectral norm its vectors: they belong to the frozen base.
         Modules that have a form which keeps less get it.
         """
-        self.forms = self.forms or find(modules_of(self.model))
-        for path, module in modules_of(self.model).items():
+        modules = modules_of(self.model)
+        self.forms = find(modules) if self.forms is None else self.forms
+        for path, module in modules.items():
             keep_gradients(module)
             if not path or (tower(path, module) and any(inside(s, path) for s in sites)):
                 hub = self.hub(path)

@@ -168,9 +168,10 @@ def _save_pretrained(cls: Any) -> Any:
 
 def _effective(name: str) -> property:
     def get(self: Any) -> Tensor | None:
-        if name not in self.__dict__["_parameters"]:  # as torch's parametrizations ask
+        parameters: dict[str, Tensor | None] = self.__dict__["_parameters"]
+        if name not in parameters:  # as torch's parametrizations ask
             raise AttributeError(name)
-        own: Tensor | None = self.__dict__["_parameters"][name]
+        own = parameters[name]
         hub = self.__dict__["_modules"].get("deltas")
         if hub is None:
             return own

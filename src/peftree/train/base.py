@@ -164,7 +164,7 @@ def _read(path: Path) -> Scores | None:
 
 
 def _write(path: Path, scores: Scores) -> None:
-    """Keep scores, and only the files used last; a folder that cannot be written to is no fault of the run."""
+    """Keep scores, and only the files used last; a folder that cannot be written to does not stop the run."""
     values = dataclasses.asdict(scores)
     with contextlib.suppress(PeftreeError, OSError):
         atomic_write(path, json.dumps({"sha256": _checked(values), "scores": values}))

@@ -156,7 +156,7 @@ class Saved(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"bytes": self.bytes}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Wait for the first pass, or take the figure of a run that goes on."""
+        """Wait for the first pass, or take the figure of a run that continues."""
         self.bytes = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("bytes")
         if self.bytes is not None:
             return

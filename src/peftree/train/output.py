@@ -152,7 +152,7 @@ def check_settings(config: RunConfig, resolved: Mapping[str, Any]) -> bool:
             f"{output} already holds a run.", "Set resume: true to continue, or name another output folder."
         )
     if used:
-        old = once(_record(output, SETTINGS, lambda path: read_yaml(path, {})))
+        old = _record(output, SETTINGS, lambda path: once(read_yaml(path, {})))
         same = rows_of_step(old) == rows_of_step(resolved)
         usual = {name: field.default for name, field in RunConfig.model_fields.items()}  # of a setting younger than it
         changed = [k for k, v in resolved.items() if k not in (*_FREE, *_STEP) and old.get(k, usual[k]) != v]
@@ -198,9 +198,10 @@ def check_scoring(config: RunConfig, ran: RunConfig, folder: Path, overrides: Se
 def _record(output: Path, name: str, read: Any) -> dict[str, Any]:
     try:
         found: dict[str, Any] = read(output / name)
-    except PeftreeError as error:
+    except (PeftreeError, ValueError) as error:
+        why = error.what if isinstance(error, PeftreeError) else error
         raise ConfigError(
-            f"{output} holds a run, but its {name} is missing or damaged, so it cannot be compared: {error.what}",
+            f"{output} holds a run, but its {name} is missing or damaged, so it cannot be compared: {why}",
             f"Put {name} back, or name another output folder and train again.",
         ) from None
     return found
