@@ -23,6 +23,7 @@ from typing import Any
 
 Row = dict[str, Any]
 MANY = 64  # adapters on one model
+ALL = "command: plan, every method, 7B"  # at one batch and length; minutes, so in the first round alone
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Operation -> goal, and what it is compared with: "s" seconds, "x" the other library's time, or another operation.
 GOALS: dict[str, tuple[float, str]] = {
@@ -43,20 +44,31 @@ GOALS: dict[str, tuple[float, str]] = {
     "replace by a folder": (0.1, "x"),
     "command: methods": (0.5, "s"),
     "command: plan, one method, 70B": (5.0, "s"),
+    ALL: (30.0, "s"),
 }
 WHY = {
-    "first adapter in a process, with imports": "imports of pydantic and peftree's modules, then 210 places; near "
-    "the goal, and over it where other programs share the processor",
-    "command: plan, one method, 70B": "half of it are imports of torch and transformers; as above",
+    "first adapter in a process, with imports": "imports of pydantic and peftree's modules take two thirds of it, 210 "
+    "places the rest; the goal is met where no other program shares the processor's memory",
+    "command: plan, one method, 70B": "half of it are imports of torch and transformers",
+    ALL: "every method is traced by itself, at two depths, for training and for scoring: about 2,700 operations of "
+    "torch's fake tensors; where layers share trained tensors (19 methods), all layers are traced",
     "save, first in a process": "every weight of the base is read once for its fingerprint, and rounded twice",
     "save again": "fsync of three files and two folders, SHA-256 of the weights, and a record of the base beside them",
     "load another": "every weight of the base is read for the check that the adapter was made for it",
+    "replace by a loaded adapter": "at the goal, within noise",
     "replace by a folder": "the folder is checked as for loading, the base too; load it once, then replace by that",
+    "merge": "the merged weights are new tensors, so that `unmerge` puts back the old ones to the bit; four fifths of "
+    "the time are first touches of that memory (the same products in place take a seventh)",
+    "command: methods": "typer, rich, pydantic and the facts of 130 methods; no torch",
 }
 PLAN = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     "max_position_embeddings": 8192, "dtype": "bfloat16",
+}  # fmt: skip
+SEVEN = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
 }  # fmt: skip
 
 
@@ -170,20 +182,21 @@ def theirs() -> dict[str, float]:
     return out
 
 
-def commands() -> dict[str, float]:
-    """Measure commands of peftree, each in a process of its own."""
+def commands(every: bool) -> dict[str, float]:
+    """Measure commands of peftree, each in a process of its own; `every`: also those that take minutes."""
     words = (
         "import sys, time, io\nfrom peftree.cli import main\nsys.argv, out, sys.stdout = {}, sys.stdout, io.StringIO()"
     )
     words += "\ntry: main()\nexcept SystemExit: print(time.process_time(), file=out)"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(PLAN), "utf-8")
-        asked = {"methods": ["methods"], "plan, one method, 70B": ["plan", folder, "method=lora"]}
-        found = {}
-        for name, arguments in asked.items():
-            done = _run(["-c", words.format(["peftree", *arguments])])
-            found[f"command: {name}"] = float(done)
-    return found
+        large, small = Path(folder) / "70b", Path(folder) / "7b"
+        for path, shape in ((large, PLAN), (small, PLAN | SEVEN)):
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(shape), "utf-8")
+        asked = {"command: methods": ["methods"], "command: plan, one method, 70B": ["plan", str(large), "method=lora"]}
+        if every:
+            asked[ALL] = ["plan", str(small), "--table", "--json", "batch_size=4", "max_length=512"]
+        return {name: float(_run(["-c", words.format(["peftree", *said])])) for name, said in asked.items()}
 
 
 def _run(arguments: list[str]) -> str:
@@ -197,8 +210,8 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
     for number in range(asked.rounds):
         for library in list(runs)[:: 1 if number % 2 else -1]:
             runs[library].append(json.loads(_run([__file__, library])))
-        runs["peftree"][-1] |= commands()
-    own, other = ({n: statistics.median(r[n] for r in found) for n in found[0]} for found in runs.values())
+        runs["peftree"][-1] |= commands(number == 0 and not os.environ.get("BENCH_SMALL"))
+    own, other = ({n: statistics.median(r[n] for r in found if n in r) for n in found[0]} for found in runs.values())
     for name in own:
         goal, met = _goal(name, own, other.get(name))
         row: Row = {"row": name, "peftree": round(own[name], 6), "goal": goal, "met": "" if met else "missed"}

@@ -82,6 +82,13 @@ def test_a_table_has_a_row_for_a_method_and_says_which_are_left_out(
     assert "x: more than the budget" in marked and "x: more" not in said
 
 
+def test_a_table_shows_of_each_column_what_is_named(short: Path) -> None:
+    cells = json.loads(run(str(short), "method=ia3", "batch_size=2", "max_length=16", "--table", "--json"))
+    assert [(c["method"], c["batch"], c["length"]) for c in cells] == [("ia3", 2, 16)]
+    cells = json.loads(run(str(short), "method=ia3", "max_length=16", "--table", "--json"))
+    assert {c["method"] for c in cells} == {"ia3"} and len(cells) == len(fit.BATCHES)
+
+
 def test_data_give_the_length(folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("prompt,completion\n" + "".join(f"say {'x' * n},{'y' * n}\n" for n in (8, 40, 24)))

@@ -30,7 +30,7 @@ class MaskedBank(Rewrite):
         d, self.k = place.site.out_features, min(k, count)
         generator = torch.Generator().manual_seed(seed + place.index)
         for name, shape in (("D", (count, size, d)), ("U", (count, d, size))):
-            drawn = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+            drawn = torch.empty(shape, device=place.drawn_on).normal_(0.0, 0.02, generator=generator)
             self.register_buffer(name, drawn.to(place.device, place.dtype), persistent=False)
         self.logits: nn.Parameter | None = place.normal(2, count)
         self.gain, self.shift = place.ones(size), place.zeros(size)

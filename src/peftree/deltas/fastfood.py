@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,10 @@ class Fastfood(nn.Module):
         super().__init__()
         self.shape, self.entries = shape, math.prod(shape)
         self.N = 1 << (max(self.entries, size) - 1).bit_length()
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (self.N,), generator=generator, dtype=torch.int8) * 2 - 1
-        order = torch.randperm(self.N, generator=generator).int()
-        normal = torch.randn(self.N, generator=generator)
+        draw: Any = {"generator": torch.Generator().manual_seed(seed), "device": place.drawn_on}
+        signs = torch.randint(0, 2, (self.N,), dtype=torch.int8, **draw) * 2 - 1
+        order = torch.randperm(self.N, **draw).int()
+        normal = torch.randn(self.N, **draw)
         normal /= normal.norm() * self.entries**0.5
         for name, drawn in (("signs", signs), ("order", order), ("normal", normal)):
             self.register_buffer(name, drawn.to(place.device), persistent=False)

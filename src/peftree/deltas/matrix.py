@@ -47,7 +47,7 @@ class Bases(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("A", (r, width)), ("B", (out, r))):
             bound = 3.0**0.5 * (2.0**0.5 / shape[1] ** 0.5)  # in this order, for the last bit
-            basis = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            basis = torch.empty(shape, device=place.drawn_on).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, basis.to(place.device, place.dtype), persistent=False)
 
 

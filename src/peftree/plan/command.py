@@ -16,7 +16,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="Memory of one device, as in 24GB: show what fits and how.")] = "",
     adapter: Annotated[str, typer.Option(help="In place of a method: PEFT's adapter_config.json, or its folder.")] = "",
     table: Annotated[
-        bool, typer.Option("--table", help="A table of methods x batches x lengths; all methods if none is named.")
+        bool, typer.Option("--table", help="A table of methods x batches x lengths: those named, or several.")
     ] = False,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Also time 20 real steps here.")] = False,
     html: Annotated[str, typer.Option(help="Also write one HTML page here.")] = "",

@@ -183,7 +183,7 @@ def _words(model: str) -> Any:
 
 
 def print_table(asked: Request, as_json: bool) -> None:
-    """Print methods x batches x lengths, each row when it is computed."""
+    """Print methods x batches x lengths, or of each the one that is named; each row when it is computed."""
     from rich.console import Console
     from rich.live import Live
     from rich.progress import track
@@ -191,23 +191,25 @@ def print_table(asked: Request, as_json: bool) -> None:
 
     from peftree import registry
 
-    names, lengths = sorted(registry.methods()), _lengths(asked)
+    names = [asked.method.name] if "method" in asked.model_fields_set else sorted(registry.methods())
+    batches = (asked.batch_size,) if "batch_size" in asked.model_fields_set else fit.BATCHES
+    lengths = _lengths(asked)
     if as_json:
         bar = track(names, "planning", console=Console(stderr=True), transient=True)
-        cells = [vars(cell) for name in bar for cell in fit.table(asked, [name], fit.BATCHES, lengths)]
+        cells = [vars(cell) for name in bar for cell in fit.table(asked, [name], batches, lengths)]
         typer.echo(json.dumps(cells, indent=2))
         return
     title = f"{asked.model}: expected GiB"
     shown = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("method", no_wrap=True)
     shown.add_column("trained", justify="right", no_wrap=True)
-    for batch, length in ((b, n) for n in lengths for b in fit.BATCHES):
+    for batch, length in ((b, n) for n in lengths for b in batches):
         shown.add_column(f"{batch} x\n{length}", justify="right", no_wrap=True)
     left_out = []
     with Live(shown, console=Console(), refresh_per_second=2, vertical_overflow="visible"):
         for number, name in enumerate(names):
             shown.caption = f"{number} of {len(names)} methods; {name} is next"
-            mine = list(fit.table(asked, [name], fit.BATCHES, lengths))
+            mine = list(fit.table(asked, [name], batches, lengths))
             if mine[0].expected is None:
                 left_out.append(name)
             else:
