@@ -83,6 +83,31 @@ def test_few_layers_tell_of_all(folders: dict[str, Path], name: str, method: str
     assert {k: pytest.approx(v, rel=0.006 if method == "lst" else 0.002) for k, v in wanted.items()} == found
 
 
+@pytest.mark.parametrize("method", quick(["mam", "fact", "compacter", "propetl"]))
+@pytest.mark.parametrize("kind", [LLAMA, BERT], ids=["llama", "bert"])
+def test_layers_that_share_are_known_to_the_byte_from_few(
+    kind: Any, method: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The peak of many may lie where that of few does not."""
+    type(kind)(**kind.to_dict() | {"num_hidden_layers": 11}).save_pretrained(tmp_path)
+    asked = request(model=str(tmp_path), method=method, batch_size=2, max_length=8)
+    wanted, depths, own = deep(asked), list[int](), estimate.trace
+
+    def seen(model: Any, *more: Any) -> step.Traced:
+        depths.append(model.config.num_hidden_layers)
+        return own(model, *more)
+
+    monkeypatch.setattr(estimate, "trace", seen)
+    assert estimate._whole(asked.model_dump_json()).shared and shallow(asked) == wanted
+    assert depths == [3, 4, 5]
+
+
+def test_layers_that_share_what_grows_with_depth_are_all_traced(tmp_path: Path) -> None:
+    tf.LlamaConfig(**LLAMA.to_dict() | {"num_hidden_layers": 9}).save_pretrained(tmp_path)
+    asked = request(model=str(tmp_path), method="hyperformer", batch_size=2, max_length=8)
+    assert shallow(asked) == deep(asked)
+
+
 def test_a_range_of_layers_is_traced_whole(folders: dict[str, Path]) -> None:
     asked = request(model=str(folders["llama"]), method={"name": "lora", "layers": "-2:"}, batch_size=2, max_length=8)
     assert shallow(asked) == deep(asked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from peftree.adapter import Adapter
 from peftree.errors import ConfigError, PeftreeError
 from peftree.named_method import make_method
 from peftree.optimizers import DEFAULT, check_name
-from peftree.plan import caches, formulas, kept, layers, sizes, skeleton
+from peftree.plan import caches, formulas, kept, layers, repeat, sizes, skeleton
 from peftree.plan.batch import position_table
 from peftree.plan.hfpeft import configs
 from peftree.plan.ledger import Timeline, supported
@@ -141,14 +141,14 @@ def _phases(whole: Whole, found: Parts, request: Request) -> dict[str, dict[str,
 
 
 def traced(
-    config: Any, kind: Any, request: Request, dtype: torch.dtype, whole: bool = False, quick: bool = False,
+    config: Any, kind: Any, request: Request, dtype: torch.dtype, shared: bool = False, quick: bool = False,
     scores: bool = False,
 ) -> tuple[Parts, float]:  # fmt: skip
     """Return phase -> part -> bytes of the whole depth, and operations, from traces of few layers.
 
-    `whole`: trace all layers; `quick`: as in `plan`; `scores`: as in `trace`.
+    `shared`: layers share trained tensors; `quick`: as in `plan`; `scores`: as in `trace`.
     """
-    stacks = [] if whole else _cuttable(config, request)
+    stacks = _cuttable(config, request)
     base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
 
     def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
@@ -169,6 +169,10 @@ def traced(
             sizes.remember(setting, request.batch_size, request.length, line, operations)
         return described(line, small, operations)
 
+    if shared:
+        if found := _repeated(run, stacks, base):
+            return found
+        stacks, base = [], {}
     first = run(base)
     total: Parts = {phase: dict(parts) for phase, parts in first.parts.items()}
     operations = float(sum(first.operations.values()))
@@ -180,6 +184,29 @@ def traced(
                 total[phase][part] += times * (value - first.parts[phase][part])
         operations += times * (sum(more.operations.values()) - sum(first.operations.values()))
     return total, operations
+
+
+def _repeated(
+    run: Callable[[Mapping[skeleton.Depth, int]], Traced], stacks: list[skeleton.Depth], base: dict[skeleton.Depth, int]
+) -> tuple[Parts, float] | None:
+    """Return the figures of the whole depth from three depths; None if layers do not all add the same."""
+    if len(stacks) != 1:
+        return None
+    (depth,) = stacks
+    first = base[depth] + depth.period  # before, a layer may differ from those that follow
+    left = (depth.count - first) // depth.period
+    if left < 3:
+        return None
+    one, two = (run({depth: first + n * depth.period}) for n in range(2))
+    again = repeat.extended(repeat.course(one), repeat.course(two), 2)
+    if again is None:
+        return None
+    three = run({depth: first + 2 * depth.period})
+    found = repeat.extended(repeat.course(one), repeat.course(two), left)
+    a, b, c = (float(sum(t.operations.values())) for t in (one, two, three))
+    if found is None or not repeat.same(again, repeat.course(three)) or c - b != b - a:
+        return None
+    return repeat.peaks(found), a + left * (b - a)
 
 
 def scoring(request: Request) -> Request:

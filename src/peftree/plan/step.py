@@ -25,6 +25,7 @@ from peftree.plan.question import Request
 from peftree.precision import DTYPES, autocast
 from peftree.tasks.packing import check_deltas
 
+MOVING = ("gradients", "activations", "logits", "temporaries")  # the parts of a timeline
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporaries")
 
 
@@ -36,11 +37,13 @@ class Traced:
         parts: phase -> part -> bytes at the phase's peak.
         operations: floating-point operations by phase.
         timeline: every allocation and release.
+        vocabulary: the number of tokens that logits are for; 0 if there are none.
     """
 
     parts: dict[str, dict[str, int]]
     operations: dict[str, int]
     timeline: Timeline
+    vocabulary: int
 
 
 def adapted(config: Any, kind: Any, request: Request, dtype: torch.dtype) -> tuple[nn.Module, Adapter]:
@@ -90,7 +93,8 @@ def trace(model: nn.Module, adapter: Adapter, request: Request, scores: bool = F
 def traced(timeline: Timeline, config: Any, operations: dict[str, int]) -> Traced:
     """Return the parts of a timeline, for a model of `config`."""
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-    return Traced({p: _parts(timeline, p, vocabulary) for p in timeline.phases}, operations, timeline)
+    parts = {phase: _parts(timeline, phase, vocabulary) for phase in timeline.phases}
+    return Traced(parts, operations, timeline, vocabulary)
 
 
 @contextmanager
@@ -192,17 +196,20 @@ def _reading(model: nn.Module, batch: dict[str, Any], request: Request, ledger: 
     return [("forward", forward), ("scores", score)] if len(wanted) else [("forward", forward)]
 
 
+def part_of(timeline: Timeline, number: int, vocabulary: int) -> str:
+    """Return which part of a step's memory a storage belongs to."""
+    gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))
+    shape = timeline.shape[number]
+    if number in gradients:
+        return "gradients"
+    if vocabulary and shape and shape[-1] == vocabulary:
+        return "logits"
+    return "activations" if number in activations else "temporaries"
+
+
 def _parts(timeline: Timeline, phase: str, vocabulary: int) -> dict[str, int]:
     """Return the bytes of each part at the peak of the phase."""
-    out = dict.fromkeys(("gradients", "activations", "logits", "temporaries"), 0)
-    gradients, activations = (timeline.kept.get(name, frozenset()) for name in ("gradients", "activations"))
+    out = dict.fromkeys(MOVING, 0)
     for number in timeline.alive(phase):
-        shape = timeline.shape[number]
-        if number in gradients:
-            part = "gradients"
-        elif vocabulary and shape and shape[-1] == vocabulary:
-            part = "logits"
-        else:
-            part = "activations" if number in activations else "temporaries"
-        out[part] += timeline.size[number]
+        out[part_of(timeline, number, vocabulary)] += timeline.size[number]
     return out
