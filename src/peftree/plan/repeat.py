@@ -1,0 +1,73 @@
+"""A step of many equal layers from steps of few: what one more layer takes and releases, once for each that is left.
+
+Where layers share trained tensors, the peak of many layers may lie elsewhere than that of few: the gradient of what
+they share is there until the end. So not the peak of few is extended, but their whole course, and its peak is looked
+for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from peftree.plan.step import MOVING, Traced, part_of
+
+Course = dict[str, np.ndarray[Any, np.dtype[np.int64]]]
+
+
+def course(of: Traced) -> Course:
+    """Return phase -> bytes that come or go `[turns, parts]`: what is taken, then what is released, in turns.
+
+    The order of several releases in a row is random, and no peak depends on it.
+    """
+    line = of.timeline
+    columns = np.array([MOVING.index(part_of(line, number, of.vocabulary)) for number in range(len(line.size))])
+    owner, change, phase = (np.asarray(column, dtype=np.int64) for column in (line.owner, line.change, line.phase))
+    found: Course = {}
+    for at, name in enumerate(line.phases):
+        mine = np.flatnonzero((phase == at) & (change != 0))
+        events = np.zeros((len(mine), len(MOVING)), dtype=np.int64)
+        events[np.arange(len(mine)), columns[owner[mine]]] = change[mine]
+        taken = change[mine] > 0
+        starts = np.flatnonzero(np.r_[True, taken[1:] != taken[:-1]]) if len(mine) else mine
+        found[name] = np.add.reduceat(events, starts) if len(mine) else events
+    return found
+
+
+def extended(one: Course, two: Course, times: int) -> Course | None:
+    """Return the course of `one` with `times` more layers; None if `two` is not `one` with turns added at one place.
+
+    Args:
+        one, two: courses at some depth, and with one layer (or period of layers) more.
+        times: how many layers (or periods) more.
+    """
+    found: Course = {}
+    for name, first in one.items():
+        second = two[name]
+        more = len(second) - len(first)
+        if more < 0:
+            return None
+        alike = (first == second[: len(first)]).all(1)
+        at = len(first) if alike.all() else int(np.argmin(alike))
+        if not np.array_equal(first[at:], second[at + more :]):
+            return None
+        found[name] = np.concatenate([first[:at], *[second[at : at + more]] * times, first[at:]])
+    return found
+
+
+def same(one: Course, two: Course) -> bool:
+    """Return whether two courses are equal."""
+    return all(np.array_equal(turns, two[name]) for name, turns in one.items())
+
+
+def peaks(of: Course) -> dict[str, dict[str, float]]:
+    """Return phase -> part -> bytes at the phase's peak; a phase in which nothing happens has what was there."""
+    found: dict[str, dict[str, float]] = {}
+    held = np.zeros(len(MOVING), dtype=np.int64)
+    for name, turns in of.items():
+        levels = held + np.cumsum(turns, axis=0)
+        at = levels[int(levels.sum(1).argmax())] if len(levels) else held
+        found[name] = dict(zip(MOVING, at.tolist(), strict=True))
+        held = levels[-1] if len(levels) else held
+    return found
