@@ -76,7 +76,7 @@ ROOMS = {
     "evaluate": 1400,
     "runs": 450,
     "train": 3470,
-    "plan": 3450,
+    "plan": 3570,
     "assets": 1600,
     "probes": 970,
     "bench": 2650,

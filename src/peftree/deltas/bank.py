@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peftree.deltas.mask import pack_bits, unpack_bits
+from peftree.deltas.matrix import drawn_on
 from peftree.deltas.place import Place
 from peftree.deltas.verbs import Rewrite
 
@@ -30,7 +31,7 @@ class MaskedBank(Rewrite):
         d, self.k = place.site.out_features, min(k, count)
         generator = torch.Generator().manual_seed(seed + place.index)
         for name, shape in (("D", (count, size, d)), ("U", (count, d, size))):
-            drawn = torch.empty(shape, device=place.drawn_on).normal_(0.0, 0.02, generator=generator)
+            drawn = torch.empty(shape, device=drawn_on(place)).normal_(0.0, 0.02, generator=generator)
             self.register_buffer(name, drawn.to(place.device, place.dtype), persistent=False)
         self.logits: nn.Parameter | None = place.normal(2, count)
         self.gain, self.shift = place.ones(size), place.zeros(size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftree.deltas.matrix import drawn_on
 from peftree.deltas.place import Place
 
 
@@ -33,7 +34,7 @@ class Fastfood(nn.Module):
         super().__init__()
         self.shape, self.entries = shape, math.prod(shape)
         self.N = 1 << (max(self.entries, size) - 1).bit_length()
-        draw: Any = {"generator": torch.Generator().manual_seed(seed), "device": place.drawn_on}
+        draw: Any = {"generator": torch.Generator().manual_seed(seed), "device": drawn_on(place)}
         signs = torch.randint(0, 2, (self.N,), dtype=torch.int8, **draw) * 2 - 1
         order = torch.randperm(self.N, **draw).int()
         normal = torch.randn(self.N, **draw)

@@ -30,6 +30,11 @@ def matrix(place: Place, kinds: tuple[str, ...] = MATRICES) -> tuple[tuple[int, 
     return tuple(lead), out, width
 
 
+def drawn_on(place: Place) -> str:
+    """Return where frozen values are drawn: the CPU, for the same on every machine; `meta` if there are no values."""
+    return "meta" if place.abstract else "cpu"
+
+
 class Bases(nn.Module):
     """Frozen A `[r, in]` and B `[out, r]` of the largest widths among the peers of a place, shared and never stored.
 
@@ -47,7 +52,7 @@ class Bases(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("A", (r, width)), ("B", (out, r))):
             bound = 3.0**0.5 * (2.0**0.5 / shape[1] ** 0.5)  # in this order, for the last bit
-            basis = torch.empty(shape, device=place.drawn_on).uniform_(-bound, bound, generator=generator)
+            basis = torch.empty(shape, device=drawn_on(place)).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, basis.to(place.device, place.dtype), persistent=False)
 
 

@@ -123,11 +123,6 @@ class Place:
         return self.device.type == "meta"
 
     @property
-    def drawn_on(self) -> str:
-        """Where frozen values are drawn: the CPU, for the same ones on every machine; `meta` if there are none."""
-        return "meta" if self.abstract else "cpu"
-
-    @property
     def embedding(self) -> nn.Embedding | None:
         """The token embedding of a text stack, else None; its output for ids enters the stack, and may be scaled."""
         names = [self.site.embed] if self.site.embed is not None else []

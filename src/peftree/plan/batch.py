@@ -1,4 +1,4 @@
-"""One training batch of the right shapes for a model, on the meta device."""
+"""One batch of the right shapes for a model, on the meta device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from peftree.tasks.packing import check_apart
 
 LABELS = ("labels", "return_loss")
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def scoring(request: Request) -> Request:
+    """Return the evaluation of a batch that a run's scores need; there are no gradients then, as after every step."""
+    changes = {"mode": "eval", "batch_size": request.eval_batch_size, "train_batch": request.eval_batch}
+    alike = {"activations": "exact", "accumulation": 1, "eval_batch": None}
+    return request.model_copy(update=changes | alike)
 
 
 def inputs(model: nn.Module, request: Request, labels: bool = True) -> dict[str, Any]:

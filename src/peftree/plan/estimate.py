@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from peftree.errors import ConfigError, PeftreeError
 from peftree.named_method import make_method
 from peftree.optimizers import DEFAULT, check_name
 from peftree.plan import caches, formulas, kept, layers, repeat, sizes, skeleton
-from peftree.plan.batch import position_table
+from peftree.plan.batch import position_table, scoring
 from peftree.plan.hfpeft import configs
 from peftree.plan.ledger import Timeline, supported
 from peftree.plan.question import Request
@@ -148,8 +148,8 @@ def traced(
 
     `shared`: layers share trained tensors; `quick`: as in `plan`; `scores`: as in `trace`.
     """
-    stacks = _cuttable(config, request)
-    base = {d: d.period + 1 + (d.count - 1) % d.period for d in stacks}  # whole periods are left
+    # Whole periods of layers are left out.
+    base = {d: d.period + 1 + (d.count - 1) % d.period for d in _cuttable(config, request)}
 
     def run(counts: Mapping[skeleton.Depth, int]) -> Traced:
         small = skeleton.cut(config, dict(counts))
@@ -170,50 +170,20 @@ def traced(
         return described(line, small, operations)
 
     if shared:
-        if found := _repeated(run, stacks, base):
+        if found := repeat.told(run, base):
             return found
-        stacks, base = [], {}
+        base = {}
     first = run(base)
     total: Parts = {phase: dict(parts) for phase, parts in first.parts.items()}
     operations = float(sum(first.operations.values()))
-    for depth in stacks:
-        more = run(base | {depth: base[depth] + depth.period})
-        times = (depth.count - base[depth]) / depth.period
+    for depth, few in base.items():
+        more = run(base | {depth: few + depth.period})
+        times = (depth.count - few) / depth.period
         for phase, parts in more.parts.items():
             for part, value in parts.items():
                 total[phase][part] += times * (value - first.parts[phase][part])
         operations += times * (sum(more.operations.values()) - sum(first.operations.values()))
     return total, operations
-
-
-def _repeated(
-    run: Callable[[Mapping[skeleton.Depth, int]], Traced], stacks: list[skeleton.Depth], base: dict[skeleton.Depth, int]
-) -> tuple[Parts, float] | None:
-    """Return the figures of the whole depth from three depths; None if layers do not all add the same."""
-    if len(stacks) != 1:
-        return None
-    (depth,) = stacks
-    first = base[depth] + depth.period  # before, a layer may differ from those that follow
-    left = (depth.count - first) // depth.period
-    if left < 3:
-        return None
-    one, two = (run({depth: first + n * depth.period}) for n in range(2))
-    again = repeat.extended(repeat.course(one), repeat.course(two), 2)
-    if again is None:
-        return None
-    three = run({depth: first + 2 * depth.period})
-    found = repeat.extended(repeat.course(one), repeat.course(two), left)
-    a, b, c = (float(sum(t.operations.values())) for t in (one, two, three))
-    if found is None or not repeat.same(again, repeat.course(three)) or c - b != b - a:
-        return None
-    return repeat.peaks(found), a + left * (b - a)
-
-
-def scoring(request: Request) -> Request:
-    """Return the evaluation of a batch that a run's scores need; there are no gradients then, as after every step."""
-    changes = {"mode": "eval", "batch_size": request.eval_batch_size, "train_batch": request.eval_batch}
-    alike = {"activations": "exact", "accumulation": 1, "eval_batch": None}
-    return request.model_copy(update=changes | alike)
 
 
 def _cuttable(config: Any, request: Request) -> list[skeleton.Depth]:

@@ -7,13 +7,44 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from peftree.plan.skeleton import Depth
 from peftree.plan.step import MOVING, Traced, part_of
 
 Course = dict[str, np.ndarray[Any, np.dtype[np.int64]]]
+
+
+def told(
+    run: Callable[[Mapping[Depth, int]], Traced], base: Mapping[Depth, int]
+) -> tuple[dict[str, dict[str, float]], float] | None:
+    """Return phase -> part -> bytes of the whole depth, and operations, from three depths.
+
+    None: there are several stacks, or few layers, or they do not all add the same.
+
+    Args:
+        run: traces a step with so many layers of each stack.
+        base: stack -> the fewest layers that are traced, whole periods of which are left out.
+    """
+    if len(base) != 1:
+        return None
+    ((depth, few),) = base.items()
+    few += depth.period  # before, a layer may differ from those that follow
+    left = (depth.count - few) // depth.period
+    if left < 3:
+        return None
+    one, two = (run({depth: few + n * depth.period}) for n in range(2))
+    again, found = (extended(course(one), course(two), times) for times in (2, left))
+    if again is None or found is None:
+        return None
+    three = run({depth: few + 2 * depth.period})
+    a, b, c = (float(sum(t.operations.values())) for t in (one, two, three))
+    if c - b != b - a or any(not np.array_equal(turns, again[name]) for name, turns in course(three).items()):
+        return None
+    return peaks(found), a + left * (b - a)
 
 
 def course(of: Traced) -> Course:
@@ -54,11 +85,6 @@ def extended(one: Course, two: Course, times: int) -> Course | None:
             return None
         found[name] = np.concatenate([first[:at], *[second[at : at + more]] * times, first[at:]])
     return found
-
-
-def same(one: Course, two: Course) -> bool:
-    """Return whether two courses are equal."""
-    return all(np.array_equal(turns, two[name]) for name, turns in one.items())
 
 
 def peaks(of: Course) -> dict[str, dict[str, float]]:

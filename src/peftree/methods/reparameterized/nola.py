@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftree.deltas import LINEAR, LowRank, matrix
+from peftree.deltas.matrix import drawn_on
 from peftree.methods.contract import Field, Method, Place, Site, Tags
 
 
@@ -47,7 +48,7 @@ class Basis(nn.Module):
         width, out = (max(sizes) for sizes in zip(*((s.in_features, s.out_features) for s in place.peers), strict=True))
         generator, r, k = torch.Generator().manual_seed(method.basis_seed), method.r, method.k
         for name, shape in (("A", (k, r, width)), ("B", (k, r, out)), ("A_0", (r, width))):
-            drawn = torch.empty(shape, device=place.drawn_on).uniform_(-1, 1, generator=generator)
+            drawn = torch.empty(shape, device=drawn_on(place)).uniform_(-1, 1, generator=generator)
             self.register_buffer(name, drawn.to(place.device, place.dtype), persistent=False)
 
 

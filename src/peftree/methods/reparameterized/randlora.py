@@ -48,8 +48,7 @@ class Pool(nn.Module):
         super().__init__()
         low, high = sorted((max(s.in_features for s in place.peers), max(s.out_features for s in place.peers)))
         rng, r = torch.Generator().manual_seed(method.basis_seed), method.r
-        shapes, dtype = ((r, 1, low), *[(high, 1, r)] * -(-low // r)), torch.bfloat16
-        empty = [torch.empty(s, dtype=dtype, device=place.drawn_on) for s in shapes]
+        empty = [torch.empty(s, dtype=torch.bfloat16) for s in ((r, 1, low), *[(high, 1, r)] * -(-low // r))]
         A, *B = [nn.init.kaiming_uniform_(t, 5**0.5, generator=rng) for t in empty]
         for name, basis in (("A", A), ("B", torch.cat(B, 1))):
             self.register_buffer(name, (basis / basis.std()).to(place.device, place.dtype), persistent=False)
