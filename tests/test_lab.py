@@ -107,6 +107,9 @@ def test_a_run_continues_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytes
         ([0.999, 1.001, 1.004], "it hardly moves in so few steps: no loss is further than 0.0040 from the frozen"),
         ([0.8, 1.3, 0.9], "its loss is above at every rate (0.800 to 1.300)."),
         ([0.8, math.inf], "its loss is above at every rate (0.800 to inf)."),
+        ([0.95, 0.9, 0.95, 0.9, 0.8], "its loss falls with the rate, from 0.933 to 0.850: the default is low"),
+        ([0.8, 0.8, 0.9, 1.3], "its loss rises with the rate, from 0.833 to 1.300: the default is high"),
+        ([1.8, 1.8, 1.9, 1.3], "its loss is above at every rate (1.300 to 1.900)."),
     ],
 )  # fmt: skip
 def test_what_learns_at_no_rate_is_described_by_its_losses(losses: list[float], said: str) -> None:

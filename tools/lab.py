@@ -189,6 +189,12 @@ def reason(row: Row, bar: float, frozen: float) -> str:
     far = max(abs(loss - frozen) for loss in every)
     if far <= STILL * frozen:
         return f"it hardly moves in so few steps: no loss is further than {far:.4f} from the frozen model's."
+    means = [mean(row.losses[factor]) for factor in sorted(row.losses)]
+    span = f"from {means[0]:.3f} to {means[-1]:.3f}"
+    if len(means) > 1 and means == sorted(means, reverse=True) and means[-1] < frozen:
+        return f"its loss falls with the rate, {span}: the default is low for so few steps."
+    if len(means) > 1 and means == sorted(means):
+        return f"its loss rises with the rate, {span}: the default is high for so few steps."
     return f"its loss is above at every rate ({min(every):.3f} to {max(every):.3f})."
 
 
@@ -224,7 +230,7 @@ def section(name: str, notes: dict[str, dict[str, str]]) -> list[str]:
         f"{task.dataset[0].upper()}{task.dataset[1:]}, {task.model}, {task.settings['steps']} steps of "
         f"{task.settings['batch_size']} rows. To beat: the frozen model {frozen:.4f}{alone}.", "",
         f"Of {len(tried)} methods {default} learn at their default rate, {three} more at three times that, {ten} more "
-        f"at ten times, {none} at none of them; of {left} runs are missing.", "",
+        f"at ten times, {none} at none of them{f'; of {left} runs are missing' if left else ''}.", "",
         "| method | default rate | at it | 3 x | 10 x | learns at |", "|---|--:|--:|--:|--:|---|",
     ]  # fmt: skip
     for row in tried:

@@ -271,6 +271,19 @@ def test_a_part_for_another_task_is_no_alarm_where_every_parameter_trains(method
     assert unused and not set(unused) & done.health.alive
 
 
+def test_layers_that_rest_in_the_first_steps_are_no_alarm(tmp_path: Path) -> None:
+    """AdapterDrop leaves adapters out of a drawn number of layers; those neither move nor count as dead."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 30, "num_attention_heads": 2, "intermediate_size": 16}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=32, **shape))
+    rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(6)]
+    done = fit(model, rows, None, tmp_path, "adapter_drop", learning_rate=1e-2)
+    held = {s.layer: list(d.parameters()) for _, s, d in done.adapter.entries}
+    stepped = {layer for layer, own in held.items() if any(p in done.optimizer.state for p in own)}
+    assert stepped == set(range(14, 30))  # 14, 25 and 18 are drawn
+    done.adapter.finish()
+    assert all(p.requires_grad for own in held.values() for p in own)
+
+
 class ThreeSided(nn.Module):
     """A model whose positions are `[3, rows, tokens]` and which answers with a tuple: loss, then what matters."""
 

@@ -11,12 +11,12 @@ and multiplied by zero.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peftree.deltas import Bottleneck
+from peftree.deltas import Bottleneck, turn
 from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags
 
 
@@ -39,12 +39,20 @@ class AdapterDrop(Method):
     def build(self, place: Place) -> "Droppable":
         return Droppable(place, max(1, round(place.site.out_features / self.reduction)), self.drop)
 
+    def post_hoc(self, deltas: Deltas) -> None:
+        for delta in deltas.values():
+            turn(delta, True)
+
     def schedule(self, deltas: Deltas, moment: Moment) -> None:
         found = [d for d in deltas.values() if isinstance(d, Droppable)]
         generator = torch.Generator().manual_seed(self.draw_seed * 1_000_003 + moment.step)
         n = int(torch.randint(1 + max(d.layer for d in found), (1,), generator=generator))
         for delta in found:
             delta.keep.fill_(float(delta.layer >= n))
+            turn(delta, delta.layer >= n)
+
+    def param_groups(self, deltas: Deltas, lr: float) -> list[dict[str, Any]]:
+        return [{"params": list(dict.fromkeys(p for d in deltas.values() for p in d.parameters())), "lr": lr}]
 
 
 class Droppable(Bottleneck):
