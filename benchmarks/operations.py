@@ -47,11 +47,11 @@ GOALS: dict[str, tuple[float, str]] = {
     ALL: (30.0, "s"),
 }
 WHY = {
-    "first adapter in a process, with imports": "imports of pydantic and peftree's modules take two thirds of it, 210 "
-    "places the rest; the goal is met where no other program shares the processor's memory",
+    "first adapter in a process, with imports": "imports of pydantic and peftree's modules are most of it, 210 places "
+    "the rest: adding a second adapter takes what `attach one more to 1` says",
     "command: plan, one method, 70B": "half of it are imports of torch and transformers",
     ALL: "every method is traced by itself, at two depths, for training and for scoring: about 2,700 operations of "
-    "torch's fake tensors; where layers share trained tensors (19 methods), all layers are traced",
+    "torch's fake tensors; where layers share a tensor whose size depends on their number, all layers are traced",
     "save, first in a process": "every weight of the base is read once for its fingerprint, and rounded twice",
     "save again": "fsync of three files and two folders, SHA-256 of the weights, and a record of the base beside them",
     "load another": "every weight of the base is read for the check that the adapter was made for it",

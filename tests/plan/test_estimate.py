@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers.training_args import OptimizerNames
 
 import plantruth
@@ -100,6 +101,24 @@ def test_layers_that_share_are_known_to_the_byte_from_few(
     monkeypatch.setattr(estimate, "trace", seen)
     assert estimate._whole(asked.model_dump_json()).shared and shallow(asked) == wanted
     assert depths == [3, 4, 5]
+
+
+@pytest.mark.parametrize("method", ["said", "x_peft", "nola", "vera"])
+def test_frozen_random_values_are_not_drawn_for_a_plan(folders: dict[str, Path], method: str) -> None:
+    asked = request(model=str(folders["bert"]), method=method)
+    config, kind = estimate.read(asked.model, asked.task, asked.labels)
+    drawn: list[int] = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and not made.is_meta:
+                drawn.append(made.numel())
+            return made
+
+    with Seen():
+        step.adapted(config, kind, asked, torch.float32)
+    assert max(drawn, default=0) < 128  # positions and the like; frozen values are thousands
 
 
 def test_layers_that_share_what_grows_with_depth_are_all_traced(tmp_path: Path) -> None:
