@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -22,6 +23,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+os.fsync = lambda _fd: None  # no test pulls the plug, and a disk takes its time
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
 
@@ -31,7 +33,14 @@ def _seeds() -> None:
     """Start every test from the same random state."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    (torch.default_generator if not torch.accelerator.is_available() else torch).manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _heap() -> None:
+    """Let the collections that every run asks for pass over the modules that are loaded by now."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -246,6 +246,7 @@ def other_when_compiled(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tens
     return y + scale * (LowRank.fast(self, x, y.clone(), frozen) - y)
 
 
+COMPILED = ("compiles", "compiled_passes")  # several seconds each, in the slow run
 GALLERY: list[tuple[str, type[Method]]] = [
     ("frozen_base", broken("frozen_base", fast=writes_base)),
     ("identity", _method("identity", starts_elsewhere)),
@@ -297,13 +298,17 @@ def known() -> Iterator[None]:
         table.pop(name)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+def _slow(check: str, *more: Any) -> Any:
+    return pytest.param(check, *more, marks=pytest.mark.slow if check in COMPILED else ())
+
+
+@pytest.mark.parametrize("check", [_slow(c) for c in CHECKS])
 @pytest.mark.usefixtures("known")
 def test_the_sound_one_passes(check: str) -> None:
     CHECKS[check](Case(Sound(), "decoder"))
 
 
-@pytest.mark.parametrize(("check", "cls"), GALLERY, ids=[c.name for _, c in GALLERY])
+@pytest.mark.parametrize(("check", "cls"), [_slow(*exhibit) for exhibit in GALLERY], ids=[c.name for _, c in GALLERY])
 @pytest.mark.usefixtures("known")
 def test_bites(check: str, cls: type[Method]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - any failure will do, but not of the harness
@@ -312,7 +317,7 @@ def test_bites(check: str, cls: type[Method]) -> None:
 
 
 # The whole registry pays for compiling; here nothing hangs on it.
-SEEN = {name: check for name, check in CHECKS.items() if name not in ("compiles", "compiled_passes")}
+SEEN = {name: check for name, check in CHECKS.items() if name not in COMPILED}
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder"])

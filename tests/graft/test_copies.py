@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 import peftree
 import zoo
 from graft.helpers import base_state, digest, far, put, run, traces
+from sampled import quick
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"sites": "linear"}, "prefix_tuning": {"length": 3}, "prompt_tuning": {"length": 3}, "ia3": {},
@@ -141,7 +142,7 @@ def test_adapting_on_the_meta_device() -> None:
         assert all(p.device.type == "meta" for p in b.parameters())
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "prefix_tuning"])
+@pytest.mark.parametrize("kind", quick(["lora", "ia3", "prefix_tuning"]))
 def test_compiles_in_one_graph(kind: str) -> None:
     model = zoo.build("llama")
     put(model, kind, std=0.2, **KINDS[kind])
@@ -162,9 +163,7 @@ def test_compiles_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "kind", ["prompt_tuning", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lora", "houlsby", "lst", "dora"))]
-)
+@pytest.mark.parametrize("kind", quick(["prompt_tuning", "lora", "houlsby", "lst", "dora"]))
 def test_a_compiled_model_runs_again_and_is_compiled_twice_at_most(kind: str) -> None:
     graphs: list[int] = []
 

@@ -261,18 +261,19 @@ def test_reading_takes_less_than_training(folders: dict[str, Path], mode: str) -
 
 
 @pytest.mark.slow
-def test_every_method_is_planned_or_refused_in_words(folders: dict[str, Path]) -> None:
+def test_methods_are_planned_or_refused_in_words(folders: dict[str, Path]) -> None:
     def planned(method: str, **fields: Any) -> Plan:
         return plan(request(model=str(folders["bert"]), method={"name": method, **fields}, batch_size=2, max_length=8))
 
-    for name, cls in registry.methods().items():
+    unfit = ("conv_adapter", "convpass", "vpt", "xattn_tuning")  # for images, and for what is encoded
+    for name in {*list(registry.methods())[::3], *unfit}:  # the ledger's tests take all
         try:
             try:
                 found = planned(name)
             except (AdapterError, ConfigError, MethodError):  # its defaults are too large for a tiny model
-                found = planned(name, **cls.tags.small)
+                found = planned(name, **registry.get(name).tags.small)
         except SiteError:
-            assert name in ("conv_adapter", "convpass", "vpt", "xattn_tuning")  # for images, and for what is encoded
+            assert name in unfit
         else:
             assert found.how == "traced" and found.trainable > 0, name
 

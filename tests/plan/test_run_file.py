@@ -123,4 +123,8 @@ def test_a_budget_is_read_in_words_and_files(llama: Path, tmp_path: Path) -> Non
     assert request(model=str(llama), memory=8).memory == 8
     with pytest.raises(ConfigError, match="memory='lots': 'lots' is not an amount of memory"):
         read_settings(Request, file, ["memory=lots"])
+
+
+@pytest.mark.slow
+def test_a_budget_on_the_command_line(llama: Path) -> None:
     assert run(str(llama), "method=lora", "max_length=8", "memory=24GB")["fits"] is True

@@ -72,8 +72,10 @@ def test_few_cells_are_traced(folders: dict[str, str], monkeypatch: pytest.Monke
     assert len(traced) == 2 * (4 + 2)  # two depths; three corners, and one, for a single row makes fewer copies; scores
 
 
-@pytest.mark.parametrize("key", ["batch_size", "max_length"])
-@pytest.mark.parametrize("setting", quick([{"method": "dora"}, {"peft": PEFT}]))
+@pytest.mark.parametrize(
+    ("key", "setting"),
+    quick((k, s) for s in ({"method": "dora"}, {"peft": PEFT}) for k in ("batch_size", "max_length")),
+)
 def test_the_largest_is_exact_and_needs_few_traces(
     folders: dict[str, str], key: Any, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

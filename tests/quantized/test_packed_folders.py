@@ -214,6 +214,7 @@ def test_a_missing_package_is_named(source: Path, tmp_path: Path, monkeypatch: p
     assert told.value.fix == "Run: pip install compressed-tensors"
 
 
+@pytest.mark.slow
 def test_a_packed_folder_is_not_planned_in_other_forms(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

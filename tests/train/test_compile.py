@@ -18,6 +18,7 @@ from peftree.settings import load_config
 from peftree.tasks import build_task
 from peftree.train.compiled import check_compiler
 from peftree.train.run import open_run, run
+from sampled import quick
 from train.tiny import trainer
 
 
@@ -40,7 +41,7 @@ def adapter_after(encoder: str, data: Path, output: Path, on: bool, monkeypatch:
     return made.adapter, count[0]
 
 
-@pytest.mark.parametrize("more", [{}, {"bf16": True, "use_cpu": True}])
+@pytest.mark.parametrize("more", quick([{}, {"bf16": True, "use_cpu": True}]))
 def test_a_compiled_step_is_a_plain_one(
     more: dict[str, Any], encoder: str, review_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from peftree.errors import PeftreeWarning, plain
 from peftree.graft.call import NUMBERS, Choice
@@ -129,9 +128,23 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [t for t in _pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        for given in _pytree.tree_leaves((args, kwargs)) if made else ():
-            if type(given) in (Tensor, nn.Parameter) and not any(given is t for t in made):
-                owner = self.owners.get(id(given)) or self.owners.get(id(given._base))
-                self.read |= {owner} if owner is not None else set()
+        if given := [t for t in _tensors(args, kwargs) if self._owner(t)]:
+            made = list(_tensors(out))
+            self.read |= {self._owner(g) for g in given if made and not any(g is t for t in made)}
         return out
+
+    def _owner(self, tensor: Tensor) -> str:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return ""
+        return self.owners.get(id(tensor)) or self.owners.get(id(tensor._base), "")
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts; this runs for every operation of a first run."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(*value)
+        elif isinstance(value, dict):
+            yield from _tensors(*value.values())
