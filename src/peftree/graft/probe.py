@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from peftree.errors import PeftreeWarning, plain
 from peftree.graft.call import NUMBERS, Choice
@@ -128,23 +129,9 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if given := [t for t in _tensors(args, kwargs) if self._owner(t)]:
-            made = list(_tensors(out))
-            self.read |= {self._owner(g) for g in given if made and not any(g is t for t in made)}
+        flat = [*args, *(kwargs or {}).values()]
+        flat += [each for value in flat if isinstance(value, tuple | list) for each in value]
+        own = {id(t) if id(t) in self.owners else id(t._base): t for t in flat if type(t) in (Tensor, nn.Parameter)}
+        made = [m for m in _pytree.tree_leaves(out if own.keys() & self.owners.keys() else 0) if isinstance(m, Tensor)]
+        self.read |= {self.owners[i] for i in own if made and i in self.owners and all(own[i] is not m for m in made)}
         return out
-
-    def _owner(self, tensor: Tensor) -> str:
-        if type(tensor) not in (Tensor, nn.Parameter):
-            return ""
-        return self.owners.get(id(tensor)) or self.owners.get(id(tensor._base), "")
-
-
-def _tensors(*values: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts; this runs for every operation of a first run."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(*value)
-        elif isinstance(value, dict):
-            yield from _tensors(*value.values())
