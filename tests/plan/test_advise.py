@@ -31,7 +31,7 @@ from peftree.advise.table import Context, Measured, Table
 from peftree.cli import app
 from peftree.data.rows import load_data
 from peftree.errors import ConfigError, DataError, PeftreeError
-from peftree.plan import Request
+from peftree.plan import Request, request
 from peftree.settings import DataConfig, load_config
 from peftree.train.run import run
 from train import tiny
@@ -157,8 +157,8 @@ class TestAdvice:
     def test_nothing_that_fits_is_an_error_with_the_least(
         self, model: str, data: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = costs.plan
-        monkeypatch.setattr(costs, "plan", lambda asked: dataclasses.replace(real(asked), expected=1 << 40))
+        made = dataclasses.replace(costs.plan(request(model=model)), expected=1 << 40)
+        monkeypatch.setattr(costs, "plan", lambda asked: made)
         with pytest.raises(ConfigError, match=r"Nothing fits 1\.07 GB: the smallest candidate takes 1\.1e\+03 GB"):
             advise(Asked(model=model, data=data, **LIGHT))
 

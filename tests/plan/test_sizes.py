@@ -32,8 +32,8 @@ CONFIGS: dict[str, Any] = {
     ),
 }  # fmt: skip
 CASES = [("llama", "lora"), ("windows", "lora"), ("bert", "mam")]
-# Every third method: a table of each is traced at twelve sizes.
-REST = [("vit", "lora"), *[("llama", name) for name in list(registry.methods())[::6] if name != "lora"]]
+# A few methods: a table of each is traced at twelve sizes.
+REST = [("vit", "lora"), *[("llama", name) for name in list(registry.methods())[::18] if name != "lora"]]
 
 
 @pytest.fixture(scope="module")
