@@ -76,8 +76,8 @@ CASES: dict[str, tuple[list[str], list[str], list[str], bool]] = {
 
 
 def started(*command: str, **variables: str) -> subprocess.Popen[str]:
-    """Start torchrun's two processes of a Python command line."""
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    """Start torchrun's two processes of a Python command line; it leaves a survivor the time to say what it lost."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--monitor-interval", "2"]
     path = os.pathsep.join([str(HERE.parent), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-m", *torchrun, "--rdzv-endpoint", "localhost:0", *command],
