@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Slow tests that start several processes of their own; the rest run side by side.
 SERIAL := tests/bench tests/graft/test_distributed.py tests/train/test_processes.py tests/train/test_sharded.py
 # One thread and no network, so that results repeat and nothing waits for a hub; compiled modules are kept, since
-# tests start some hundred processes.
+# tests start many processes.
 TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help: ## list the commands

@@ -33,7 +33,7 @@ def _seeds() -> None:
     """Start every test from the same random state."""
     random.seed(0)
     np.random.seed(0)
-    (torch.default_generator if not torch.accelerator.is_available() else torch).manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
