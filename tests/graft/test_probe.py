@@ -37,7 +37,9 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and float(x.detach().sum()) > 1e6:  # a branch that data decides on
             x = self.rare(x)
-        if self.how == "call":
+        if self.how == "touched":  # what gives back its own operand computes nothing with it
+            self.rare._parameters["weight"].requires_grad_(False)  # type: ignore[union-attr]
+        if self.how in ("call", "touched"):
             out: Tensor = self.lin(x)
             return out
         if self.how == "read":
@@ -48,6 +50,8 @@ class Reader(nn.Module):
             return x @ self.kept
         weight = self.lin._parameters["weight"]
         assert weight is not None
+        if self.how == "listed":
+            return functional.linear(x, torch.stack([weight])[0])
         return functional.linear(x, weight.data if self.how == "data" else weight)
 
 
@@ -78,7 +82,7 @@ def told(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     return [str(w.message) for w in found]
 
 
-@pytest.mark.parametrize("how", ["params", "kept", "data"])
+@pytest.mark.parametrize("how", ["params", "kept", "data", "listed"])
 def test_a_weight_that_goes_around_the_graft_is_told_once_by_name(how: str) -> None:
     model = Model(how)
     adapter = put(model, "lora", sites=f"{PATH} head", std=1.0)
@@ -99,8 +103,9 @@ def test_a_weight_that_the_graft_sees_is_not_told(how: str) -> None:
     assert float((model(X) - base).detach().abs().max()) > 1e-2
 
 
-def test_a_branch_not_taken_is_listed_and_not_told() -> None:
-    model = Model()
+@pytest.mark.parametrize("how", ["call", "touched"])
+def test_a_branch_not_taken_is_listed_and_not_told(how: str) -> None:
+    model = Model(how)
     adapter = put(model, "lora", sites="linear")
     assert told(model, X) == [] and adapter.unused() == ["body.0.0.rare", "other"]
     assert told(model, X, other=True) == [] and adapter.unused() == ["body.0.0.rare"]
