@@ -5,8 +5,8 @@ SHELL := /bin/bash
 
 STAMP := .venv/.complete
 BIN := .venv/bin
-# Slow tests that start several processes of their own; the rest run side by side.
-SERIAL := tests/bench tests/graft/test_distributed.py tests/train/test_processes.py tests/train/test_sharded.py
+# Slow tests that look at when processes begin and end; the rest run side by side.
+SERIAL := tests/bench/test_pool.py tests/bench/test_cluster.py tests/bench/test_run.py
 # One thread and no network, so that results repeat and nothing waits for a hub; compiled modules are kept, since
 # tests start many processes.
 TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

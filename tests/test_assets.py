@@ -411,6 +411,7 @@ def test_model_that_cannot_be_made(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.enable_socket  # fetches what the cache lacks
 def test_real_data(tmp_path: Path) -> None:
     counts = {name: len(sources.vader(name, quiet=True)) for name in sources.VADER_DOMAINS}
     assert counts == {"movies": 10_605, "products": 3_708, "tweets": 4_200, "editorials": 5_190}
@@ -429,6 +430,7 @@ JOINTS = {"text_projection", "visual_projection", "multi_modal_projector"}
 
 
 @pytest.mark.slow
+@pytest.mark.enable_socket  # fetches what the cache lacks
 @pytest.mark.parametrize("name", models.MODELS)
 def test_real_model(name: str) -> None:
     import torch

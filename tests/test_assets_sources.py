@@ -206,6 +206,7 @@ def test_concepts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.enable_socket  # fetches what the cache lacks
 def test_real_sources(tmp_path: Path) -> None:
     sizes = {"train": 300, "valid": 60, "test": 100}
     for source in SOURCES:

@@ -80,6 +80,7 @@ def test_what_can_change_no_verdict_is_not_needed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.enable_socket  # fetches what the cache lacks
 def test_a_run_continues_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = lab.TASKS["movies"]
     sizes = {"train": 32, "valid": 8, "test": 16}

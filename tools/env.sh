@@ -67,7 +67,7 @@ if ! { good "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null
 fi
 
 : >"$log"
-pip=("$venv/bin/python" -m pip install --progress-bar off --retries 8)
+pip=("$venv/bin/python" -m pip install --progress-bar off --retries 8 --no-compile) # all at once, at the end
 # shellcheck disable=SC2046 # the answer is an option and its value, or nothing
 progress "installing torch" "${pip[@]}" $(cpu_index) torch hatchling editables
 progress "installing packages" "${pip[@]}" --no-build-isolation -e '.[cluster,data,demo,dev,test]'
@@ -76,3 +76,6 @@ progress "installing model libraries" "${pip[@]}" --no-deps diffusers sentence-t
 # Adapters are tested under them; named with all that they import, so that no pin moves and no other torch comes.
 progress "installing trainers" "${pip[@]}" --no-deps trl datasets dill multiprocess pandas xxhash \
     pytorch-lightning lightning-utilities torchmetrics
+# On every core, as pip does it on one; some packages hold files of other versions of Python, which do not compile.
+compile_all() { "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" || true; }
+progress "compiling packages" compile_all

@@ -29,14 +29,17 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     for name in ("data", "other"):
         tiny.data(tmp_path / name, "text-classification", SIZES)
     kills = 0
-    for delay in (6.0, 9.0, 12.0, 15.0):
+    for done, delay in ((0, 8.0), (1, 0.3), (4, 0.7)):
         process = subprocess.Popen([sys.executable, str(RUNNER), str(tmp_path), str(tmp_path / "killed")])
+        until = time.monotonic() + 120
+        while len(list((tmp_path / "killed").rglob("run-*.json"))) < done and time.monotonic() < until:
+            time.sleep(0.05)
         time.sleep(delay)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-    assert kills >= 2
+    assert kills == 3
     after, _ = run(suite(tmp_path), tmp_path / "killed")
     whole, _ = run(suite(tmp_path), tmp_path / "whole")
     assert table(after) == table(whole)

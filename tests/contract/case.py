@@ -45,7 +45,11 @@ class Case:
 
     def base(self) -> nn.Module:
         """A fresh copy of the frozen base model, eval mode."""
-        return copy.deepcopy(base_of(self.key)).requires_grad_(False)
+        base = base_of(self.key)
+        # Most of what a module holds are empty tables of hooks; copied beforehand, a copy takes a third of the time.
+        held = (value for module in base.modules() for value in vars(module).values())
+        empty = {id(value): type(value)() for value in held if isinstance(value, dict | set) and not value}
+        return copy.deepcopy(base, empty).requires_grad_(False)
 
     def adapted(self, shaken: bool = False, name: str = "a", seed: int = 0) -> tuple[nn.Module, Any]:
         """A fresh adapted model in eval mode; `shaken`: moved away from the start."""

@@ -2,8 +2,8 @@
 
 A recipe that gives a method other defaults has every check on one architecture, in the slow run. What hangs on the
 method more than on the model is checked on the architecture of the quick run and on one other, in turn. Fake
-tensors are tried on that other alone; compiling on that of the quick run, of six methods one in training and
-one in a pass without a graph. graft/test_copies.py, train/test_compile.py and plan/ do some more.
+tensors are tried on that other alone; compiling on that of the quick run, of twelve methods one in training
+and one in a pass without a graph. graft/test_copies.py, train/test_compile.py and plan/ do some more.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def test_the_whole_contract(name: str, model: str) -> None:
         checks -= quick_checks(name)
     elif model != other:
         checks -= TWICE
-    turn = METHODS.index(name) % 6
+    turn = METHODS.index(name) % 12
     checks -= {"compiled_passes"} if turn != 0 else set()  # ten seconds
-    checks -= {"compiles"} if turn != 3 else set()
+    checks -= {"compiles"} if turn != 6 else set()
     first = quick if fits(small(name, quick)) else other
     places = {"compiles": first, "compiled_passes": first, "fakes": quick if variant(name) else other}
     run(name, model, {check for check in checks if places.get(check, model) == model})

@@ -205,12 +205,14 @@ def test_memory_limits_are_read_from_files(tmp_path: Path) -> None:
 def test_the_real_demo_with_one_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the real models and data, fetched if they are not cached; two methods of each task."""
+    """On the real models and data, fetched if they are not cached; two methods of each task, fewer steps and rows."""
     suite = load_suite("demo")
     fewer = {
-        name: task.model_copy(update={"methods": (f"{name}-full", f"{name}-lora"), "data": task.data.model_copy(
-            update={"sizes": task.data.sizes | {"test": 20 if name == "definitions" else 200}})})
-        for name, task in suite.tasks.items()
+        name: task.model_copy(update={
+            "methods": (f"{name}-full", f"{name}-lora"), "settings": task.settings | {"steps": steps},
+            "data": task.data.model_copy(update={"sizes": {**task.data.sizes, "valid": rows, "test": rows}}),
+        })
+        for (name, task), steps, rows in zip(suite.tasks.items(), (20, 4, 40), (200, 20, 200), strict=True)
     }  # fmt: skip
     monkeypatch.setattr(demos, "load_suite", lambda name: suite.model_copy(update={"tasks": fewer}))
     demos.main(tmp_path, 1)

@@ -73,7 +73,7 @@ UNFIT = ("bitfit", "conv_adapter", "convpass", "s_bitfit", "vpt", "xattn_tuning"
         *(("llama", {"method": {"name": name, **registry.get(name).tags.small}}) for name in FEW),
         *(
             pytest.param("llama", {"method": {"name": name, **registry.get(name).tags.small}}, marks=pytest.mark.slow)
-            for name in sorted(registry.methods().keys() - {*FEW, *UNFIT})[::2]  # each is planned by the ledger's tests
+            for name in sorted(registry.methods().keys() - {*FEW, *UNFIT})[::4]  # each is planned by the ledger's tests
         ),
         ("vit", {"method": "vpt"}),
         ("bert_cls", {"method": "bitfit"}),

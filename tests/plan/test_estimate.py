@@ -63,17 +63,12 @@ def shallow(asked: Any) -> dict[str, int]:
     return {phase: round(sum(parts.values())) for phase, parts in found.items()}
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "lora",
-        "full",
-        "prefix_tuning",
-        "houlsby",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("lst", "mam", "dora", "molora")),
-    ],
-)
-@pytest.mark.parametrize("name", quick(CONFIGS))
+DEPTHS = [(name, method) for method in ("lora", "full", "prefix_tuning", "houlsby") for name in CONFIGS]
+DEPTHS.sort(key=lambda case: case[0] != "llama")
+DEPTHS += [(name, m) for i, m in enumerate(("lst", "mam", "dora", "molora")) for name in list(CONFIGS)[i % 2 :: 2]]
+
+
+@pytest.mark.parametrize(("name", "method"), quick(DEPTHS, 4))
 def test_few_layers_tell_of_all(folders: dict[str, Path], name: str, method: str) -> None:
     asked = request(model=str(folders[name]), method=method, batch_size=2, max_length=8)
     try:

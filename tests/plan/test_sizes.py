@@ -33,7 +33,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 CASES = [("llama", "lora"), ("windows", "lora"), ("bert", "mam")]
 # A few methods: a table of each is traced at twelve sizes.
-REST = [("vit", "lora"), *[("llama", name) for name in list(registry.methods())[::18] if name != "lora"]]
+REST = [("vit", "lora"), *[("llama", name) for name in list(registry.methods())[::36] if name != "lora"]]
 
 
 @pytest.fixture(scope="module")

@@ -75,9 +75,10 @@ CASES: dict[str, tuple[list[str], list[str], list[str], bool]] = {
 }
 
 
-def started(*command: str, **variables: str) -> subprocess.Popen[str]:
-    """Start torchrun's two processes of a Python command line; it leaves a survivor the time to say what it lost."""
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--monitor-interval", "2"]
+def started(*command: str, patience: int = 1, **variables: str) -> subprocess.Popen[str]:
+    """Start torchrun's two processes of a Python command line; it leaves a survivor seconds to say what it lost."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    torchrun += ["--monitor-interval", str(patience)]
     path = os.pathsep.join([str(HERE.parent), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-m", *torchrun, "--rdzv-endpoint", "localhost:0", *command],
@@ -95,7 +96,7 @@ def finished(process: subprocess.Popen[str], code: int | None = 0) -> str:
     return said
 
 
-def many(folder: Path, jobs: list[list[str]], code: int | None = 0, **variables: str) -> str:
+def many(folder: Path, jobs: list[list[str]], code: int | None = 0, **variables: Any) -> str:
     """Train jobs in the same two processes."""
     path = folder / f"jobs{len(list(folder.glob('jobs*')))}.json"
     path.write_text(json.dumps(jobs))
@@ -190,7 +191,7 @@ def test_all_stop_for_a_signal_to_one_and_resuming_is_exact(rows: Path, encoder:
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(rows: Path, encoder: str) -> None:
     job = words(rows, encoder, True, rows / "out", "method=lora", "save_every=2", "batch_size=4")
-    said = many(rows, [job], code=1, PEFTREE_TEST="3:1:SIGKILL")
+    said = many(rows, [job], code=1, PEFTREE_TEST="3:1:SIGKILL", patience=5)
     assert "Another process of this run ended" in said
     assert [p.name for p in (rows / "out").iterdir() if p.is_dir()] == ["checkpoint-2"]
     run(load_config(None, [w for w in job if w != "batch_size=4"] + ["batch_size=8", "resume=true"]))
@@ -206,7 +207,7 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(rows: Path, encod
 )  # fmt: skip
 def test_what_one_process_meets_all_raise(rows: Path, encoder: str, what: str, error: str, steps: list[str]) -> None:
     job = words(rows, encoder, True, rows / "out", "method=lora", "save_every=1", "keep=1", "batch_size=4")
-    said = many(rows, [job], code=1, PEFTREE_TEST=what)
+    said = many(rows, [job], code=1, PEFTREE_TEST=what, patience=5)
     assert said.count(f"Error: {error}") == 2, said
     assert [p.name for p in (rows / "out").glob("checkpoint-*")] == steps
     assert not (rows / "out" / "adapter").exists()
