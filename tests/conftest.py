@@ -43,8 +43,13 @@ def _heap() -> None:
     gc.freeze()
 
 
+# Their tests start processes; at the end other workers would wait for them.
+SEVERAL = ("test_demo.py", "test_distributed.py", "test_killed.py", "test_processes.py", "test_sharded.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let only browser tests open a socket: their driver talks to Chromium."""
+    """Begin with what takes longest; let only browser tests open a socket: their driver talks to Chromium."""
+    items.sort(key=lambda item: item.path.name not in SEVERAL)
     for item in items:
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.enable_socket)

@@ -18,6 +18,7 @@ from peftree import registry
 from peftree.deltas import Frozen, LowRank, lora_factors
 from peftree.errors import PeftreeError
 from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site, Tags, trainable
+from sampled import quick
 
 TAGS = Tags("reparameterized", "none", identity_at_init=True, mergeable=True, lr=1e-3)
 COUNTER = itertools.count()
@@ -327,7 +328,7 @@ def test_the_sound_reader_passes(model: str) -> None:
         check(Case(Reader(), model))
 
 
-@pytest.mark.parametrize(("check", "cls", "model", "also"), READERS, ids=[c.name for _, c, *_ in READERS])
+@pytest.mark.parametrize(("check", "cls", "model", "also"), quick(READERS, 3))
 @pytest.mark.usefixtures("known")
 def test_a_wrong_reader_is_seen_by_no_other_check(check: str, cls: type[Method], model: str, also: set[str]) -> None:
     failed = set()

@@ -33,7 +33,7 @@ def test_every_config_is_planned_here() -> None:
     assert {path.name for path in CONFIGS.iterdir()} == set(SIZES)
 
 
-@pytest.mark.parametrize("name", quick(SIZES, 4))
+@pytest.mark.parametrize("name", quick(SIZES, 2))
 def test_a_public_model_is_traced_from_its_config_alone(name: str) -> None:
     length = 77 if "clip" in name else 512
     found = plan(request(model=str(CONFIGS / name), batch_size=2, max_length=length, dtype="auto", device="cpu"))

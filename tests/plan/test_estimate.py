@@ -116,6 +116,7 @@ def test_frozen_random_values_are_not_drawn_for_a_plan(folders: dict[str, Path],
     assert max(drawn, default=0) < 128  # positions and the like; frozen values are thousands
 
 
+@pytest.mark.slow
 def test_layers_that_share_what_grows_with_depth_are_all_traced(tmp_path: Path) -> None:
     tf.LlamaConfig(**LLAMA.to_dict() | {"num_hidden_layers": 9}).save_pretrained(tmp_path)
     asked = request(model=str(tmp_path), method="hyperformer", batch_size=2, max_length=8)
@@ -173,6 +174,7 @@ def test_few_bits_a_weight() -> None:
     assert least < formulas.quantised(weights, "nf4") < least + count / 64 / 64 * 2 + 80 * len(weights)
 
 
+@pytest.mark.slow
 def test_what_devices_share(folders: dict[str, Path]) -> None:
     asked = {"model": str(folders["llama"]), "method": "full", "batch_size": 1, "max_length": 8}
     alone, two = plan(request(**asked)), plan(request(**asked, devices=2, shard="fsdp"))
@@ -261,7 +263,7 @@ def test_methods_are_planned_or_refused_in_words(folders: dict[str, Path]) -> No
         return plan(request(model=str(folders["bert"]), method={"name": method, **fields}, batch_size=2, max_length=8))
 
     unfit = ("conv_adapter", "convpass", "vpt", "xattn_tuning")  # for images, and for what is encoded
-    for name in {*list(registry.methods())[::6], *unfit}:  # the ledger's tests take all
+    for name in {*list(registry.methods())[::12], *unfit}:  # the ledger's tests take all
         try:
             try:
                 found = planned(name)
@@ -287,6 +289,7 @@ def test_a_pass_in_bf16_is_the_allocators(dtype: str) -> None:
     assert (found["bf16"] == found["float32"]) == (dtype == "bfloat16")  # whose adapted maps have nothing to cast
 
 
+@pytest.mark.slow
 def test_frozen_weights_without_an_adapter_are_cast_for_each_pass_and_kept(folders: dict[str, Path]) -> None:
     """Under autocast a float32 map is held a second time, in bf16, until the backward pass, unless LoRA is on it."""
     more = {}
@@ -324,6 +327,7 @@ def test_cudas_autocast_leaves_norms_in_float32() -> None:
         assert torch.softmax(x, -1).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_passes_are_planned_with_whole_logits_and_scores_without(folders: dict[str, Path]) -> None:
     asked = {"model": str(folders["llama"]), "method": "lora", "max_length": 32, "batch_size": 8, "device": "cpu"}
     chunks, compiled, whole = (

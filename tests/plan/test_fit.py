@@ -10,6 +10,7 @@ import transformers as tf
 from peftree.errors import ConfigError
 from peftree.plan import fit, plan, request
 from peftree.plan.question import Request
+from sampled import quick
 
 LLAMA = tf.LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -37,7 +38,7 @@ def asked(folder: Path, **values: object) -> Request:
     return request(model=str(folder), device="cpu", **{"max_length": 32, "batch_size": 8, **values})
 
 
-@pytest.mark.parametrize("key", ["batch_size", "max_length"])
+@pytest.mark.parametrize("key", quick(["batch_size", "max_length"]))
 def test_the_largest_fits_and_one_more_does_not(folder: Path, key: str) -> None:
     made = asked(folder)
     memory = plan(made.model_copy(update={key: 21})).expected + 5

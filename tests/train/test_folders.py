@@ -103,9 +103,9 @@ def test_a_run_that_broke_before_its_scores_is_taken_to_its_end(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "more"),
-    [("scoring", []), ("metrics", []), ("scoring", ["steps=10", "save_every=10"]),
+    [("metrics", []), ("scoring", ["steps=10", "save_every=10"]),
      ("scoring", ["epochs=40", "lr=0.05", "early_stopping=1", "schedule=constant"])],
-    ids=["scoring", "metrics", "within-an-epoch", "early-stop"],
+    ids=["metrics", "within-an-epoch", "early-stop"],
 )  # fmt: skip
 def test_a_run_killed_after_its_last_step_is_taken_to_its_end(
     where: str, more: list[str], encoder: str, review_data: Path, tmp_path: Path

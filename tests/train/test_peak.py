@@ -110,6 +110,7 @@ def test_a_run_ends_without_a_plan_where_none_can_be_made(
     assert last.startswith("memory: no plan (RuntimeError: it wants a real value), measured ")
 
 
+@pytest.mark.slow
 def test_scoring_in_larger_batches_is_the_peak(decoder: str, prompts: Path, tmp_path: Path) -> None:
     words = {"model": decoder, "data": str(prompts), "output": str(tmp_path), "batch_size": 1}
     large, small = (
@@ -169,6 +170,7 @@ def test_a_value_that_the_models_code_refuses_is_our_error(vit: str, image_data:
         asking(vit, image_data, "config.hidden_act=foo")
 
 
+@pytest.mark.slow
 def test_throughput_counts_all_passes_of_a_step(encoder: str, review_data: Path, tmp_path: Path) -> None:
     one, four = (ran(encoder, review_data, tmp_path / str(n), "quiet=true", f"accumulation={n}") for n in (1, 4))
     assert one.throughput and one.step_seconds and four.throughput and four.step_seconds
