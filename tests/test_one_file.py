@@ -162,7 +162,7 @@ def test_it_passes_the_contract(scaled: str, model: str) -> None:
 
 
 @pytest.mark.slow
-def test_it_compiles(scaled: str) -> None:
+def test_it_passes_the_dearest_checks(scaled: str) -> None:
     case = Case(registry.make(scaled, {}), "decoder")
     for name in DEAR:
         CHECKS[name](case)

@@ -29,10 +29,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     for name in ("data", "other"):
         tiny.data(tmp_path / name, "text-classification", SIZES)
     kills = 0
-    for done, delay in ((0, 8.0), (1, 0.3), (4, 0.7)):
+    for sign, count, delay in (("*.lock", 1, 0.3), ("run-*.json", 1, 0.3), ("run-*.json", 4, 0.7)):
         process = subprocess.Popen([sys.executable, str(RUNNER), str(tmp_path), str(tmp_path / "killed")])
         until = time.monotonic() + 120
-        while len(list((tmp_path / "killed").rglob("run-*.json"))) < done and time.monotonic() < until:
+        while len(list((tmp_path / "killed").rglob(sign))) < count and time.monotonic() < until:
             time.sleep(0.05)
         time.sleep(delay)
         if process.poll() is None:

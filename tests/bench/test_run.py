@@ -124,7 +124,11 @@ def test_done_runs_are_not_repeated_and_a_lost_one_comes_back_the_same(found: li
     path = root / "out" / "records" / file_name(lost.key)
     kept = {p: p.stat().st_mtime_ns for p in path.parent.glob("run-*.json") if p != path}
     path.unlink()
+    left = root / "out" / "runs" / f"{lost.task}-lora-final-{lost.seed}"  # of one killed before its record
+    left.mkdir(parents=True)
+    (left / "metrics.json").write_text("{}")
     again, said = run(suite(root), root / "out")
+    assert not left.exists()
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     back = next(r for r in again if r.key == lost.key)
     assert (back.score, back.items, back.curve) == (lost.score, lost.items, lost.curve)
