@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,9 +80,16 @@ def real_peak(key: str, wanted: Request) -> int:
             loss(model, adapter, batch, wanted.precision, wanted.chunked_loss).backward()
         model.zero_grad(set_to_none=True)
 
-    step()  # tables that a first step makes are there afterwards
-    with quiet():
+    half = "bf16" in wanted.precision or wanted.dtype == "bfloat16"
+    with native() if half else nullcontext(), quiet():
+        step()  # tables that a first step makes are there afterwards
         return allocator_peak(step)
+
+
+def native() -> AbstractContextManager[None]:
+    """Let torch's own code multiply: what oneDNN takes inside a bfloat16 product hangs on the CPU (AMX)."""
+    off: AbstractContextManager[None] = torch.backends.mkldnn.flags(False, None, None, None)
+    return off
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def double() -> Iterator[None]:
+    """In float64 a wrong term shows, and no CPU's rounding does."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("name", "key"), CASES)
 def test_forward_and_gradients(name: str, key: str) -> None:
     reference = importlib.import_module(f"reference.{name}")
@@ -44,13 +54,13 @@ def test_forward_and_gradients(name: str, key: str) -> None:
     own = [p for p in adapter.parameters() if p.requires_grad]
     got = zoo.output(key, model(**batch))
     want = bench.forward(key, reference, parts, adapter.method)
-    assert bench.close(got, base) > 1e-3, "the adapter does nothing here"
-    assert bench.close(got, want) <= 1e-5
+    assert bench.close(got, base) > 1e-4, "the adapter does nothing here"
+    assert bench.close(got, want) <= 1e-9
     theirs = bench.gradients(want.square().mean(), [leaves[id(p)] for p in own])
     ours = bench.gradients(got.square().mean(), own)
     size = max(float(t.abs().max()) for t in theirs)
     for mine, right in zip(ours, theirs, strict=True):
-        assert float((mine - right).abs().max()) <= 1e-5 * size
+        assert float((mine - right).abs().max()) <= 1e-9 * size
 
 
 @pytest.mark.parametrize("name", METHODS)

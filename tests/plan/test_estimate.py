@@ -277,15 +277,12 @@ def test_methods_are_planned_or_refused_in_words(folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pass_in_bf16_is_the_allocators(dtype: str) -> None:
-    """What a CPU's bfloat16 kernels take inside is not seen: at a width of 32 that is a few parts in a hundred.
-
-    Of one product, at any width, it is at most 200 KB; without whole logits that would be a sixth of this peak.
-    """
+    """What oneDNN takes inside a product of bfloat16 hangs on the CPU (of one at most 200 KB) and is not planned."""
     found = {}
     for precision in ("float32", "bf16"):
         asked = plantruth.asked("llama", "lora", precision=precision, dtype=dtype, chunked_loss=False)
         found[precision] = plantruth.traced("llama", asked).timeline.peak()
-        assert found[precision] == pytest.approx(plantruth.real_peak("llama", asked), rel=0.06)
+        assert found[precision] == plantruth.real_peak("llama", asked)
     assert (found["bf16"] == found["float32"]) == (dtype == "bfloat16")  # whose adapted maps have nothing to cast
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import time
 from pathlib import Path
@@ -298,13 +299,14 @@ def test_tensor_bytes_by_hand() -> None:
 
 
 def test_resident_memory_grows_with_a_tensor() -> None:
+    gc.collect()
     before = peak_rss()
     now = current_rss()
-    big = torch.ones(1 << 26, dtype=torch.uint8)
+    big = torch.ones(1 << 28, dtype=torch.uint8)
     assert now is None or peak_rss() >= min(before, now)
     after = current_rss()
-    assert now is None or after is None or after - now > 32 << 20
-    assert big.sum() == 1 << 26
+    assert now is None or after is None or after - now > 32 << 20  # other threads may free some
+    assert big.sum() == 1 << 28
 
 
 def test_frozen_base_is_untouched_by_a_run(encoder: str, review_data: Path) -> None:
