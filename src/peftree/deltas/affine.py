@@ -23,7 +23,6 @@ class Affine(Reweight):
         super().__init__()
         self.scale = scale
         self.shift = shift
-        self.dtype = place.frozen.weight.dtype
         self.quick = place.site.kind in ("linear", "conv1d", "embedding")
 
     def factor(self) -> Tensor:
@@ -38,7 +37,7 @@ class Affine(Reweight):
     def bias(self, b: Tensor | None) -> Tensor | None:
         """`scale * b + shift`."""
         if b is None:
-            return None if self.shift is None else self.shift.to(self.dtype)
+            return self.shift
         return (b * self.factor() + (0.0 if self.shift is None else self.shift)).to(b.dtype)
 
     def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:

@@ -48,8 +48,9 @@ class Bottleneck(Rewrite):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if parallel and place.site.kind == "expert":
-            raise place.refuse("is one map inside stacked experts, so its input is not visible", "Use sites='ffn'.")
+        if parallel and place.site.kind in ("expert", "embedding"):
+            what = "is one map inside stacked experts" if place.site.kind == "expert" else "is given tokens, not values"
+            raise place.refuse(f"{what}, so there is no input to read", "Use sites='ffn'.")
         out = place.site.out_features
         width = place.site.in_features if parallel else out
         self.down = place.kaiming(size, width) if std is None else place.normal(size, width, std=std)

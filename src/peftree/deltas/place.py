@@ -22,11 +22,12 @@ def read(module: nn.Module, site: Site, parameters: Mapping[str, Tensor | None] 
 
     They are views, never copies, but for a packed weight, which every reading unpacks. Transposed linears, embeddings
     (`out` = width, `in` = vocabulary), convolutions (`in` = channels x kernel area), fused projections (row slices) and
-    norms (`[d]`; `1 + w` where the model multiplies by that) all look alike.
+    norms (`[d]`; `1 + w` where the model multiplies by that) all look alike. A module without a bias may have one in
+    `parameters`, from another delta.
     """
     own: Any = module._parameters if parameters is None else parameters
     W: Tensor = own[site.parameter]
-    b: Tensor | None = own.get(site.bias) if site.bias else None
+    b: Tensor | None = own.get(site.bias or ("bias" if module._parameters.get("bias") is None else ""))
     if is_packed(W):
         rows = slice(*(site.rows or (None,)))
         return Frozen(lambda: dense(module, W)[rows], None if b is None else b[rows])

@@ -49,7 +49,7 @@ def effective(module: nn.Module, program: Program) -> dict[str, Tensor | None]:
 def _patch_bias(old: Tensor | None, W: Tensor, new: Tensor | None, site: Site) -> Tensor | None:
     """Put a slice's new bias among the other rows, which get zeros if the module has no bias."""
     if new is None or site.rows is None:
-        return new
+        return new if new is None or old is not None else new.to(W.dtype)
     old = new.new_zeros(W.shape[1 if site.kind == "conv1d" else 0]) if old is None else old
     return torch.cat([old[: site.rows[0]], new, old[site.rows[1] :]])
 

@@ -28,7 +28,7 @@ class AdaptFormer(Method):
     reads: Literal["residual", "input"] = Field("residual", description="the residual stream, or the FFN's input")
 
     def count(self, sites: Sequence[Site]) -> int:
-        return sum((2 * self.size + 1) * s.out_features + self.size for s in sites)
+        return sum(self.size * (s.in_features + s.out_features + 1) + s.out_features for s in sites)
 
     def build(self, place: Place) -> Bottleneck:
         return Bottleneck(place, self.size, parallel=True, scale=self.scale, reads=self.reads, dropout=self.dropout)

@@ -25,7 +25,7 @@ class LST(Method):
 
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2206.06522", True, False, lr=3e-3, lr_from="seq2seq/scripts/ladder_side_tuning_base.sh",
-        inference_cost="network",
+        inference_cost="network", known={"gradient": "none goes through the frozen stack, section 3.2"},
     )  # fmt: skip
     sites: str = Field("stack", description="stacks that get a side network")
     reduction: int = Field(8, ge=1, le=4096, description="width of the stack divided by that of the side network")

@@ -28,7 +28,7 @@ class ParallelAdapter(Method):
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="nonlinearity")
 
     def count(self, sites: Sequence[Site]) -> int:
-        return sum((2 * self.size + 1) * s.out_features + self.size for s in sites)
+        return sum(self.size * (s.in_features + s.out_features + 1) + s.out_features for s in sites)
 
     def build(self, place: Place) -> Bottleneck:
         return Bottleneck(place, self.size, self.activation, parallel=True, scale=self.scale)

@@ -25,7 +25,10 @@ class SSF(Method):
     start: Literal["normal", "identity"] = Field("normal", description="N(1, 0.02) and N(0, 0.02), or 1 and 0")
 
     def count(self, sites: Sequence[Site]) -> int:
-        return sum(s.experts * s.out_features * (1 + (s.kind != "norm" or bool(s.bias))) for s in sites)
+        def shift(s: Site) -> bool:
+            return bool(s.bias) or (s.kind in ("linear", "conv1d", "conv") and not s.rows)
+
+        return sum(s.experts * s.out_features * (1 + shift(s)) for s in sites)
 
     def build(self, place: Place) -> Affine:
         std = 0.02 if self.start == "normal" else 0.0

@@ -39,7 +39,7 @@ class MixLoRA(Method):
     def count(self, sites: Sequence[Site]) -> int:
         pairs = [(self.experts if s.parts else 1, m) for s in sites for m in s.parts or (s,)]
         routers = sum(self.experts * s.in_features for s in sites if s.parts)
-        return routers + sum(n * self.r * (m.in_features + m.out_features) for n, m in pairs)
+        return routers + sum(n * m.experts * self.r * (m.in_features + m.out_features) for n, m in pairs)
 
     def build(self, place: Place) -> LowRank | Rewrite:
         if place.site.kind != "branch":

@@ -24,7 +24,7 @@ class DoRA(Method):
 
     tags: ClassVar[Tags] = Tags(
         "reparameterized", "arXiv 2402.09353", True, True, lr=2e-4, lr_from="commonsense_reasoning/llama_7B_Dora.sh",
-        needs_dense_weight=True,
+        needs_dense_weight=True, known={"gradient": "the norm counts as a constant there, section 4.3"},
     )  # fmt: skip
     sites: str = Field("attn.q attn.v", description="which weights are decomposed")
     r: int = Field(8, ge=1, le=65536, description="rank")

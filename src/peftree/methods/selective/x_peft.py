@@ -21,7 +21,8 @@ class XPEFT(Method):
     """Masks over random adapters."""
 
     tags: ClassVar[Tags] = Tags("selective", "arXiv 2401.16137", False, False, lr=1e-3, inference_cost="low",
-                                small={"adapters": 12, "k": 5, "reduction": 4})  # fmt: skip
+                                small={"adapters": 12, "k": 5, "reduction": 4},
+                                known={"gradient": "the hard mask passes it straight through"})  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets an adapter")
     adapters: int = Field(100, ge=1, le=65536, description="number N of frozen adapters")
     k: int = Field(50, ge=1, le=65536, description="number of adapters that a hard mask selects")

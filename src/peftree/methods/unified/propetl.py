@@ -20,7 +20,7 @@ class ProPETL(Method):
 
     tags: ClassVar[Tags] = Tags(
         "unified", "arXiv 2305.17682", False, False, lr=1e-4, lr_from="propetl-roberta/scripts/run_adapter.sh",
-        inference_cost="low", small={"reduction": 4},
+        inference_cost="low", small={"reduction": 4}, known={"gradient": "the masks pass it straight through"},
     )  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets the masked prototype")
     reduction: float = Field(12.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
