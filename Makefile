@@ -1,7 +1,7 @@
 # The commands of this repository; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-gpu check format lint types docs peft-page bench bench-confirm bench-page bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
+.PHONY: help env demo test test-slow contract test-gpu bench-gpu check format lint types docs peft-page bench bench-confirm bench-page bench-plan bench-smoke study models-page lab-page browser settings-page quantized-page clean
 
 STAMP := .venv/.complete
 BIN := .venv/bin
@@ -29,6 +29,9 @@ test: env ## the quick test suite
 test-slow: env ## the tests marked slow
 	$(TESTING) $(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal $(SERIAL:%=--ignore %)
 	$(TESTING) $(BIN)/python -m pytest -q -m slow $(SERIAL)
+
+contract: env ## every check of the contract over the methods that changed since they passed it, and their record
+	PYTHONPATH=tests PEFTREE_FAST=all $(TESTING) $(BIN)/python -m contract.passed
 
 test-gpu: env ## the tests on a GPU (PEFTREE_GPU=1 picks another than the first; skipped where there is none)
 	PEFTREE_GPU=$${PEFTREE_GPU:-0} $(TESTING) $(BIN)/python -m pytest -q tests/gpu -k "not cpu"

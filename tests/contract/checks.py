@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftree
 import zoo
-from contract import sequences, trained
+from contract import sequences, trained, values
 from contract.case import Case, assert_same, base_of, close, moved, shake, snapshot
 from peftree import registry
 from peftree.deltas import Reweight
@@ -52,7 +53,8 @@ def counted(case: Case) -> None:
     ghost = peftree.adapt(bare, case.method, name="a")
     count = lambda a: {k: [tuple(p.shape) for p in d.parameters()] for k, d in a.deltas.items()}  # noqa: E731
     assert count(adapter) == count(ghost), "shapes on the meta device differ; build must not depend on values"
-    assert all(p.device.type == "meta" for p in ghost.parameters()), "a tensor is made off the place's device"
+    made = [t for d in ghost.deltas.values() for t in (*d.parameters(), *d.buffers())]
+    assert all(t.device.type == "meta" for t in made), "a tensor is made off the place's device"
     for index, part in enumerate(case.method.parts()):
         there = sum(p.numel() for p in trainable(own(ghost.deltas, index).values()))
         told = part.count([site for _, site, delta in ghost.entries if delta.part == index])
@@ -88,9 +90,9 @@ def alive(case: Case) -> None:
 
 
 def learns(case: Case) -> None:
-    model, adapter = case.adapted()
-    model.train()
-    for rate in (1e-2, 1e-3):
+    for rate in (1e-2, 1e-3, 1e-4):
+        model, adapter = case.adapted()
+        model.train()
         optimizer = case.optimizer(adapter, rate)
         losses = []
         for step in range(12):
@@ -98,7 +100,7 @@ def learns(case: Case) -> None:
             loss = case.loss(model)
             loss.backward()
             optimizer.step()
-            adapter.step(step, 12, optimizer, [lambda: case.loss(model)])
+            adapter.step(step, 12, optimizer, [partial(case.loss, model)])
             losses.append(loss.item())
         if losses[-1] < losses[0]:
             return
@@ -107,13 +109,16 @@ def learns(case: Case) -> None:
 
 def off(case: Case) -> None:
     base = case.run(case.base())
-    model, _ = case.adapted(shaken=True)
+    model, adapter = case.adapted(shaken=True)
     with peftree.disabled(model):
         assert torch.equal(case.run(model), base), "switched off, the output must be the base's to the bit"
     peftree.switch(model, None)
     assert torch.equal(case.run(model), base), "switch(None) must give the base's output to the bit"
     peftree.switch(model, "a")
-    assert moved(case.run(model), base), "switched on again, a moved adapter must change the output"
+    before = case.run(model)
+    assert moved(before, base), "switched on again, a moved adapter must change the output"
+    shake(adapter, seed=9)
+    assert moved(case.run(model), before), "new values change nothing; keep nothing of a pass for the next"
 
 
 def merges(case: Case) -> None:
@@ -169,6 +174,10 @@ def side_by_side(case: Case) -> None:
     peftree.switch(model, ["a", "b"])
     both = case.run(model)
     assert moved(both, want) and moved(both, other), "stacked adapters must both act"
+    if case.tags.mergeable:
+        peftree.merge(model)
+        assert close(case.run(model), both), "two adapters merged differ from the two unmerged"
+        peftree.unmerge(model)
     peftree.detach(model, "b")
     peftree.switch(model, "a")
     assert torch.equal(case.run(model), want), "taking one adapter off changes the other"
@@ -178,29 +187,42 @@ def side_by_side(case: Case) -> None:
 def seeded(case: Case) -> None:
     (one, a), (_, b) = case.adapted(), case.adapted()
     torch.manual_seed(123)
+    state = torch.get_rng_state()
     (_, c) = case.adapted()
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator was moved; draw from the place"
     for other in (b, c):
         for (k, x), (_, y) in zip(a.state().items(), other.state().items(), strict=True):
             assert torch.equal(x, y), f"{k} differs between equal seeds; draw from the place, not elsewhere"
-    assert one is not None
+    if case.tags.needs_data:
+        return
+    base = case.base()
+    for p in base.parameters():
+        p.data.mul_(-1.5)
+    made = [case.adapted(seed=1)[1].state(), peftree.adapt(base, case.method, name="a", seed=0).state()]
+    trained = {n for n, p in one.named_parameters() if p.requires_grad}
+    drawn = [k for k, x in a.state().items() if x.is_floating_point() and x.unique().numel() > 2]
+    same = [k for k in drawn if all(torch.equal(a.state()[k], other[k]) for other in made)]
+    assert not same or not trained, f"{same[0]} is the same with every seed and every base; draw from the place"
 
 
 def half_precision(case: Case) -> None:
     model = case.base().to(torch.bfloat16)
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in case.batch.items()}
-    want = zoo.output(case.key, model(**batch)).dtype
+    given = zoo.output(case.key, model(**batch)).dtype
     adapter = peftree.adapt(model, case.method, name="a")
     case.batch, before = batch, case.batch
     try:
         if case.tags.needs_data:
             adapter.init([lambda: case.loss(model)])
         got = zoo.output(case.key, model(**batch))
-        assert got.dtype == want, f"a bfloat16 base gives {got.dtype}; cast to the activation's dtype"
+        assert got.dtype == given, f"a bfloat16 base gives {got.dtype}; cast to the activation's dtype"
         case.loss(model.train()).backward()
     finally:
         case.batch = before
-    floats = {p.dtype for p in adapter.parameters() if p.is_floating_point()}
-    assert floats == {torch.float32}, f"adapter values over a half base are {floats}, not float32"
+    wide = peftree.adapt(case.base().double(), case.method, name="a")
+    for made, want in ((adapter, torch.float32), (wide, torch.float64)):
+        floats = {p.dtype for p in made.parameters() if p.is_floating_point()}
+        assert floats == {want}, f"adapter values over this base are {floats}, not {want}"
 
 
 def quick_equals_dense(case: Case) -> None:
@@ -382,6 +404,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         side_by_side, seeded, half_precision, quick_equals_dense, generates, checkpointing, other_active, copies,
         compiles, fakes, routes, fields, sequences.padding, sequences.causal, sequences.rows, sequences.turns,
         sequences.last_position, sequences.heaps, trained.round_trip, trained.registered, trained.base_untouched,
-        trained.dense_weight, trained.autocast, trained.compiled_passes,
+        trained.dense_weight, trained.autocast, trained.compiled_passes, trained.repeats, values.gradient,
+        values.accumulates, values.values, values.kinds,
     )
 }  # fmt: skip

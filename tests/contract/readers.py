@@ -137,9 +137,9 @@ READERS: list[tuple[str, type[Method], str, set[str]]] = [
     ("padding", reader(CountsPadding), "encoder", set()),
     ("causal", reader(LooksAhead), "decoder", {"turns"}),
     ("padding", reader(LooksAround), "decoder", {"causal", "turns", "heaps"}),
-    ("rows", reader(NormsTheBatch), "decoder", set()),
+    ("rows", reader(NormsTheBatch), "decoder", {"padding"}),
     ("turns", reader(CountsFromHere), "decoder", set()),
     ("last_position", reader(ShortTable), "decoder", set()),
     ("heaps", reader(WantsRows), "decoder", set()),
-    ("other_active", reader(Remembers), "decoder", set()),
+    ("other_active", reader(Remembers), "decoder", {"registered"}),
 ]

@@ -72,13 +72,28 @@ def row_gaps(case: Case, model: nn.Module, tolerance: float = 1e-6, sides: tuple
 def padding(case: Case) -> None:
     if case.model not in TEXTS:
         return
-    gaps = row_gaps(case, strong(case))
-    if gaps and row_gaps(case, case.base().double(), sides=("left",)):
-        gaps = [gap for gap in gaps if not gap.startswith("left")]  # this base counts positions from the first place
-    assert not gaps, (
-        f"a padded row is not what it is alone ({'; '.join(gaps)}); "
-        "count only the tokens that `attention_mask` marks, and no other row's"
-    )
+    model = strong(case)
+    for mode in modes(case, model):
+        gaps = row_gaps(case, model)
+        if gaps and row_gaps(case, case.base().double(), sides=("left",)):
+            gaps = [gap for gap in gaps if not gap.startswith("left")]  # this base counts places from the first
+        assert not gaps, (
+            f"in {mode} a padded row is not what it is alone ({'; '.join(gaps)}); "
+            "count only the tokens that `attention_mask` marks, and no other row's"
+        )
+
+
+def modes(case: Case, model: nn.Module) -> Iterator[str]:
+    """Put the model in evaluation, then in training if it draws nothing there."""
+    yield "evaluation"
+    model.train()
+    seen = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        seen.append(read(case, model, **text("right")))
+    if torch.equal(*seen):
+        yield "training"
+    model.eval()
 
 
 def causal(case: Case) -> None:
@@ -88,11 +103,13 @@ def causal(case: Case) -> None:
     ids = text("right")["input_ids"][2:].repeat(2, 1)
     ids[1, 4:] = ids[1, 4:].flip(0) + 1
     full = {"input_ids": ids[:1].expand(2, -1), "attention_mask": torch.ones_like(ids)} | {name: ids}
-    one, other = read(case, model, **full)
-    assert close(one[:4], other[:4], 1e-6), (
-        f"later tokens change earlier outputs by {float((one[:4] - other[:4]).abs().max()):.1e}; "
-        "what is made from the text may read the tokens up to its own place only"
-    )
+    for mode in modes(case, model):
+        one, other = read(case, model, **full)
+        assert close(one[:4], other[:4], 1e-6), (
+            f"in {mode} later tokens change earlier outputs by {float((one[:4] - other[:4]).abs().max()):.1e}; "
+            "what is made from the text may read the tokens up to its own place only"
+        )
+    one = read(case, model, **full)[0]
     cut = full | {name: ids[:, :4]} | ({"attention_mask": torch.ones_like(ids)[:, :4]} if name == "input_ids" else {})
     assert close(read(case, model, **cut)[0], one[:4], 1e-6), (
         "outputs depend on how long the text is; divide by the tokens so far, not by the length"

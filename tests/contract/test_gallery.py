@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
+from torch.nn import functional
 
 from contract.checks import CHECKS, Case
 from contract.readers import READERS, Reader
@@ -34,7 +35,7 @@ class Sound(Method):
     r: int = Field(2, ge=1, description="rank")
 
     def count(self, sites: Sequence[Site]) -> int:
-        return sum(self.r * (s.in_features + s.out_features) for s in sites)
+        return sum(s.experts * self.r * (s.in_features + s.out_features) for s in sites)
 
     def build(self, place: Place) -> LowRank:
         return SoundDelta(place, *lora_factors(place, self.r), 1.0)
@@ -247,6 +248,117 @@ def other_when_compiled(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tens
     return y + scale * (LowRank.fast(self, x, y.clone(), frozen) - y)
 
 
+def detaches_input(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return LowRank.fast(self, x.detach(), y, frozen)
+
+
+def keeps_the_first(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    """A cache of the factors in evaluation that nothing clears."""
+    A, B = self.factors()
+    if not self.training and not torch.is_grad_enabled():
+        A, B = vars(self).setdefault("kept", [A.detach().clone(), B.detach().clone()])
+    return y + functional.linear(functional.linear(x, A.to(x.dtype)), B.t().to(x.dtype))
+
+
+SEEN_BEFORE: dict[str, Tensor] = {}
+
+
+def remembers(self: Any, deltas: Deltas, moment: Moment) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta):
+            before = SEEN_BEFORE.get("B", torch.zeros(1))
+            SEEN_BEFORE["B"] = 0.9 * before.mean() + delta.B.detach().abs().mean() + 0.1
+            delta.B.data += 1e-2 * before.mean()
+
+
+def adds_up(self: Any, deltas: Deltas, moment: Moment) -> Tensor | None:
+    """A term that grows with every pass, whether a step follows or not."""
+    return (1 + next(COUNTER)) * sum((p.square().sum() for p in trainable(deltas.values())), torch.zeros(()))
+
+
+def on_the_cpu(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.register_buffer("order", torch.arange(2))
+    return delta
+
+
+def one_generator(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    if not place.abstract:
+        delta.A.data.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    return delta
+
+
+def seeds_torch(self: Any, place: Place) -> LowRank:
+    torch.manual_seed(0)
+    return SoundDelta(place, *lora_factors(place, 2), 1.0)
+
+
+def in_float32(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.A.data, delta.B.data = delta.A.data.float(), delta.B.data.float()
+    return delta
+
+
+def copies_the_base(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.register_buffer("start", place.frozen.weight.detach().clone())
+    return delta
+
+
+def keeps_in_a_table(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, 2), 1.0)
+    delta.means = {"x": torch.zeros(3)}
+    return delta
+
+
+def thaws(self: Any, deltas: Deltas, moment: Moment) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta):
+            delta.register_parameter("more", nn.Parameter(torch.zeros(1)))
+
+
+def half_of_both(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    """Right alone: what it takes for the frozen map's output is that of the adapter before it too."""
+    bare = functional.linear(x, frozen.weight, frozen.bias)
+    return LowRank.fast(self, x, bare, frozen)
+
+
+def by_default_rank(self: Any, sites: Sequence[Site]) -> int:
+    return sum(2 * (s.in_features + s.out_features) for s in sites)
+
+
+def without_experts(self: Any, sites: Sequence[Site]) -> int:
+    return sum(self.r * (s.in_features + s.out_features) for s in sites)
+
+
+def swapped(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
+    delta.scale = 2.0 if place.site.kind == "conv1d" else 1.0
+    delta.__class__ = _Transposed
+    return delta
+
+
+class _Transposed(SoundDelta):
+    def weight(self, W: Tensor) -> Tensor:
+        return W + (super().weight(W) - W) / self.scale
+
+
+def drops_always(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return y + functional.dropout(LowRank.fast(self, x, y, frozen) - y, self.loss)
+
+
+def drops(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
+    delta.loss = self.dropout
+    delta.__class__ = _Dropped
+    return delta
+
+
+class _Dropped(SoundDelta):
+    fast = drops_always
+
+
 COMPILED = ("compiles", "compiled_passes")  # several seconds each, in the slow run
 GALLERY: list[tuple[str, type[Method]]] = [
     ("frozen_base", broken("frozen_base", fast=writes_base)),
@@ -284,6 +396,35 @@ GALLERY: list[tuple[str, type[Method]]] = [
     ("round_trip", _method("round_trip_shapes", Sound.build, post_hoc=cut)),
     ("round_trip", _method("round_trip_aux", Sound.build, aux_loss=runs_away)),
     ("quick_equals_dense", broken("quick_training", weight=doubled_in_training)),
+    ("gradient", broken("gradient", fast=detaches_input)),
+    ("off", broken("off_cache", fast=keeps_the_first)),
+    ("repeats", _method("repeats", Sound.build, schedule=remembers)),
+    ("accumulates", _method("accumulates", Sound.build, aux_loss=adds_up)),
+    ("counted", _method("counted_cpu", on_the_cpu)),
+    ("seeded", _method("seeded_fixed", one_generator)),
+    ("seeded", _method("seeded_torch", seeds_torch)),
+    ("half_precision", _method("half_precision_wide", in_float32)),
+    ("registered", _method("registered_base", copies_the_base)),
+    ("registered", _method("registered_table", keeps_in_a_table)),
+    ("round_trip", _method("round_trip_thawed", Sound.build, schedule=thaws)),
+    ("side_by_side", broken("side_by_side_merged", fast=half_of_both)),
+    ("values", _method("values", Sound.build, count=by_default_rank)),
+    (
+        "values",
+        _method(
+            "values_dropout",
+            drops,
+            dropout=Field(0.0, ge=0, lt=1, description="share"),
+            __annotations__={"dropout": float},
+        ),
+    ),
+    (
+        "kinds",
+        _method(
+            "kinds", lambda self, place: SoundDelta(place, *lora_factors(place, self.r), 1.0), count=without_experts
+        ),
+    ),
+    ("kinds", _method("kinds_transposed", swapped)),
     ("fields", _method("fields", Sound.build, model_config=ConfigDict(frozen=True, extra="ignore"))),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def train(case: Case, model: nn.Module, adapter: Any, steps: int = STEPS, rate: 
         adapter.before_step(step, steps, optimizer)
         optimizer.step()
         adapter.step(step, steps, optimizer, [lambda: case.loss(model)])
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        still = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in moved]
+        assert not still, f"after step {step} {still[0]} is trainable, and in no group of the optimizer"
     model.eval()
 
 
@@ -62,16 +66,46 @@ def round_trip(case: Case) -> None:
     comes_back(case, model, adapter, "after post_hoc")
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, or in its lists, tuples and tables."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
 def _loose(module: nn.Module) -> list[str]:
     """Names of tensors that a module holds beside its parameters and buffers; those with a graph are of one pass."""
-    return [n for n, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is None]
+    own = {n: v for n, v in vars(module).items() if n not in ("_parameters", "_buffers", "_modules")}
+    known = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
+    return [n for n, v in own.items() if any(t.grad_fn is None and id(t) not in known for t in _tensors(v))]
 
 
 def registered(case: Case) -> None:
     model, adapter = case.adapted(shaken=True)
+    with torch.inference_mode():
+        model(**case.batch)
     case.loss(model).backward()
-    loose = [f"{type(m).__name__}.{n}" for d in adapter.deltas.values() for m in d.modules() for n in _loose(m)]
+    modules = [m for d in adapter.deltas.values() for m in d.modules()]
+    loose = [f"{type(m).__name__}.{n}" for m in modules for n in _loose(m)]
     assert not loose, f"{loose[0]} is a plain tensor, which does not move, save or copy with the model; register it"
+    weights = [p for p in case.base().parameters() if p.dim() > 1]
+    held = [f"{type(m).__name__}.{n}" for m in modules for n, b in m._buffers.items() if b is not None
+            and any(b.shape == w.shape and torch.equal(b, w) for w in weights)]  # fmt: skip
+    assert not held, f"{held[0]} is a copy of a frozen weight; read it in the pass, from `frozen`"
+
+
+def repeats(case: Case) -> None:
+    """Two trainings that draw the same end in the same tensors: a run keeps nothing for the next."""
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, adapter = case.adapted()
+        train(case, model, adapter, steps=2)
+        ends.append(adapter.state())
+    wrong = [n for n in ends[0] if not torch.equal(ends[0][n], ends[1][n])]
+    assert not wrong, f"{wrong[0]} differs after a second, equal training; keep nothing outside the adapter"
 
 
 def _facts(model: nn.Module) -> dict[str, dict[str, Any]]:
