@@ -24,7 +24,7 @@ METHODS = list(registry.methods())
 CHANGED = [name for name in METHODS if changed(name)]
 DEAR = {
     "compiles", "compiled_passes", "fakes", "heaps", "copies", "other_active", "generates", "values", "kinds",
-    "gradient",
+    "gradient", "repeats", "accumulates", "combines_to_itself",
 }  # fmt: skip
 ONCE = {
     "copies", "seeded", "base_untouched", "registered", "combines_to_itself", "fields", "frozen_base", "side_by_side",
@@ -85,6 +85,7 @@ def test_the_contract_again(name: str) -> None:
         run(name, model, checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_refused_where_it_does_not_fit(name: str) -> None:
     for model in zoo.CORE:
