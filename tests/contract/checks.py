@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftree
 import zoo
-from contract import sequences, trained, values
+from contract import effects, places, sequences, trained, values
 from contract.case import Case, assert_same, base_of, close, moved, shake, snapshot
 from peftree import registry
 from peftree.deltas import Reweight
@@ -75,6 +75,8 @@ def alive(case: Case) -> None:
     shake(adapter, std=1e-3)
     seen: set[str] = set()
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    left = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert not left, f"init leaves a gradient at {left[0]}, which the first step would take; clear it"
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         loss = case.loss(model.train())
@@ -139,6 +141,10 @@ def merges(case: Case) -> None:
     peftree.unmerge(model)
     assert_same(before, snapshot(model), "unmerge must restore the base to the bit")
     assert torch.equal(case.run(model), want), "after unmerge the adapter must act as before"
+    shake(adapter, seed=9)
+    want = case.run(model)
+    peftree.merge(model)
+    assert close(case.run(model), want), "merged again with other values, it differs from unmerged"
 
 
 def combines_to_itself(case: Case) -> None:
@@ -201,7 +207,9 @@ def seeded(case: Case) -> None:
     made = [case.adapted(seed=1)[1].state(), peftree.adapt(base, case.method, name="a", seed=0).state()]
     drawn = [k for k, x in a.state().items() if x.is_floating_point() and x.unique().numel() > 2]
     same = [k for k in drawn if all(torch.equal(a.state()[k], other[k]) for other in made)]
-    assert not same, f"{same[0]} is the same with every seed and every base; draw from the place"
+    assert not same, (
+        f"{same[0]} is the same with every seed and every base; draw from the place, or say in `known` why not"
+    )
 
 
 def half_precision(case: Case) -> None:
@@ -404,6 +412,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         compiles, fakes, routes, fields, sequences.padding, sequences.causal, sequences.rows, sequences.turns,
         sequences.last_position, sequences.heaps, trained.round_trip, trained.registered, trained.base_untouched,
         trained.dense_weight, trained.autocast, trained.compiled_passes, trained.repeats, values.gradient,
-        values.accumulates, values.values, values.kinds,
+        values.accumulates, values.values, values.kinds, values.drops, effects.effects, effects.late, effects.resumes,
+        places.strides, places.forgets, places.elsewhere, effects.rates,
     )
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 A method that is new or changed since it passed the whole contract (`passed.json`) has every check on every
 architecture, in the quick run too. Of the others, what hangs on the method more than on the model is checked on the
-architecture of the quick run alone; fake tensors on the other; compiling on that of the quick run, of 24 methods one
-in training and one in a pass without a graph. A recipe that gives a method other defaults has every check on one
+architecture of the quick run alone; fake tensors on the other; what takes seconds (`TURNS`) on that of the quick run,
+each of 24 methods in turn. A recipe that gives a method other defaults has every check on one
 architecture. graft/test_copies.py, train/test_compile.py and plan/ do some more.
 """
 
@@ -24,12 +24,15 @@ METHODS = list(registry.methods())
 CHANGED = [name for name in METHODS if changed(name)]
 DEAR = {
     "compiles", "compiled_passes", "fakes", "heaps", "copies", "other_active", "generates", "values", "kinds",
-    "gradient", "repeats", "accumulates", "combines_to_itself",
+    "gradient", "repeats", "accumulates", "combines_to_itself", "drops", "effects", "late", "resumes",
+    "strides", "forgets", "elsewhere",
 }  # fmt: skip
 ONCE = {
     "copies", "seeded", "base_untouched", "registered", "combines_to_itself", "fields", "frozen_base", "side_by_side",
-    "other_active", "compiles", "compiled_passes", "values", "kinds", "repeats",
+    "other_active", "compiles", "compiled_passes", "values", "kinds", "repeats", "effects", "late", "resumes",
+    "rates", "forgets", "elsewhere",
 }  # fmt: skip
+TURNS = {"compiled_passes": 0, "late": 6, "elsewhere": 9, "compiles": 12, "effects": 18}  # of 24
 VARIANT = ("identity", "counted", "round_trip", "merges", "fields")  # what other defaults alone can break
 
 
@@ -70,7 +73,7 @@ def again(name: str) -> dict[str, set[str]]:
     some, quick = set(CHECKS), quick_model(name)
     other = in_turn(name, quick)
     turn = METHODS.index(name) % 24
-    some -= ({"compiled_passes"} if turn != 0 else set()) | ({"compiles"} if turn != 12 else set())
+    some -= {check for check, its in TURNS.items() if its != turn}
     here, there = some - quick_checks(name), some
     if fits(small(name, quick)) and other != quick:
         there = set(VARIANT) if variant(name) else some - ONCE

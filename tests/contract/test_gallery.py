@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -359,7 +360,160 @@ class _Dropped(SoundDelta):
     fast = drops_always
 
 
+def with_dropout(kept: Callable[[Tensor, float], Tensor]) -> Callable[[Any, Place], LowRank]:
+    """Build a delta that drops entries of its input in training by `kept`."""
+
+    class Dropping(SoundDelta):
+        def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+            return y + LowRank.fast(self, kept(x, self.share) if self.training else x, torch.zeros_like(y), frozen)
+
+    def build(self: Any, place: Place) -> LowRank:
+        delta = Dropping(place, *lora_factors(place, self.r), 1.0)
+        delta.share = self.dropout
+        return delta
+
+    return build
+
+
+def unscaled(x: Tensor, share: float) -> Tensor:
+    return x * (torch.rand_like(x) >= share)
+
+
+def scaled_twice(x: Tensor, share: float) -> Tensor:
+    return functional.dropout(x, share) / (1 - share)
+
+
+def ends_of(count: int) -> Callable[[Any, Deltas, Moment], None]:
+    """A schedule that does something after `count` steps: a value that no tensor holds, or one that is not finite."""
+
+    def schedule(self: Any, deltas: Deltas, moment: Moment) -> None:
+        for delta in deltas.values():
+            if isinstance(delta, SoundDelta) and moment.step == count:
+                delta.scale = 3.0
+
+    return schedule
+
+
+def warms_up(self: Any, deltas: Deltas, moment: Moment) -> None:
+    """A mean of the steps so far, in an attribute, that training uses and a checkpoint does not hold."""
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta) and not moment.start:
+            mean = 0.9 * vars(delta).get("mean", 0.0) + 0.1 * float(delta.B.detach().abs().mean())
+            delta.mean = mean
+            delta.B.data.mul_(1 - mean)
+
+
+def keeps_passes(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    out = LowRank.fast(self, x, y, frozen)
+    vars(self).setdefault("outputs", []).extend([out] if out.requires_grad else [])
+    return out
+
+
+def views(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return y + LowRank.fast(self, x.view(-1, x.shape[-1]), torch.zeros_like(y).view(-1, y.shape[-1]), frozen).view(
+        y.shape
+    )
+
+
+TAPS: list[Tensor] = []
+
+
+def taps(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    TAPS.append(y.detach())
+    return LowRank.fast(self, x, y, frozen)
+
+
+def by_hash(self: Any, place: Place) -> LowRank:
+    """A projection that is drawn anew in each process and not saved."""
+    delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
+    draw = torch.Generator().manual_seed(hash(place.site.path) % 2**31)
+    basis = torch.eye(self.r) if place.abstract else torch.randn(self.r, self.r, generator=draw)
+    delta.register_buffer("basis", basis.to(delta.A), persistent=False)
+    delta.__class__ = _Projected
+    return delta
+
+
+class _Projected(SoundDelta):
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.basis @ self.A, self.B
+
+
+class Hashed(Sound):
+    name = "broken_elsewhere"
+    build = by_hash
+
+
+class OwnRate(torch.optim.SGD):
+    """Keeps the rate that it was made with."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups)
+        self.rate = groups[0]["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.sub_(self.rate * p.grad)
+
+
+def more_in_training(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+    return y + (1.5 if self.training else 1.0) * (LowRank.fast(self, x, y, frozen) - y)
+
+
+def drops_the_base(self: Any, place: Place) -> LowRank:
+    delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
+    delta.share = self.dropout
+    delta.__class__ = _OnTheBase
+    return delta
+
+
+class _OnTheBase(SoundDelta):
+    def fast(self, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
+        return super().fast(x, functional.dropout(y, self.share, self.training), frozen)
+
+
+def with_a_gradient(self: Any, deltas: Deltas, batches: Any) -> None:
+    for batch in batches:
+        batch().backward()
+
+
+def shared_scale(self: Any, place: Place) -> LowRank:
+    """What the class keeps is of the adapter that was made last."""
+    _Shared.factor = self.scale
+    delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
+    delta.__class__ = _Shared
+    return delta
+
+
+class _Shared(SoundDelta):
+    factor: float = 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A * self.factor, self.B
+
+
+def merged_before(self: Any, W: Tensor) -> Tensor:
+    """Keeps its term from the first call in evaluation."""
+    if self.training or torch.is_grad_enabled():
+        return LowRank.weight(self, W)
+    return W + vars(self).setdefault("term", [LowRank.weight(self, W) - W])[0]
+
+
+def halved_at_other_ranks(self: Any, deltas: Deltas) -> None:
+    for delta in deltas.values():
+        if isinstance(delta, SoundDelta) and self.r != 2:
+            delta.A.data *= 0.5
+
+
+def no_gradient(self: Any, deltas: Deltas, moment: Moment) -> Tensor:
+    return self.warmth * sum((p.square().sum() for p in trainable(deltas.values())), torch.zeros(())).detach()
+
+
+DROPOUT = {"dropout": Field(0.0, ge=0, lt=1, description="share"), "__annotations__": {"dropout": float}}
+SCALE = {"scale": Field(1.0, gt=0, description="factor"), "__annotations__": {"scale": float}}
+IDLE = {"warmth": Field(0.5, ge=0, lt=1, description="nothing"), "__annotations__": {"warmth": float}}
 COMPILED = ("compiles", "compiled_passes")  # several seconds each, in the slow run
+LONG = (*COMPILED, "elsewhere", "effects")
 GALLERY: list[tuple[str, type[Method]]] = [
     ("frozen_base", broken("frozen_base", fast=writes_base)),
     ("identity", _method("identity", starts_elsewhere)),
@@ -409,15 +563,24 @@ GALLERY: list[tuple[str, type[Method]]] = [
     ("round_trip", _method("round_trip_thawed", Sound.build, schedule=thaws)),
     ("side_by_side", broken("side_by_side_merged", fast=more_beside_another)),
     ("values", _method("values", Sound.build, count=by_default_rank)),
-    (
-        "values",
-        _method(
-            "values_dropout",
-            drops,
-            dropout=Field(0.0, ge=0, lt=1, description="share"),
-            __annotations__={"dropout": float},
-        ),
-    ),
+    ("values", _method("values_dropout", drops, **DROPOUT)),
+    ("drops", _method("drops_unscaled", with_dropout(unscaled), **DROPOUT)),
+    ("drops", _method("drops_twice", with_dropout(scaled_twice), **DROPOUT)),
+    ("effects", _method("effects", Sound.build, **IDLE)),
+    ("late", _method("late", Sound.build, schedule=ends_of(700))),
+    ("resumes", _method("resumes", Sound.build, schedule=warms_up)),
+    ("effects", _method("effects_aux", Sound.build, aux_loss=no_gradient, **IDLE)),
+    ("registered", broken("registered_passes", fast=keeps_passes)),
+    ("strides", broken("strides", fast=views)),
+    ("forgets", broken("forgets", fast=taps)),
+    ("elsewhere", Hashed),
+    ("rates", _method("rates", Sound.build, optimizer=lambda self, groups: OwnRate(groups))),
+    ("drops", broken("drops_scaled", fast=more_in_training)),
+    ("drops", _method("drops_base", drops_the_base, **DROPOUT)),
+    ("alive", _method("alive_grads", Sound.build, dataclasses.replace(TAGS, needs_data=True), init=with_a_gradient)),
+    ("values", _method("values_shared", shared_scale, **SCALE)),
+    ("values", _method("values_post_hoc", Sound.build, post_hoc=halved_at_other_ranks)),
+    ("merges", broken("merges_again", weight=merged_before)),
     (
         "kinds",
         _method(
@@ -441,7 +604,7 @@ def known() -> Iterator[None]:
 
 
 def _slow(check: str, *more: Any) -> Any:
-    return pytest.param(check, *more, marks=pytest.mark.slow if check in COMPILED else ())
+    return pytest.param(check, *more, marks=pytest.mark.slow if check in LONG else ())
 
 
 @pytest.mark.parametrize("check", [_slow(c) for c in CHECKS])
@@ -458,8 +621,8 @@ def test_bites(check: str, cls: type[Method]) -> None:
     assert not isinstance(caught.value, NameError | ImportError | KeyError), repr(caught.value)
 
 
-# The whole registry pays for compiling; here nothing hangs on it.
-SEEN = {name: check for name, check in CHECKS.items() if name not in COMPILED}
+# The whole registry pays for these; here nothing hangs on them.
+SEEN = {name: check for name, check in CHECKS.items() if name not in LONG}
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder"])

@@ -75,11 +75,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _loose(module: nn.Module) -> list[str]:
-    """Names of tensors that a module holds beside its parameters and buffers; those with a graph are of one pass."""
+def _held(module: nn.Module) -> dict[str, list[Tensor]]:
+    """The tensors that a module holds beside its parameters and buffers, by the name of its attribute."""
     own = {n: v for n, v in vars(module).items() if n not in ("_parameters", "_buffers", "_modules")}
     known = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
-    return [n for n, v in own.items() if any(t.grad_fn is None and id(t) not in known for t in _tensors(v))]
+    return {n: [t for t in _tensors(v) if id(t) not in known] for n, v in own.items()}
+
+
+def _loose(module: nn.Module) -> list[str]:
+    """Names of attributes with tensors that are not of one pass: those have a graph."""
+    return [n for n, held in _held(module).items() if any(t.grad_fn is None for t in held)]
 
 
 def registered(case: Case) -> None:
@@ -90,6 +95,12 @@ def registered(case: Case) -> None:
     modules = [m for d in adapter.deltas.values() for m in d.modules()]
     loose = [f"{type(m).__name__}.{n}" for m in modules for n in _loose(m)]
     assert not loose, f"{loose[0]} is a plain tensor, which does not move, save or copy with the model; register it"
+    before = [{n: len(held) for n, held in _held(m).items()} for m in modules]
+    case.loss(model.train())
+    case.loss(model)
+    grown = [f"{type(m).__name__}.{n}" for m, had in zip(modules, before, strict=True)
+             for n, held in _held(m).items() if len(held) > max(1, had.get(n, 0))]  # fmt: skip
+    assert not grown, f"{grown[0]} keeps tensors of one pass beside those of the next, so memory grows; drop them"
     weights = [p for p in case.base().parameters() if p.dim() > 1]
     held = [f"{type(m).__name__}.{n}" for m in modules for n, b in m._buffers.items() if b is not None
             and any(b.shape == w.shape and torch.equal(b, w) for w in weights)]  # fmt: skip

@@ -18,6 +18,7 @@ from peftree.errors import PeftreeError
 from peftree.methods.contract import own, trainable
 
 FAR = 0.1  # of a derivative along a direction: some maps are computed in float32, also in a model of float64
+DRAWS, SHIFT = 48, 0.5  # passes in training, and how far off their mean may be, in their spread
 STEPS = (1e-3, 1e-4, 1e-5)  # the first for maps in float32, the last where the output is far from a line
 
 
@@ -123,6 +124,8 @@ def consistent(case: Case) -> None:
         assert told == there, f"count() of {part.name} says {told}, and there are {there} trainable entries"
     first, second = case.run(model), case.run(model)
     assert torch.equal(first, second), "two passes in evaluation differ; draw in training only"
+    adapter.finish()
+    assert close(case.run(model), first), "post_hoc changes the output"
     if all(isinstance(d, Reweight) for d in adapter.deltas.values()):
         peftree.merge(model)
         gap = float((case.run(model) - first).abs().max())
@@ -139,8 +142,66 @@ def tried(what: str, case: Case) -> None:
 
 
 def values(case: Case) -> None:
+    """Each form by itself, and beside the method as it is."""
+    model, _ = case.adapted(shaken=True)
+    want = case.run(model)
     for what, other in forms(case):
         tried(f"with {what}", other)
+        beside = peftree.adapt(model, other.method, name="b")
+        if other.tags.needs_data:
+            beside.init([lambda: case.loss(model)])
+        peftree.switch(model, "a")
+        assert torch.equal(case.run(model.eval()), want), f"an adapter with {what} changes one that was there"
+        peftree.detach(model, "b")
+
+
+def drops(case: Case) -> None:
+    """What passes in training give on average is what one in evaluation gives, with half the entries dropped.
+
+    A wrong scale shifts the average by as much as single passes spread around it, a right one by what few draws leave.
+    Of a method that starts far from the base the model bends the average by itself, so nothing is said.
+    """
+    model, adapter = case.adapted(shaken=True)
+    still = case.run(model)
+    for delta in adapter.deltas.values():
+        delta.train()
+    first, second = (_drawn(case, model, seed) for seed in range(2))
+    assert not torch.equal(first, second) or torch.equal(first, still), (
+        "a pass in training differs from one in evaluation, and nothing is drawn"
+    )
+    if not case.tags.identity_at_init:
+        return
+    name, given = type(case.method).name, dict(case.tags.small)
+    for field in (f for f in type(case.method).model_fields if "drop" in f):
+        try:
+            here = Case(registry.make(name, given | {field: 0.5}), case.model)
+            model, adapter = here.adapted()
+        except PeftreeError:
+            continue
+        with peftree.disabled(model):
+            base = here.run(model)
+        for delta in adapter.deltas.values():
+            delta.train()
+        assert close(_drawn(here, model, 0), base), (
+            f"with {field}=0.5 a new adapter changes the output in training; drop entries of its own term only"
+        )
+        model.eval()
+        shake(adapter, std=1e-4)
+        here.batch = {k: v.double() if v.is_floating_point() else v for k, v in case.batch.items()}
+        want = here.run(model.double())
+        for delta in adapter.deltas.values():
+            delta.train()
+        gaps = torch.stack([_drawn(here, model, seed) - want for seed in range(DRAWS)])
+        shift, spread = float(gaps.mean(0).norm()), float(gaps.std(0).norm())
+        assert shift <= SHIFT * spread, (
+            f"at {field}=0.5 the average of {DRAWS} passes in training is {shift / spread:.2f} of their spread off "
+            f"what evaluation gives; divide what is kept by 1 - {field}, and drop nothing in evaluation"
+        )
+
+
+def _drawn(case: Case, model: nn.Module, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return case.run(model)
 
 
 def kinds(case: Case) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -83,6 +84,23 @@ def test_offloaded_weights(method: str) -> None:
     assert not any(p.is_meta for p in adapter.parameters())
     assert far(run("llama", model), want) < 1e-6
     model(**zoo.batch("llama")).loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_layers_on_disk(method: str, tmp_path: Path) -> None:
+    """As a device map of `from_pretrained` puts them there."""
+    model: Any = zoo.build("llama")
+    model.save_pretrained(tmp_path / "model")
+    put(model, method, std=0.3)
+    want = run("llama", model)
+    there = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    there |= {"model.rotary_emb": "cpu"} | {f"model.layers.{i}": "disk" for i in range(1, len(model.model.layers))}
+    held = type(zoo.build("llama")).from_pretrained(tmp_path / "model", device_map=there, offload_folder=tmp_path / "w")
+    adapter = put(held.eval(), method, std=0.3)
+    assert held.model.layers[1].self_attn.q_proj._parameters["weight"].is_meta
+    assert far(run("llama", held), want) < 1e-6
+    held(**zoo.batch("llama")).loss.backward()
     assert all(p.grad is not None for p in adapter.parameters())
 
 

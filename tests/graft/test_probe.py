@@ -302,6 +302,25 @@ def test_a_compiled_run_is_not_watched_and_not_compiled_again() -> None:
     assert len(graphs) == count
 
 
+class Broken(Model):
+    """Its code looks at values, so that it is compiled in pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if x.detach().sum() > 1e6 else x)
+
+
+def test_the_first_run_of_a_model_that_is_compiled_in_pieces() -> None:
+    torch._dynamo.reset()
+    model = Broken("call")
+    put(model, "lora", sites=f"{PATH} head", std=1.0)
+    want = copy.deepcopy(model)(X).detach()
+    run: Any = torch.compile(model, backend="eager")
+    assert told(run, X) == [] and torch.allclose(run(X), want)
+    model = Broken("listed")
+    put(model, "lora", sites=f"{PATH} head")
+    assert len(told(torch.compile(model, backend="eager"), X)) == 1
+
+
 def test_a_model_with_a_compiled_part() -> None:
     torch._dynamo.reset()
     model: Any = Model("call")

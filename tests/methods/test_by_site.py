@@ -82,6 +82,7 @@ BAD: list[tuple[str, dict[str, Any], type[PeftreeError], str]] = [
     ("lora", {"by_site": {"sites": {"attn.q": "x"}}}, ConfigError, "sites cannot differ by site.*r, alpha, dropout"),
     ("adalora", {"r": {"attn.q": 3}}, ConfigError, r"schedule\(\)"),
     ("adalora", {"orthogonal": {"attn.q": 0.1}}, ConfigError, r"aux_loss\(\)"),
+    ("eva", {"tau": {"attn.q": 0.5}}, ConfigError, r"init\(\)"),  # under a decorator
     ("fishmask", {"share": {"attn.q": 0.3}}, MethodError, "whose fields differ"),
     ("mam", {"by_site": {"r": {"attn.q": 3}}}, ConfigError, "no by_site of its own"),
     *[("lora", {name: True}, ConfigError, f"{name}=True: it must be a number") for name in ("r", "alpha", "dropout")],

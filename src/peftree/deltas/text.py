@@ -67,6 +67,8 @@ def token_ids(place: str) -> Tensor:
 
 def summary(delta: Delta, x: Tensor, encoded: bool = False) -> Tensor:
     """Return `pooled(x)`, or its value in the first pass if this one continues a cache; `delta` has a block for it."""
+    if not delta.blocks:
+        raise TypeError(f"{type(delta).__name__} must set blocks = 1: its summary of the first pass is kept there.")
     attend, value = scene().attention(delta), pooled(x, encoded)
     return value if attend is None or encoded else attend.once(0, value)
 

@@ -47,7 +47,7 @@ def outside(hub: Hub, module: nn.Module, name: str, own: Tensor | None) -> Tenso
         return own
     names = [choice.active] if choice.route is None else [g.names for g in choice.route.groups]
     on = next((p for n in names if not (p := hub.program(n)).empty), None)
-    if on is None:
+    if on is None or (own is not None and own.is_meta):  # offloaded by accelerate, which looks before it loads
         return own
 
     def value() -> Any:

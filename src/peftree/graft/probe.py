@@ -55,6 +55,8 @@ class Door:
             choice = choice._replace(labels=kwargs.get("labels"))
         if not torch.compiler.is_compiling():
             shared.run.number = next(NUMBERS)
+        if watch is not None and "_dynamo" in vars(torch):
+            run = torch.compiler.disable(run)  # no part of it can be traced through the watch
         with shared.keep(choice), watch.mode if watch is not None and watch.mode.owners else contextlib.nullcontext():
             out = run()
         if watch is not None:
@@ -81,7 +83,8 @@ class Watch:
         owners = {
             id(p): path
             for path, each in waiting.items()
-            if _acts(each, choice)
+            # virtual tokens enter only in some passes; the rest acts whenever the module runs
+            if any(not p.empty or p.attends for p in map(each.program, choice.stacks))
             for m in modules_of(self.modules[path]).values()
             for p in m._parameters.values()
             if times[id(p)] == 1 and p is not None
@@ -113,11 +116,6 @@ class Watch:
                 PeftreeWarning,
                 stacklevel=2,
             )
-
-
-def _acts(hub: Hub, choice: Choice) -> bool:
-    """Return whether something here acts whenever the module runs: virtual tokens enter only in some passes."""
-    return any(not p.empty or p.attends for p in map(hub.program, choice.stacks))
 
 
 class _Reads(TorchFunctionMode):

@@ -80,7 +80,7 @@ def hooked(cls: type[BaseModel]) -> dict[str, str]:
         while queue:
             name = queue.pop()
             member = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
-            code = member.fget if isinstance(member, property) else member
+            code = member.fget if isinstance(member, property) else getattr(member, "__wrapped__", member)
             if name in seen or not isinstance(code, FunctionType):
                 continue
             seen.add(name)

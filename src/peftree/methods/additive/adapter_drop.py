@@ -2,9 +2,8 @@
 
 Ruckle et al. 2020, arXiv 2010.11918, section 3.1; the adapters are Pfeiffer's. Robust training: n is drawn uniformly
 from 0 to L - 1 when a run starts and after every step, the same for all rows, from a generator that `draw_seed` and the
-step seed, so that a resumed run draws the same. Outside training, the first `drop` layers omit it. Training
-with a fixed n (the specialised kind) is `pfeiffer` with `layers="n:"`. In training the dropped branches are multiplied
-by zero, and no optimizer moves their tensors in that step.
+step seed, so that a resumed run draws the same. Outside training, the first `drop` layers omit it. A fixed n (the
+specialised kind) is `pfeiffer` with `layers="n:"`. Dropped branches are multiplied by zero, and no optimizer moves them.
 
 >>> AdapterDrop().drop
 5
@@ -26,6 +25,7 @@ class AdapterDrop(Method):
     tags: ClassVar[Tags] = Tags(
         "additive", "arXiv 2010.11918", False, False, lr=1e-4, lr_from="Adapter_Drop_Training.ipynb of AdapterHub",
         inference_cost="low", small={"reduction": 2, "drop": 1},
+        known={"drops": "which layers omit it in training is drawn for each step, and differs from evaluation"},
     )  # fmt: skip
     sites: str = Field("ffn.down", description="projections whose output gets a bottleneck")
     reduction: float = Field(16.0, gt=0, le=4096, description="width of the layer divided by that of the bottleneck")
