@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftree
 import zoo
 from graft.helpers import put
-from peftree.deltas import Prepend, Rewrite, Scene, places, scene
+from peftree.deltas import Prepend, Rewrite, Scene, places, scene, summary
 from peftree.methods.contract import Field, Method, Place, Tags
 
 
@@ -138,6 +138,20 @@ def test_a_decoder_has_read_the_token_before_its_first_label() -> None:
         assert isinstance(delta, Listener)
         prompt = delta.seen[-1][0].prompt
         assert prompt is not None and torch.equal(prompt.long(), rows(*want)), tower
+
+
+class Summing(Listener):
+    """Adds a summary, for which it declares no place beside the cache."""
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + summary(self, x)[:, None]
+
+
+def test_a_summary_without_a_place_beside_the_cache_is_refused() -> None:
+    model, delta = listening("llama")
+    delta.__class__ = Summing
+    with pytest.raises(TypeError, match="Summing must set blocks = 1"):
+        model(input_ids=IDS)
 
 
 class Seen(Prepend):
