@@ -412,7 +412,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         compiles, fakes, routes, fields, sequences.padding, sequences.causal, sequences.rows, sequences.turns,
         sequences.last_position, sequences.heaps, trained.round_trip, trained.registered, trained.base_untouched,
         trained.dense_weight, trained.autocast, trained.compiled_passes, trained.repeats, values.gradient,
-        values.accumulates, values.values, values.kinds, values.drops, effects.effects, effects.late, effects.resumes,
-        places.strides, places.forgets, places.elsewhere, effects.rates,
+        values.accumulates, values.values, values.kinds, values.drops, values.finishes, effects.effects, effects.late,
+        effects.resumes, effects.rates, places.strides, places.forgets, places.elsewhere,
     )
 }  # fmt: skip

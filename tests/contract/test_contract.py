@@ -25,12 +25,12 @@ CHANGED = [name for name in METHODS if changed(name)]
 DEAR = {
     "compiles", "compiled_passes", "fakes", "heaps", "copies", "other_active", "generates", "values", "kinds",
     "gradient", "repeats", "accumulates", "combines_to_itself", "drops", "effects", "late", "resumes",
-    "strides", "forgets", "elsewhere",
+    "strides", "forgets", "elsewhere", "finishes",
 }  # fmt: skip
 ONCE = {
     "copies", "seeded", "base_untouched", "registered", "combines_to_itself", "fields", "frozen_base", "side_by_side",
     "other_active", "compiles", "compiled_passes", "values", "kinds", "repeats", "effects", "late", "resumes",
-    "rates", "forgets", "elsewhere",
+    "rates", "forgets", "elsewhere", "finishes",
 }  # fmt: skip
 TURNS = {"compiled_passes": 0, "late": 6, "elsewhere": 9, "compiles": 12, "effects": 18}  # of 24
 VARIANT = ("identity", "counted", "round_trip", "merges", "fields")  # what other defaults alone can break

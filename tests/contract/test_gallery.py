@@ -579,7 +579,7 @@ GALLERY: list[tuple[str, type[Method]]] = [
     ("drops", _method("drops_base", drops_the_base, **DROPOUT)),
     ("alive", _method("alive_grads", Sound.build, dataclasses.replace(TAGS, needs_data=True), init=with_a_gradient)),
     ("values", _method("values_shared", shared_scale, **SCALE)),
-    ("values", _method("values_post_hoc", Sound.build, post_hoc=halved_at_other_ranks)),
+    ("finishes", _method("finishes", Sound.build, post_hoc=halved_at_other_ranks)),
     ("merges", broken("merges_again", weight=merged_before)),
     (
         "kinds",

@@ -3,7 +3,7 @@
 Ruckle et al. 2020, arXiv 2010.11918, section 3.1; the adapters are Pfeiffer's. Robust training: n is drawn uniformly
 from 0 to L - 1 when a run starts and after every step, the same for all rows, from a generator that `draw_seed` and the
 step seed, so that a resumed run draws the same. Outside training, the first `drop` layers omit it. A fixed n (the
-specialised kind) is `pfeiffer` with `layers="n:"`. Dropped branches are multiplied by zero, and no optimizer moves them.
+specialised kind) is `pfeiffer` with `layers="n:"`. What is dropped is multiplied by zero, and no optimizer moves it.
 
 >>> AdapterDrop().drop
 5

@@ -21,7 +21,7 @@ from peftree.methods.contract import Deltas, Field, Method, Moment, Place, Site,
 class DyLoRA(Method):
     """Low-rank adaptation whose components are ordered by importance."""
 
-    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2210.07558", True, True, lr=4e-4)
+    tags: ClassVar[Tags] = Tags("reparameterized", "arXiv 2210.07558", True, True, 4e-4, known={"finishes": "by keep"})
     sites: str = Field("attn.q attn.v", description="which weights get a low-rank term")
     r: int = Field(8, ge=1, le=65536, description="largest rank")
     alpha: float = Field(16.0, gt=0, le=1e6, description="scale before division by the rank")
