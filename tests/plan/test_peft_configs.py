@@ -19,6 +19,7 @@ from peftree.plan import fit, plan, request, skeleton
 from peftree.plan.hfpeft import modules
 from peftree.plan.question import FILE
 from peftree.plan.reserved import Beside, adamw, reserved
+from peftree.settings import SETTINGS
 from plan.test_fit import LLAMA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")  # of PEFT's own code
@@ -82,6 +83,29 @@ def test_with_pefts_code_it_is_pefts_model(folder: str, name: str) -> None:
     assert found.phases["backward"] >= found.phases["forward"] > found.phases["optimizer"] and found.operations > 0
     assert sum(found.parts.values()) == found.low and "activations" in found.parts and "logits" in found.parts
     assert any("code=peftree" in note for note in found.notes)
+
+
+def test_a_saved_adapter_is_planned_as_it_was_trained(folder: str, tmp_path: Path) -> None:
+    named = tf.LlamaConfig.from_pretrained(folder, num_labels=3)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["score"], task_type="SEQ_CLS")
+    there = peft.get_peft_model(tf.LlamaForSequenceClassification(named), config)
+    there.save_pretrained(tmp_path / "theirs")
+    peftree.save(peftree.adapt(tf.LlamaForCausalLM(LLAMA), "ia3"), tmp_path / "ours", format="peft")
+    for name in ("theirs", "ours"):
+        assert json.loads((tmp_path / name / FILE).read_text())["inference_mode"]
+    asked = setting(folder, peft=tmp_path / "theirs", task="text-classification", labels=3)
+    found, same = plan(request(**asked)), plan(request(**asked, code="peftree"))
+    assert found.trainable == sum(p.numel() for p in there.parameters() if p.requires_grad)
+    assert found.trainable == same.trainable and found.phases["backward"] > found.phases["optimizer"]
+    assert plan(request(**setting(folder, peft=tmp_path / "ours"))).trainable == 4 * (32 + 32 + 128)
+
+
+def test_the_settings_of_a_run_that_name_a_method_are_named(folder: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps(OURS["lora"][0]))
+    (tmp_path / SETTINGS).write_text(f"model: {folder}\nmethod: lora\n")
+    found = CliRunner().invoke(app, ["plan", str(tmp_path), "--adapter", str(tmp_path)]).exception
+    assert isinstance(found, ConfigError) and f"{SETTINGS}:2: An adapter's file says" in str(found)
+    assert "method is set as well" in str(found) and "in place of a run, name its model" in str(found)
 
 
 def test_what_cuda_holds_is_a_replay_of_the_allocator(folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def bare() -> nn.Module:
 
 
 def stated(kind: str) -> dict[str, Any]:
-    return {"peft_type": kind} | METHODS[kind]
+    """Return what PEFT writes when it saves such an adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**METHODS[kind], inference_mode=True).save_pretrained(folder)
+        return read_adapter(folder)
 
 
 def batch(device: str = "meta") -> dict[str, Any]:

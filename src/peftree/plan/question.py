@@ -152,9 +152,11 @@ def request(**values: Any) -> Request:
 
 def one_method(asked: Request) -> Request:
     """Return the request; ConfigError if it names both an adapter's file and a method or head."""
-    if asked.peft and {"method", "head"} & asked.model_fields_set:
+    if asked.peft and (given := sorted({"method", "head"} & asked.model_fields_set)):
+        where = next(filter(None, map(asked.where, given)), "")
         raise ConfigError(
-            "An adapter's file says what its method and head are.", "Leave out head, the method and its fields."
+            f"{where}An adapter's file says what its method and head are, and {' and '.join(given)} is set as well.",
+            "Leave out head, the method and its fields; in place of a run, name its model.",
         )
     return asked
 

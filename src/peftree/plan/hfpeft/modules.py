@@ -108,7 +108,7 @@ def real(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         return _plain(model, _config(read_adapter(config)), True)
 
 
-_ELSE = "Instead, plan the closest method of peftree."
+_ELSE = "Plan the closest method of peftree in place of the file: method=NAME."
 
 
 def _peft() -> Any:
@@ -122,13 +122,13 @@ def _peft() -> Any:
 
 
 def _config(values: dict[str, Any]) -> Any:
-    """Return PEFT's own config object; without what only a finished run or a newer version writes."""
+    """Return PEFT's own config object to train; without what only a saved adapter or a newer version writes."""
     types = _peft().mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     kind = values["peft_type"]
     if kind not in types:
         raise ConfigError(f"The installed PEFT has no method {kind}.", f"It has: {', '.join(sorted(types))}.")
     takes = set(inspect.signature(types[kind].__init__).parameters)
-    left = {"peft_type", "auto_mapping", "peft_version", *_LEFT.get(kind, ())}
+    left = {"peft_type", "auto_mapping", "peft_version", "inference_mode", *_LEFT.get(kind, ())}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
