@@ -231,6 +231,33 @@ def test_tokens_without_an_embedding(encoder: str, tmp_path: Path) -> None:
         build_task(str(folder), data)
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_weights_of_other_shapes_are_refused(encoder: str, tmp_path: Path, edited: bool) -> None:
+    """Else the base is new random tensors, and only a note says so."""
+    folder, data = tmp_path / "model", load_data(write_csv(tmp_path / "a.csv", reviews(20)))
+    shutil.copytree(encoder, folder)
+    config = folder / "config.json"
+    if edited:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
+    said = r"encoder.layer.0.intermediate.dense.bias is \[48\] in its files, but \[64\] by its config. "
+    said += "Restore the weights' own config.json." if edited else "Leave config.intermediate_size=64 out."
+    with pytest.raises(ConfigError, match=said):
+        build_task(str(folder), data, Options(config={} if edited else {"intermediate_size": 64}))
+
+
+def test_a_head_for_other_labels_is_new(encoder: str, tmp_path: Path) -> None:
+    folder, rows = str(tmp_path / "model"), reviews(20)
+    task = build_task(encoder, load_data(write_csv(tmp_path / "two.csv", rows)))
+    task.model.save_pretrained(folder)  # type: ignore[operator]
+    three = load_data(write_csv(tmp_path / "three.csv", [*rows, *[(f"plot {text}", "odd") for text, _ in rows]]))
+    again = build_task(folder, three, Options(config={"hidden_dropout_prob": 0.0}))
+    head = again.model.get_parameter("classifier.weight")
+    assert head.shape == (3, 32)
+    assert again.notes == ["new tensors, not in the model's files: classifier.bias [3], classifier.weight [3, 32]"]
+    base = "bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(again.model.get_parameter(base), task.model.get_parameter(base))
+
+
 def test_an_encoder_is_no_generator(encoder: str, prompt_data: Path) -> None:
     """Without a causal mask a token's loss is on what the model was shown; the loss would fall and teach nothing."""
     data = load_data(prompt_data)

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from peftree.data.chats import ASKS
-from peftree.data.images import Look
+from peftree.data.images import Look, read_look
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError
 from peftree.evaluate import quality
 from peftree.tasks.base import Batch, Items, Options, Task
 from peftree.tasks.completions import Completions
 from peftree.tasks.image_text import ImageText
-from peftree.tasks.loading import length, load, read_config, tokenizer
-from peftree.tasks.pairs import Pairs, image_features, pair_look
+from peftree.tasks.loading import is_local, length, load, read_config, tokenizer
+from peftree.tasks.pairs import Pairs, image_features
 from peftree.tasks.turns import Encoded, given
 
 
@@ -62,7 +62,8 @@ class Captioning(Completions):
         config = read_config(model, options.config, ())
         if config.model_type != "llava":
             return ImageText.load(model, data, options)
-        tokens, look = tokenizer(model), pair_look(model, config, options.image_size)
+        look = read_look(model, is_local(model), config.vision_config, options.image_size)
+        tokens = tokenizer(model)
         net: Any
         net, fresh = load(LlavaForConditionalGeneration, model, config, options)
         image = [config.image_token_id] * len(image_features(net, look)[0])
@@ -83,9 +84,8 @@ class Captioning(Completions):
         `labels` are `[batch, kept]`, for the last `kept` tokens, the only ones for which the model computes logits.
         """
         batch = super().collate(features)
-        kept = (
-            batch["labels"].shape[1] - self.fixed + 1
-        )  # the last token of the prompt predicts the first of the caption
+        # The last token of the prompt predicts the first of the caption.
+        kept = batch["labels"].shape[1] - self.fixed + 1
         batch["labels"] = batch["labels"][:, -kept:]
         batch["pixel_values"] = torch.stack([f["pixel_values"] for f in features])
         batch["logits_to_keep"] = kept  # type: ignore[assignment]

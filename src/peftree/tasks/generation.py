@@ -172,9 +172,8 @@ class SequenceToSequence(Completions):
         net: Any = model
         start = net.config.decoder_start_token_id
         if start is None:
-            raise ConfigError(
-                "The model does not say which token its decoder starts with.", "Set config.decoder_start_token_id."
-            )
+            what = "The model does not say which token its decoder starts with."
+            raise ConfigError(what, "Set config.decoder_start_token_id.")
         self.start = int(start)
 
     @classmethod

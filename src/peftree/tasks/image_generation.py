@@ -52,9 +52,8 @@ class ImageGeneration(Task):
         """
         config = read_config(model, options.config, ())
         if not isinstance(config, DiffusionConfig):
-            raise ConfigError(
-                f"model: {model} is a {type(config).__name__}.", "Use a diffusion transformer: model=dit-fashion."
-            )
+            what = f"model: {model} is a {type(config).__name__}."
+            raise ConfigError(what, "Use a diffusion transformer: model=dit-fashion.")
         look = read_look(model, is_local(model), config, options.image_size)
         if look.size != config.image_size:
             raise ConfigError(f"image_size={look.size}: the model makes {config.image_size} pixels.", "Leave it unset.")

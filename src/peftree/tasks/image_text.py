@@ -106,9 +106,8 @@ class ImageText(Generation):
             ConfigError: it is none, it has no processor, or an image size is set.
         """
         if options.image_size is not None:
-            raise ConfigError(
-                f"image_size={options.image_size}: the model's own processor sizes images.", "Leave image_size out."
-            )
+            what = f"image_size={options.image_size}: the model's own processor sizes images."
+            raise ConfigError(what, "Leave image_size out.")
         from PIL import Image
 
         config, local = read_config(model, options.config, ()), is_local(model)

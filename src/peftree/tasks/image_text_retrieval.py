@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from peftree.data.images import Look
+from peftree.data.images import Look, read_look
 from peftree.data.rows import Data, Example
 from peftree.errors import ConfigError
 from peftree.evaluate import quality
 from peftree.tasks.base import Batch, Items, Options, Task, pad
-from peftree.tasks.loading import cut_texts, length, load, pad_id, read_config, takes, tokenizer
-from peftree.tasks.pairs import Pairs, image_features, pair_look
+from peftree.tasks.loading import cut_texts, is_local, length, load, pad_id, read_config, takes, tokenizer
+from peftree.tasks.pairs import Pairs, image_features
 
 
 class Retrieval(Task):
@@ -54,7 +54,7 @@ class Retrieval(Task):
                 f"model: {model} is a {type(net).__name__}, not a dual encoder.",
                 "Use a VisionTextDualEncoder (dual-minilm-dinov2), CLIP or SigLIP model.",
             )
-        look = pair_look(model, config, options.image_size)
+        look = read_look(model, is_local(model), config.vision_config, options.image_size)
         image_features(net, look)
         return cls(net, tokens, look, length(net.text_model, tokens, options.max_length)), fresh
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,8 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
     known = config.to_dict()
     for key, value in changes.items():
         if key not in known:
-            raise ConfigError(
-                f"config.{key}: {type(config).__name__} has no such field.", did_you_mean(key, known, "It has")
-            )
+            what = f"config.{key}: {type(config).__name__} has no such field."
+            raise ConfigError(what, did_you_mean(key, known, "It has"))
         own = known[key]
         try:
             if isinstance(own, dict | list) and not isinstance(value, type(own)):
@@ -108,8 +107,7 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
             )  # fmt: skip
     except Exception as error:  # whatever a model's code raises becomes one error of ours
         if options.config and not isinstance(error, OSError):  # layers are made of them, with any error of Python's
-            changed = ", ".join(f"config.{key}={value!r}" for key, value in options.config.items())
-            fix = f"Leave {changed} out, or write values that fit the model's other sizes."
+            fix = f"Leave {_changes(options)} out, or write values that fit the model's other sizes."
         elif isinstance(error, OSError | ValueError | RuntimeError):
             fix = "It must hold safetensors weights."
         else:
@@ -117,8 +115,21 @@ def load(auto: Any, model: str, config: Any, options: Options) -> tuple[nn.Modul
         raise ConfigError(f"model: {model}: {_first(error)}", fix) from None
     for module in net.modules():
         keep_gradients(module)
-    mismatched = {m[0] if isinstance(m, tuple) else m for m in info.get("mismatched_keys", ())}
-    return net, sorted({*info["missing_keys"], *mismatched})
+    return net, sorted({*info["missing_keys"], *_resized(model, config, options, info["mismatched_keys"])})
+
+
+def _resized(model: str, config: Any, options: Options, found: Iterable[tuple[str, Any, Any]]) -> Iterator[str]:
+    """Yield tensors that the files hold for other labels; ConfigError for one that differs from them in another way."""
+    for name, old, new in sorted(found):
+        if len(old) != len(new) or any(a != b != len(config.id2label or ()) for a, b in zip(old, new, strict=True)):
+            what = f"{name} is {list(old)} in its files, but {list(new)} by its config"
+            fix = f"Leave {_changes(options)} out." if options.config else "Restore the weights' own config.json."
+            raise ConfigError(f"model: {model}: {what}.", fix)
+        yield f"{name} {list(new)}"
+
+
+def _changes(options: Options) -> str:
+    return ", ".join(f"config.{key}={value!r}" for key, value in options.config.items())
 
 
 def _quantized(auto: Any, model: str, config: Any, options: Options) -> dict[str, Any]:

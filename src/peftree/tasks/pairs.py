@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peftree.data.exchange import partners
-from peftree.data.images import Images, Look, read_look
+from peftree.data.images import Images, Look
 from peftree.data.picture import content
 from peftree.data.rows import Example
 from peftree.errors import ConfigError
 from peftree.files import sha256
-from peftree.tasks.loading import is_local
 
 
 class Pairs(Dataset[dict[str, Any]]):
@@ -48,11 +47,6 @@ class Pairs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.features[index], "pixel_values": self.images[self.order[index]]["pixel_values"]}
-
-
-def pair_look(model: str, config: Any, wanted: int | None) -> Look:
-    """Return how the vision tower of a two-tower model expects images; see `read_look`."""
-    return read_look(model, is_local(model), config.vision_config, wanted)
 
 
 def image_features(model: Any, look: Look) -> Tensor:
