@@ -16,10 +16,10 @@ import pytest
 
 from peftree.data.rows import load_data
 from peftree.errors import BusyError, ConfigError, TrainError
-from peftree.settings import RunConfig, load_config, write_resolved
+from peftree.settings import SETTINGS, RunConfig, load_config, write_resolved
 from peftree.train import run as runs
 from peftree.train.export import export_run
-from peftree.train.output import LOCK, beside, check_inputs, check_settings, held
+from peftree.train.output import LOCK, beside, check_inputs, check_place, check_settings, held
 from peftree.train.run import open_run, run
 from sampled import quick
 from train.tiny import reviews, tokenizer, write_csv
@@ -169,6 +169,43 @@ def test_two_trainings_into_one_folder_are_one_and_a_refusal(encoder: str, revie
     winner = [seed for seed, process in zip((1, 2), pair, strict=True) if process.returncode == 0]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seed"] == winner[0]
     assert load_config(tmp_path / "out" / "resolved.yaml").seed == winner[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "said"),
+    [
+        (["config.json", "vocab.txt"], "rows", "it is the folder of a model, with config.json"),
+        (
+            ["model-00001-of-00002.safetensors"],
+            "rows",
+            "it is the folder of a model, with model-00001-of-00002.safetensors",
+        ),
+        (["train.csv", "notes.txt"], "out", "it is the folder of the data, .*out"),
+        (["train.csv", "notes.txt"], "out/train.csv", "it is the folder of the data, .*train.csv"),
+        (["a/1.png", "b/2.png"], "out", "it is the folder of the data, .*out"),
+    ],
+)
+def test_a_folder_of_a_model_or_of_data_gets_no_run(files: list[str], data: str, said: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).touch()
+    before = sorted(out.rglob("*"))
+    for output in (str(out), f"{out}/../out"):
+        with pytest.raises(ConfigError, match=f"output: .*: {said}. Name another"):
+            run(load_config(None, ["model=none", f"data={tmp_path / data}", f"output={output}"]))
+    assert sorted(out.rglob("*")) == before
+
+
+def test_other_folders_get_a_run(encoder: str, review_data: Path, tmp_path: Path) -> None:
+    """One with a run file and logs, one beside the data, and one in which a run was begun beside its rows."""
+    for name, more in (("out", ["run.yaml", "train.log", "plots/loss.png"]), ("rows/out", []), ("begun", [SETTINGS])):
+        for file in more:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        data = shutil.copytree(review_data, tmp_path / Path(name).parts[0], dirs_exist_ok=True)
+        rows = data if name == "rows/out" else data / "train.csv" if name == "begun" else review_data
+        check_place(load_config(None, [f"model={encoder}", f"data={rows}", f"output={tmp_path / name}"]))
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:

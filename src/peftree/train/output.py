@@ -105,14 +105,19 @@ def _clear(path: Path) -> None:
 
 
 def check_place(config: RunConfig) -> None:
-    """Raise ConfigError if the output folder cannot be made or written to."""
+    """Raise ConfigError if the output folder cannot be made or written to, or is that of a model or of the data."""
     output = Path(config.output)
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(
-            f"{config.where('output')}output: {output}: {there} is not a writable folder.",
-            "Name another output folder.",
-        )
+    bad = "" if there.is_dir() and os.access(there, os.W_OK) else f"{there} is not a writable folder"
+    if models := [p.name for kind in ("config.json", "*.safetensors*") for p in output.glob(kind)]:
+        bad = f"it is the folder of a model, with {models[0]}"
+    elif not (output / SETTINGS).exists():  # of a run that was begun there before
+        for named in filter(None, (config.data.train, config.data.valid, config.data.test)):
+            data = Path(named).expanduser().resolve()
+            if output.resolve() == (data.parent if data.is_file() else data):
+                bad = f"it is the folder of the data, {named}"
+    if bad:
+        raise ConfigError(f"{config.where('output')}output: {output}: {bad}.", "Name another output folder.")
 
 
 def no_settings(path: Path) -> ConfigError:

@@ -19,13 +19,7 @@ from peftree.data.rows import Data, Example
 from peftree.data.thinning import rows_of
 from peftree.deltas.shared import repeated
 from peftree.errors import ConfigError
-from peftree.evaluate.cost import (
-    current_rss,
-    device_peak,
-    peak_rss,
-    reset_peaks,
-    training_bytes,
-)
+from peftree.evaluate.cost import current_rss, device_peak, peak_rss, reset_peaks, training_bytes
 from peftree.evaluate.quality import Scores
 from peftree.files import atomic_write
 from peftree.methods.contract import Method

@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
