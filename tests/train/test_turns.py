@@ -272,6 +272,17 @@ def test_a_text_alone_is_learned_when_it_is_asked_for(decoder: str, tmp_path: Pa
     assert len(made["input_ids"]) - made["start"] in (len(words), len(words) + 1) and not task.notes
 
 
+@pytest.mark.parametrize("other", [{"label": "good"}, {"score": 1.5}, {"source": "web"}])
+def test_other_columns_beside_a_text_are_not_read(other: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"the film was good w{i}"} | other) for i in range(12)))
+    data = load_data(path, task="generation")
+    assert not data.labels and {row.source for row in data.train} == {""}
+    assert sorted(row.target for row in (*data.train, *data.valid)) == sorted(
+        f"the film was good w{i}" for i in range(12)
+    )
+
+
 def test_a_long_text_is_learned_in_parts(decoder: str, tmp_path: Path) -> None:
     texts = ["the film was good " * 9, "w1 w2"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": n}) for n, text in enumerate(texts)))

@@ -53,7 +53,7 @@ def layout(record: Mapping[str, Any]) -> str:
         return "Alpaca"
     if {"prompt", "completion"} <= record.keys():
         return _PROMPTED if isinstance(_parsed(record["prompt"]), list) else ""
-    return "text" if "text" in record and not {"label", "score"} & record.keys() else ""
+    return "text" if "text" in record else ""
 
 
 def pictured(record: Mapping[str, Any]) -> str:
