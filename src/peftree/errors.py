@@ -97,12 +97,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN, errno.EMFILE, er
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return the first line of what an error says, or its kind, at most 200 characters and without a full stop.
+    r"""Return the first line of what an error says (with the next, after a colon) or its kind, at most 200 characters.
 
     >>> first_line(ValueError("No such column.\nSee the log."))
     'No such column'
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return (re.sub(r":\s*\n\s*", ": ", str(error).strip()) or type(error).__name__).splitlines()[0][:200].rstrip(".")
 
 
 def plain(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers as tf
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from peftree.errors import ConfigError, MethodError
 from peftree.plan import plan, request
 from peftree.plan.batch import inputs
+from peftree.tasks.loading import read_config
 from sampled import quick
 
 CONFIGS = Path(__file__).parents[1] / "data/configs"
@@ -115,6 +118,23 @@ def test_a_class_with_a_longer_name_gets_its_labels() -> None:
 
     made = inputs(PerceiverForImageClassificationLearned(2, 2), request(model="x", batch_size=3, max_length=16))
     assert made["labels"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_attention_heads", 5, r"The hidden size \(32\) is not a multiple of the number of attention heads \(5\)"),
+        ("hidden_size", "big", r"Field 'hidden_size' expected int, got str \(value: 'big'\)"),
+    ],
+)
+def test_why_transformers_refuses_a_config_is_said(field: str, value: Any, said: str, tmp_path: Path) -> None:
+    tf.LlamaConfig(hidden_size=32, num_attention_heads=4, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ConfigError, match=f"cannot be built from its config: .*: {said}"):
+        plan(request(model=str(tmp_path), batch_size=1, max_length=8))
+    with pytest.raises(ConfigError, match=f"model: .*: {said}"):
+        read_config(str(tmp_path), {}, ())
 
 
 def test_what_is_neither_traced_nor_estimated_says_why(tmp_path: Path) -> None:

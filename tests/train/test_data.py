@@ -119,6 +119,8 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": \n', r"a\.jsonl:2: "),
     ("a.jsonl", b'{"text": "a", "label": "x"}\n[1]\n', r"a\.jsonl:2 is not a JSON object"),
     ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl:1: "),
+    ("a.jsonl", b'{"text": "a", "label": "x", "text": "b"}\n', r"a\.jsonl:1: the key 'text' is there twice"),
+    ("a.json", b'[{"text": "a", "label": "x", "label": "y"}]\n', r"a\.json: the key 'label' is there twice"),
     ("a.jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n', "label holds numbers such as 0.5"),
     ("a.jsonl", b'{"text": "a", "label": ["x"]}\n', r"label is \['x'\], not text. Labels are classes"),
     ("a.jsonl", b'{"text": ["a"], "label": 1}\n', r"text is \['a'\], not text"),

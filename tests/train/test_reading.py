@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from peftree.data.picture import read_picture
 from peftree.data.rows import load_data
 from peftree.errors import DataError
 from peftree.tasks.generation import Generation
@@ -289,6 +290,15 @@ def test_images_that_are_left_out_are_counted(image_data: Path) -> None:
     assert any(r.source.endswith("more.webp") for r in data.train)
     assert any("3 files and folders other than images (.json, .svg, .txt) are skipped" in w for w in data.warnings)
     assert any("1 folders without images are not classes: grey" in w for w in data.warnings)
+
+
+def test_of_an_animation_in_a_folder_its_first_frame_is_read(image_data: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), shade) for shade in ("red", "blue")]
+    frames[0].save(image_data / "train" / "dark" / "moving.gif", save_all=True, append_images=frames[1:])
+    data = load_data(image_data)
+    (found,) = (row for row in (*data.train, *data.valid) if row.source.endswith("moving.gif"))
+    assert read_picture(found.source).getpixel((0, 0)) == (255, 0, 0)
+    assert not any("other than images" in warning for warning in data.warnings)
 
 
 def test_other_data_for_one_split_of_a_folder(review_data: Path, tmp_path: Path) -> None:

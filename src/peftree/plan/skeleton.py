@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftree.catalogue import task_facts
-from peftree.errors import ConfigError
+from peftree.errors import ConfigError, first_line
 from peftree.resolver import located
 from peftree.tasks import diffusion  # noqa: F401  (makes its model known to transformers' auto classes)
 from peftree.trusted import SAFE, cleared, on_hub
@@ -153,8 +153,7 @@ def _period(kinds: list[str]) -> int:
 
 
 def _unbuildable(what: str, error: Exception) -> ConfigError:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ConfigError(
-        f"{what} cannot be built from its config: {said}.",
+        f"{what} cannot be built from its config: {first_line(error)}.",
         "Check the folder or name; custom model code is not run.",
     )

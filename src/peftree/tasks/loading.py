@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from peftree.deltas.packed import keep_gradients
-from peftree.errors import ConfigError, DataError, did_you_mean
+from peftree.errors import ConfigError, DataError, did_you_mean, first_line
 from peftree.settings import DEFAULT_LENGTH
 from peftree.tasks.base import Options
 from peftree.tasks.quantized import form_of_files, left_plain, packing, quantization, to_pack
@@ -42,8 +42,8 @@ def read_config(model: str, changes: Mapping[str, Any], labels: Sequence[str]) -
     path = str(Path(model).expanduser()) if is_local(model) else model
     try:
         config = cleared(AutoConfig.from_pretrained(path, local_files_only=is_local(model), **SAFE))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model: {model}: {_first(error)}", "Check the folder or hub name.") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"model: {model}: {_first(error)}", "Check the folder or hub name, and its config.") from None
     changed(config, changes)
     if labels:
         known = [config.id2label[i] for i in sorted(config.id2label)] if config.id2label else []
@@ -178,7 +178,7 @@ def cut_texts(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[list[l
 
 
 def _first(error: BaseException) -> str:
-    return f"{str(error).strip().splitlines()[0].rstrip('.') if str(error).strip() else type(error).__name__}."
+    return f"{first_line(error)}."
 
 
 def pad_id(tokenizer: Any) -> int:
