@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import peftree
 from peftree import describe, doctor
 from peftree.cli import main
-from peftree.errors import PeftreeError
+from peftree.errors import PeftreeError, PeftreeWarning
 from peftree.printing import EXITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "exit-codes.md"
@@ -33,6 +34,23 @@ def classes(base: type[PeftreeError] = PeftreeError) -> Iterator[type[PeftreeErr
 
 
 OURS = sorted({k for k in classes() if k.__module__ == "peftree.errors"}, key=lambda k: k.__name__)
+
+
+def test_a_warning_of_ours_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of others it keeps its place in the code, by which it can be reported."""
+
+    def warns() -> None:
+        warnings.warn("Packing changed one.", PeftreeWarning, stacklevel=1)
+        warnings.warn("old", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr("peftree.cli.app", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "_showwarnmsg_impl", lambda m: sys.stderr.write(warnings._formatwarnmsg(m)))
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("note: Packing changed one.\n")
+    assert "test_exit_codes.py" in said and "FutureWarning: old" in said
 
 
 def code(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

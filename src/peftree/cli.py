@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+import warnings
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
@@ -17,7 +18,7 @@ from typer.core import TyperCommand
 from peftree import __version__
 from peftree.advise.command import advise
 from peftree.assets.command import data, models
-from peftree.errors import ConfigError, PeftreeError, plain, unwritten
+from peftree.errors import ConfigError, PeftreeError, PeftreeWarning, plain, unwritten
 from peftree.plan.command import plan
 from peftree.printing import EXITS, Json, emit, short, tabled
 from peftree.train.command import RunFolder, convert, export, merge
@@ -346,6 +347,10 @@ def _root(
 
 def main() -> None:
     """Run the command line; a peftree or file error prints one line on stderr and exits with a code of `EXITS`."""
+    usual = warnings.formatwarning  # names a place in the code, which is nothing to the user of a command
+    warnings.formatwarning = lambda what, kind, *place: (
+        f"note: {what}\n" if issubclass(kind, PeftreeWarning) else usual(what, kind, *place)
+    )
     try:
         app()
     except PeftreeError as error:
@@ -357,6 +362,8 @@ def main() -> None:
         sys.exit(refused.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        warnings.formatwarning = usual
 
 
 if __name__ == "__main__":
