@@ -223,7 +223,7 @@ def completed(
     kept = labels.ne(-100)
     counts = kept.sum(1).cpu()
     if not bool(counts.all()):
-        raise TrainError("An item has no completion token.", "Raise max_length.")
+        raise TrainError("An item has no completion token.", "Raise max_length or shorten the rows.")
     with deferred(model, chunked):
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     found, right, finite = token_scores(logits, kept.nonzero(as_tuple=True), labels[kept])

@@ -103,13 +103,13 @@ class Health:
         if labels and not kept:
             raise TrainError(
                 f"All {labels} labels of a batch are masked (-100); nothing would be learned.",
-                "Raise max_length, and check that the completion column is not empty.",
+                "Raise max_length or shorten the rows, and check that the completion column is not empty.",
             )
         if rows and not stops:
             raise TrainError(
                 f"The stop token {self.stop} is not in the loss of any of {rows} rows; "
                 "the model would not learn to stop.",
-                "Raise max_length; do not mask labels by pad id, which may be the stop token.",
+                "Raise max_length or shorten the rows; do not mask labels by pad id, which may be the stop token.",
             )
 
     def see_loss(self, loss: Tensor) -> None:
