@@ -329,6 +329,33 @@ PLACES: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.parametrize("form", ["native", "peft"])
+def test_links_of_hugging_faces_cache_are_read(form: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    model = zoo.build("llama")
+    store.save(store.load(model, folder), folder, format=form)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot = tools.cache(folder, blobs, "snapshots/0a1b/deep")
+    assert all(p.is_symlink() for p in snapshot.iterdir())
+    wanted = store.load(zoo.build("llama"), folder).state()
+    (tmp_path / "elsewhere").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    for place in (snapshot, Path(), tmp_path / "elsewhere"):
+        got = store.load(zoo.build("llama"), place).state()
+        assert all(torch.equal(wanted[k], got[k]) for k in wanted)
+    for file in blobs.iterdir():
+        file.unlink()
+    refused(snapshot, "link or not a regular file")
+
+
+@pytest.mark.parametrize(
+    ("blobs", "at"),
+    [("blobs", "../models--x--y/snapshots/0a1b"), ("other", "snapshots/0a1b"), ("blobs", "0a1b")],
+)
+def test_other_links_are_refused(blobs: str, at: str, folder: Path, tmp_path: Path) -> None:
+    """They come from another repository, lead to another folder of theirs, or do not come from its snapshots."""
+    refused(tools.cache(folder, tmp_path / "models--a--b" / blobs, at), "link or not a regular file")
+
+
 @pytest.mark.parametrize("case", PLACES)
 def test_bad_folders_are_refused(case: str, folder: Path) -> None:
     damage, words = PLACES[case]

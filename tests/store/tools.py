@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,14 @@ def refused(folder: Path, words: str, name: str = "llama", **options: Any) -> Pe
     assert len(str(caught.value)) < 2000
     assert str(caught.value).replace("\n", "").isprintable()
     return caught.value
+
+
+def cache(folder: Path, blobs: Path, at: str) -> Path:
+    """Copy the files of `folder` to `blobs`, link to them from `at` beside it, as Hugging Face's cache does."""
+    snapshot = blobs.parent / at
+    snapshot.mkdir(parents=True)
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
+    return snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from peftree.store import hfpeft, native, plain
 from peftree.store.build import Draft
 from peftree.store.fingerprint import Fingerprint, fingerprint
 from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, newest, stamp, write_folder
-from peftree.store.hotswap import copy_in, fresh_name, movable
+from peftree.store.hotswap import copy_in, movable
 from peftree.store.merged import an_adapter, export
 
 __all__ = ["Fingerprint", "export", "fingerprint", "from_peft", "load", "replace", "save"]
@@ -124,7 +125,8 @@ def replace(adapter: Adapter, source: Adapter | str | Path, *, allow_other_base:
             raise AdapterError(f"'{source.name}' is not on the model of '{adapter.name}'.", "Save it; pass the folder.")
         copy_in(adapter, source, f"'{source.name}'", hfpeft.kept_of(source))
         return adapter
-    _, draft, kept = _read(model, source, fresh_name(model), allow_other_base)
+    unused = f"r{secrets.token_hex(8)}"  # it is read, not put on
+    _, draft, kept = _read(model, source, unused, allow_other_base)
     copy_in(adapter, draft, f"the adapter in {source}", kept)
     return adapter
 

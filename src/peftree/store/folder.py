@@ -1,4 +1,4 @@
-"""Folders of adapters: listed with limits, read without following links, replaced completely or not at all."""
+"""Folders of adapters: listed with limits, read without following foreign links, replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def listing(folder: str | Path) -> set[str]:
     """Return which of peftree's four file names are in `folder`.
 
     Raises:
-        StoreError: there is no such folder, it has too many entries, a file to read is a link or not a
-            regular file, or it holds a pickle.
+        StoreError: there is no such folder, it has too many entries, a file to read is a link (but see `cached`) or not
+            a regular file, or it holds a pickle.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -44,7 +44,7 @@ def listing(folder: str | Path) -> set[str]:
             if count >= ENTRIES:
                 raise StoreError(f"{path} has more than {ENTRIES:,} entries.", "Give the adapter a folder of its own.")
             if entry.name in OURS:
-                if not entry.is_file(follow_symlinks=False):
+                if not entry.is_file(follow_symlinks=False) and not cached(entry.path):
                     raise StoreError(f"{entry.path} is a link or not a regular file.", "Copy the file itself there.")
                 found.add(entry.name)
             elif entry.name.lower().endswith(_PICKLES) and not entry.name.startswith(_COMPANIONS):
@@ -55,6 +55,16 @@ def listing(folder: str | Path) -> set[str]:
                     else "If you trust it, convert it to safetensors elsewhere; remove it from the folder.",
                 )
     return found
+
+
+def cached(path: str | Path) -> Path | None:
+    """Return the file behind a link within one repository of Hugging Face's cache, None for any other path.
+
+    There, every file below `snapshots` is a link to one in `blobs` beside it.
+    """
+    blob = Path(os.path.realpath(path))
+    inside = blob.parent.name == "blobs" and blob.parents[1] / "snapshots" in Path(path).parent.resolve().parents
+    return blob if inside and blob.is_file() else None
 
 
 def newest(folder: str | Path) -> Path:
@@ -71,9 +81,9 @@ def stamp(folder: str | Path) -> list[tuple[int, int, int] | None]:
 
 
 def read_file(path: Path, limit: int) -> bytearray:
-    """Return the bytes of one regular file of at most `limit` bytes, read once; links are not followed."""
+    """Return the bytes of a regular file of at most `limit` bytes, read once; only a `cached` link is followed."""
     try:
-        handle = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
+        handle = os.open(cached(path) or path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}.", "Check the folder.") from None
     with os.fdopen(handle, "rb") as file:

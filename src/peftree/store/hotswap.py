@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +39,8 @@ def pairs(adapter: Adapter, source: Adapter | Draft, what: str) -> list[tuple[Te
         raise AdapterError(f"Only one of '{adapter.name}' and {what} adapts {min(g[0] for g in gone)}.", _FIX)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for place, (key, delta) in mine.items():
-        old, new = dict(_tensors(delta)), dict(_tensors(given[place][1]))
+        # buffers too, those also that no file holds because the seed makes them
+        old, new = (dict([*d.named_parameters(), *d.named_buffers()]) for d in (delta, given[place][1]))
         for name in sorted(old.keys() | new.keys()):
             one, two = old.get(name), new.get(name)
             if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
@@ -50,12 +50,6 @@ def pairs(adapter: Adapter, source: Adapter | Draft, what: str) -> list[tuple[Te
                 raise AdapterError(f"{key}/{name} is on the meta device and has no values.", "Load the weights first.")
             found[id(one)] = one, two
     return list(found.values())
-
-
-def _tensors(delta: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a delta, those too that no file holds because the seed makes them."""
-    yield from delta.named_parameters()
-    yield from delta.named_buffers()
 
 
 def _differences(here: Any, there: Any, name: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -78,12 +72,6 @@ def movable(adapter: Adapter) -> nn.Module:
         raise AdapterError(f"'{adapter.name}' is merged, so its values have no effect.", "Call peftree.unmerge first.")
     adapter.graft.check([adapter.name])
     return model
-
-
-def fresh_name(model: nn.Module) -> str:
-    """Return a name that no adapter of `model` has, for one that is read and not put on."""
-    taken = record_of(model).adapters
-    return next(name for name in iter(lambda: f"r{secrets.token_hex(8)}", "") if name not in taken)
 
 
 def copy_in(adapter: Adapter, source: Adapter | Draft, what: str, kept: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from peftree.errors import StoreError
 from peftree.files import read_json
-from peftree.store.folder import CONFIG, PEFT, read_file, write_folder
+from peftree.store.folder import CONFIG, PEFT, cached, read_file, write_folder
 from peftree.store.tensors import header
 
 PICKLE = "adapter_model.bin"
@@ -35,7 +35,7 @@ def convert(source: str | Path, out: str | Path) -> Path:
     """
     path = Path(source)
     file = path / PICKLE if path.is_dir() else path
-    if not file.is_file() or file.is_symlink():
+    if not file.is_file() or (file.is_symlink() and not cached(file)):
         raise StoreError(f"{file} is not a file.", f"Name a folder that holds {PICKLE}, or that file.")
     if Path(out).resolve() == file.parent.resolve():
         raise StoreError(f"{out} is the source's folder.", "Name another folder; the source stays unchanged.")
