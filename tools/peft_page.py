@@ -24,6 +24,11 @@ values and saves it, we load it and the outputs are compared; or we save one, an
 * *PEFT cannot*: PEFT itself raises, or does not read its own file back.
 * *Wrong*: anything else.
 
+The cases leave out modules whose weight a model reads without calling them: `out_proj` of torch's MultiheadAttention,
+`q_proj` of WavLM, `dt_proj` of Mamba. There our adapters change what is computed, and PEFT's change nothing. Saving for
+PEFT warns of such places, as far as they are known: those of MultiheadAttention, and others once a run has read them. A
+file that PEFT wrote warns in its first run.
+
 """
 
 

@@ -76,7 +76,7 @@ def _changes(model: nn.Module, names: tuple[str, ...], quantized: str) -> tuple[
     graft = record_of(model).graft
     changes: list[Change] = []
     errors, config = [0.0], getattr(getattr(model, "config", None), "quantization_config", None)
-    with torch.no_grad(), _evaluating(d for n in names for *_, d in graft.by[n]):
+    with torch.no_grad(), evaluating(d for n in names for *_, d in graft.by[n]):
         inner = [m for n in names for *_, d in graft.by[n] for m in d.modules()]
         held = _storages([*inner, *(module for _, module, _ in graft.hubs())])
         for path, module, hub in graft.hubs():
@@ -135,9 +135,9 @@ def _share(error: Tensor, change: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(deltas: Iterable[Delta]) -> Iterator[None]:
-    """Put `deltas` in evaluation mode inside, so that what is folded is what inference computes."""
-    training = [m for d in deltas for m in d.modules() if m.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put `modules` and all below them in evaluation mode inside, so that what is folded is what inference computes."""
+    training = [m for each in modules for m in each.modules() if m.training]
     for module in training:
         module.training = False
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as T
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import peftree
 from graft.helpers import put
-from peftree.errors import AdapterError
+from peftree.errors import AdapterError, PeftreeWarning
 
 Run = Callable[[], Tensor]
 
@@ -129,6 +131,73 @@ def test_what_changes_no_weight_is_refused(name: str, sites: str) -> None:
         run()
     with peftree.disabled(model):
         run()
+
+
+class Attending(nn.Module):
+    """torch's attention hands the weight of its `out_proj` to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.attn(x, x, x, need_weights=False)[0])
+        return out
+
+
+PEFT_WARNS = "PEFT will give other outputs: the model reads the weight of"
+
+
+def test_saving_for_peft_warns_where_peft_changes_nothing(tmp_path: Path) -> None:
+    """Known without a run; PEFT, the oracle, computes what its bare base does."""
+    model, bare, x = Attending().eval(), Attending().eval(), torch.randn(2, 3, 16)
+    bare.load_state_dict(model.state_dict())
+    adapter = put(model, "lora", std=0.3, sites="attn.out_proj")
+    with pytest.warns(PeftreeWarning, match=f"{PEFT_WARNS} attn.out_proj without") as seen:
+        peftree.save(adapter, tmp_path / "a")
+    assert seen[0].filename == __file__
+    with pytest.warns(PeftreeWarning, match=PEFT_WARNS):
+        peftree.export(adapter, tmp_path / "a")
+    peftree.save(adapter, tmp_path / "native", format="native")
+    theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "a")
+    with torch.no_grad(), theirs.disable_adapter():
+        base = theirs(x)
+    assert torch.equal(theirs(x), base) and (model(x) - base).abs().max() > 1e-2
+    peftree.detach(model)
+    peftree.save(put(model, "lora", std=0.3, sites="out"), tmp_path / "b", format="peft")
+
+
+@pytest.mark.parametrize(
+    ("name", "sites", "read"),
+    [("wavlm", "*.k_proj *.intermediate_dense", "k_proj"), ("mamba", "*.dt_proj *.in_proj", "dt_proj")],
+)
+def test_a_run_shows_what_is_read_without_a_call(name: str, sites: str, read: str, tmp_path: Path) -> None:
+    model, run = MODELS[name]()
+    adapter = put(model.eval(), "lora", std=0.3, sites=sites)
+    peftree.save(adapter, tmp_path / "before")
+    run()
+    with pytest.warns(PeftreeWarning, match=PEFT_WARNS) as seen:
+        peftree.save(adapter, tmp_path / "after")
+    told = str(seen[0].message).partition("weight of ")[2].partition(" without")[0]
+    assert {path.rpartition(".")[2] for path in told.split(", ")} == {read}
+    peftree.detach(model)
+    peftree.load(model, tmp_path / "after")
+    run()  # our own file
+    peftree.detach(model)
+    (tmp_path / "after" / "manifest.json").unlink()
+    peftree.load(model, tmp_path / "after")
+    with peftree.disabled(model):
+        run()
+    with pytest.warns(PeftreeWarning, match=rf"{read} has a weight .* adapter 'default' it gives") as seen:
+        run()
+    assert len(seen) == 1
+    run()
+    peftree.detach(model)
+    peftree.load(model, tmp_path / "after")
+    peftree.detach(model)
+    put(model, "lora", std=0.3, sites=sites)
+    run()
 
 
 def test_a_weight_cannot_differ_by_row() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,7 +15,7 @@ from peftree.deltas import Attend, Delta, Part, Prepend, Rewrite, Side
 from peftree.deltas.packed import is_packed, keep_gradients
 from peftree.errors import AdapterError, MethodError
 from peftree.graft.attention import AttentionPart
-from peftree.graft.call import PerThread, Shared
+from peftree.graft.call import Shared
 from peftree.graft.entry import check_length, positions_of
 from peftree.graft.forms import Form, find
 from peftree.graft.hub import Cell, Hub
@@ -30,7 +30,6 @@ from peftree.sites.parts import field, inside, modules_of
 
 __all__ = ["Adapted", "Graft", "Hub", "Room"]
 
-P = TypeVar("P", bound=PerThread)
 Entry = tuple[str, Site, Delta]
 
 
@@ -103,6 +102,7 @@ class Graft:
         """
         names = list(adapters)
         gone = [entry for name in names for entry in self.by.pop(name)]
+        self.shared.notes = {at: note for at, note in self.shared.notes.items() if at[0] in self.by}
         self._remove(names, gone)
         if not self.by or any(connects(site, delta) for _, site, delta in gone):
             self._connect_again()
@@ -267,17 +267,13 @@ class Graft:
         for index in range(len(stack.layers)):
             self._layer(state, index)
 
-    def _known(self, part: P) -> P:
-        """Let gradient checkpointing carry what `part` keeps."""
-        self.shared.parts.append(part)
-        return part
-
     def _branch(self, hub: Hub, site: Site, delta: Rewrite) -> None:
         path = site.residual if delta.reads == "residual" else site.source
         if path is None:
             raise MethodError(f"The {delta.reads} module of {site.name} is unknown.", "Choose another site.")
         if delta.reads not in hub.sources:
-            cell = hub.sources[delta.reads] = self._known(Cell())
+            cell = hub.sources[delta.reads] = Cell()
+            self.shared.parts.append(cell)
             self.hub(path).cells.append(cell)
 
     def _attention(self, hub: Hub, site: Site, delta: Attend) -> None:
@@ -285,7 +281,7 @@ class Graft:
         part = next((p for p in hub.outer if isinstance(p, AttentionPart)), None)
         if part is None:
             part = AttentionPart(site, module)
-            self._known(part.seen)
+            self.shared.parts.append(part.seen)
             hub.outer.append(part)
             part.install(module)
         if delta.projects and not part.projections:
@@ -345,7 +341,7 @@ class Graft:
             fills=text and (own or "per_layer_inputs" in takes or "input_ids" in reads),
             offset=sum(slots(module, n) for n in inside if n.rsplit(".", 1)[-1] in CLASS_TOKENS),
         )  # fmt: skip
-        self._known(state.here)
+        self.shared.parts.append(state.here)
         self.hub(site.path).outer.append(StackPart(state))
         if keep:
             for decoder in decoders:

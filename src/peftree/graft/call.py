@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from peftree.errors import AdapterError
+from peftree.errors import AdapterError, PeftreeWarning
 
 if TYPE_CHECKING:
     from peftree.graft.program import Route
@@ -95,8 +96,10 @@ class Shared:
         default: the adapters that `switch` switched on.
         run: what the run in progress in this thread uses.
         open: one token for every `route` or `disabled` block that is open in any thread or task.
-        parts: what the parts of the graft keep per thread.
+        parts: what the parts of the graft keep per thread, which gradient checkpointing carries.
         unseen: paths of modules whose deltas were not yet in effect in any run outside torch.compile.
+        outside: paths of modules with whose changed weight code other than their own forward computed.
+        notes: by adapter and path, what to say once if that happens there; the places of an adapter share it.
         looks: whether a delta reads the scene.
         sizes: adapted modules, or their parents, with an attribute that was set later, and its first value.
         activations: `recompute` if the inside of feed-forward networks is computed again in the backward pass.
@@ -108,6 +111,8 @@ class Shared:
         self.open: set[object] = set()
         self.parts: list[PerThread] = []
         self.unseen: set[str] = set()
+        self.outside: set[str] = set()
+        self.notes: dict[tuple[str, str], list[str]] = {}
         self.looks = False
         self.sizes: dict[tuple[Any, str], Any] = {}
         self.activations = "exact"
@@ -141,6 +146,13 @@ class Shared:
             _blocks.set({**blocks, self: self.default._replace(task=blocks[self].task)})
         if self.run.choice is not None:
             self.run.choice = self.default._replace(task=self.run.choice.task)
+
+    def served(self, path: str, names: frozenset[str]) -> None:
+        """Record that code outside the module at `path` computes with its weight as the adapters `names` change it."""
+        if not torch.compiler.is_compiling():
+            self.outside.add(path)
+            for note in filter(None, [self.notes.get((name, path)) for name in names]):
+                warnings.warn(f"{path} {note.pop()}", PeftreeWarning, stacklevel=2)
 
     def check(self, model: nn.Module) -> None:
         """Raise AdapterError if an adapted module of `model` was resized or replaced."""

@@ -58,6 +58,7 @@ def outside(hub: Hub, module: nn.Module, name: str, own: Tensor | None) -> Tenso
                 "Choose other sites, or a method that changes weights, with one adapter for the whole batch.",
             )
         choice.used(hub.path)
+        hub.shared.served(hub.path, choice.names)
         return effective(module, on)[name]
 
     if own is None or torch.compiler.is_compiling() or (choice.dense and not on.rewrites):

@@ -59,18 +59,11 @@ class Program:
 
 def compile_program(deltas: Iterable[tuple[Site, Delta]]) -> Program:
     """Sort `deltas` by verb and decide which path they may take."""
-    program = Program()
-    for site, delta in deltas:
-        if isinstance(delta, Reweight):
-            program.reweights.append((site, delta))
-        elif isinstance(delta, Rewrite):
-            program.rewrites.append((site, delta))
-        elif isinstance(delta, Attend):
-            program.attends.append((site, delta))
-        elif isinstance(delta, Prepend):
-            program.prepends.append((site, delta))
-        elif isinstance(delta, Side):
-            program.sides.append((site, delta))
+    every = list(deltas)
+    sorted_by_verb: Any = [
+        [e for e in every if isinstance(e[1], v)] for v in (Reweight, Rewrite, Attend, Prepend, Side)
+    ]
+    program = Program(*sorted_by_verb)
     first = True
     for site, delta in program.reweights:
         alone = first or not delta.reads_weight

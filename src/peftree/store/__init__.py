@@ -98,7 +98,7 @@ def load(
     """
     called, draft, kept = _read(model, folder, name, allow_other_base)
     adapter = install(model, called, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
-    hfpeft.remember(adapter, kept)
+    hfpeft.remember(adapter, kept, draft.foreign)
     return adapter
 
 

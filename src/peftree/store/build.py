@@ -27,12 +27,16 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Draft:
-    """An adapter that is not yet on a model: its method, deltas with their keys and sites, task head, seed."""
+    """An adapter that is not yet on a model: its method, deltas with their keys and sites, task head, seed.
+
+    `foreign` holds the paths of the modules that the method adapts, if another library wrote the file.
+    """
 
     method: Method
     entries: Entries
     head: bool
     seed: int
+    foreign: tuple[str, ...] = ()
 
     @property
     def keyed(self) -> Entries:

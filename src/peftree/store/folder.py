@@ -58,10 +58,7 @@ def listing(folder: str | Path) -> set[str]:
 
 
 def cached(path: str | Path) -> Path | None:
-    """Return the file behind a link within one repository of Hugging Face's cache, None for any other path.
-
-    There, every file below `snapshots` is a link to one in `blobs` beside it.
-    """
+    """Return the file in `blobs` to which a link in `snapshots` of Hugging Face's cache leads, None for other paths."""
     blob = Path(os.path.realpath(path))
     inside = blob.parent.name == "blobs" and blob.parents[1] / "snapshots" in Path(path).parent.resolve().parents
     return blob if inside and blob.is_file() else None

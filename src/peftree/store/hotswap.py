@@ -81,4 +81,4 @@ def copy_in(adapter: Adapter, source: Adapter | Draft, what: str, kept: dict[str
         for old, new in matched:
             old.copy_(new)
     adapter.seed = source.seed
-    hfpeft.remember(adapter, kept)
+    hfpeft.remember(adapter, kept, source.foreign if isinstance(source, Draft) else ())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftree import adapter as adapters
 from peftree.adapter import Adapter
-from peftree.compose import merged
+from peftree.compose import evaluating, merged
 from peftree.deltas.packed import keep_gradients, stored
 from peftree.errors import AdapterError, StoreError
 from peftree.files import stage_for, sync_folder
@@ -81,7 +81,9 @@ def _merged(adapter: Adapter, folder: Path, quantized: str) -> Path:
                 _write(plain, stage)
                 _check(plain, stage, wanted)
         for file in stage.iterdir():
-            _sync(file)
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.chmod(file, 0o644)
         os.chmod(stage, OPEN)
         put_in_place(stage, path)
     finally:
@@ -93,17 +95,13 @@ def _merged(adapter: Adapter, folder: Path, quantized: str) -> Path:
 @contextlib.contextmanager
 def _alone(adapter: Adapter) -> Iterator[None]:
     """Switch on only this adapter, in evaluation mode, then restore the previous state."""
-    model = adapter.model
-    assert model is not None
+    model = adapter.graft.model
     before = adapters.active(model)
-    modes = {m: m.training for m in model.modules()}
     adapters.switch(model, adapter.name)
-    model.eval()
     try:
-        yield
+        with evaluating([model]):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         adapters.switch(model, before)
 
 
@@ -175,9 +173,3 @@ def _probe(model: Any) -> Tensor | None:
         return None
     with torch.no_grad():
         return next(v for v in model(**inputs).values() if isinstance(v, Tensor)).cpu()
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.chmod(file, 0o644)

@@ -76,17 +76,14 @@ def header(data: bytes | bytearray, where: str) -> dict[str, Entry]:
         raise StoreError(f"{where} states a header of {length:,} bytes.", _ADVICE)
     try:
         raw = parse_object(bytes(data[8 : 8 + length]))
-        _check_metadata(raw.pop("__metadata__", {}))
+        metadata = raw.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("its __metadata__ is not text")
         entries = {name: _entry(name, value, 8 + length) for name, value in raw.items()}
         _check_tiling(entries, 8 + length, len(data))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} has a bad header: {str(error)[:200]}.", _ADVICE) from None
     return entries
-
-
-def _check_metadata(value: object) -> None:
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise ValueError("its __metadata__ is not text")
 
 
 def _entry(name: str, value: object, base: int) -> Entry:

@@ -61,7 +61,7 @@ def ours(config: Any, kind: Any, raw: dict[str, Any]) -> tuple[str, dict[str, An
         read = parse(dialect.schema, raw, where)
         if isinstance(read, Targeted) and not read.target_modules:
             raise StoreError(f"{where} names no target_modules; PEFT then chooses them by the model's type.", "")
-        saves_heads(model, read.modules_to_save, where)
+        saves_heads(model, read.modules_to_save or [], where)
         return dialect.method(read, model, where)
     except StoreError as error:
         raise StoreError(error.what, _INSTEAD) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from peftree import registry
 from peftree import sites as site_tree
 from peftree.adapter import Adapter, check_free
-from peftree.errors import ConfigError, StoreError
+from peftree.errors import ConfigError, PeftreeWarning, StoreError
 from peftree.files import read_json, sha256
 from peftree.making import Entries
 from peftree.methods.contract import Method
@@ -41,6 +43,7 @@ _OWN: tuple[Dialect[Any], ...] = (
 )  # fmt: skip
 _NEEDS_HEAD = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 T = TypeVar("T")
+SHOWN = 5  # modules that a warning names
 _KEPT: WeakKeyDictionary[Adapter, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -67,12 +70,27 @@ def files(adapter: Adapter) -> dict[str, bytes]:
     own |= whole.config(work.view.model, [site.path for _, site, _ in work.heads], work.whole, work.view.paths)
     state = adapter.state()
     rest = {k: t.flatten().tolist() for k, t in state.items() if k.rpartition("/")[2] in dialect.rest}
+    _tell_of_reads(adapter, work)
     weights = pack(_renamed(encoded(work.links(), state) | dialect.extras(work.view), PREFIX, dialect.root))
     config = _config(dialect, adapter, work, own)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     entries = header(weights, PEFT)
     manifest = describe(adapter, "peft", entries, sha256(weights), _canonical(config), _KEPT.get(adapter), rest)
     return {PEFT: weights, CONFIG: text.encode(), MANIFEST: manifest.text()}
+
+
+def _tell_of_reads(adapter: Adapter, work: Work) -> None:
+    """Warn of places where PEFT changes nothing: it acts when a module is called, and the model reads the weight."""
+    held, read = work.view.model.get_submodule, adapter.graft.shared.outside
+    found = [p for p in work.places if p in read or isinstance(held(p.rpartition(".")[0]), nn.MultiheadAttention)]
+    if found:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        warnings.warn(
+            f"PEFT will give other outputs: the model reads the weight of {', '.join(found[:SHOWN])}{more} without "
+            "calling the module, where PEFT changes nothing. Merge the adapter for other programs (peftree.merge, or "
+            "peftree.export with to='merged'), or adapt other sites. For peftree alone, save with format='native'.",
+            PeftreeWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 class Work:
@@ -90,6 +108,11 @@ class Work:
         shifts = [e for e in rest if e[2].part in beside and e[2].part not in full]
         mine = [e for e in rest if e[2].part == index or not beside]
         self.view = View(model, main, mine, config, shifts)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The modules that the method adapts, without those that are trained as a whole."""
+        return tuple(dict.fromkeys(site.path for _, site, _ in (*self.view.entries, *self.view.shifts)))
 
     def links(self) -> list[Link]:
         """Return the links of every tensor."""
@@ -266,7 +289,7 @@ def _drafted(
     _check_extras(dialect.known(work.view), extra, path)
     start = {k: t for k, t in draft.state().items() if k.rpartition("/")[2] in derived}
     build.fill(model, draft, start | decoded(work.links(), tensors), str(path))
-    return draft
+    return draft if config is None else replace(draft, foreign=work.places)
 
 
 def _restore(draft: Draft, rest: Mapping[str, list[bool]], names: Sequence[str], where: Path) -> None:
@@ -293,8 +316,15 @@ def kept_of(adapter: Adapter) -> dict[str, Any]:
     return dict(_KEPT.get(adapter, {}))
 
 
-def remember(adapter: Adapter, keys: dict[str, Any]) -> None:
-    """Keep the unknown keys of the file that an adapter was read from, to write them again."""
-    _KEPT.pop(adapter, None)
-    if keys:
-        _KEPT[adapter] = keys
+def remember(adapter: Adapter, keys: dict[str, Any], foreign: Sequence[str]) -> None:
+    """Keep the unknown keys of the file that an adapter was read from, and its places if PEFT wrote it: `foreign`."""
+    note = [
+        "has a weight that the model reads without calling the module. PEFT changes nothing there, so with the file "
+        f"of adapter '{adapter.name}' it gives other outputs than here, unless the adapter has no effect there (what "
+        "PEFT trains has none). If you need PEFT's outputs, run the file with peft."
+    ]
+    notes = adapter.graft.shared.notes
+    for at in [at for at in notes if at[0] == adapter.name]:
+        del notes[at]
+    notes |= {(adapter.name, path): note for path in foreign}
+    _KEPT[adapter] = keys

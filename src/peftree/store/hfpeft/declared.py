@@ -24,7 +24,6 @@ class Declared(AtModules[Any]):
     """One such mapping: a subclass for each method."""
 
     peft: ClassVar[Peft]
-
     whole: ClassVar[bool] = True
 
     def config(self, view: View) -> dict[str, Any]:

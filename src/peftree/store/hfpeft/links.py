@@ -130,13 +130,7 @@ def _link(name: str, keys: tuple[str, ...], part: Part, tiles: list[int]) -> Lin
 
 def head_links(entries: Entries) -> list[Link]:
     """Return the links of task heads, whole modules in PEFT's `modules_to_save`."""
-    have = states(entries)
-    return [
-        Link(f"{PREFIX}{site.path}.{theirs}", (f"{key}/{ours}",), _same, _alone)
-        for key, site, _ in entries
-        for theirs, ours in (("weight", "value"), ("bias", "offset"))
-        if f"{key}/{ours}" in have
-    ]
+    return links_of(entries, lambda _: [Part("weight", ("value",)), Part("bias", ("offset",))])
 
 
 def encoded(links: Iterable[Link], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -243,23 +243,13 @@ def saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [path for path in modules_of(model) if path and any(n and path.endswith(n) for n in names)]
 
 
-def saves_heads(model: nn.Module, names: Sequence[str] | None, where: Path) -> bool:
-    """Return whether `modules_to_save` means this model's task heads; False if it is empty.
-
-    Raises:
-        StoreError: it names other modules, or none.
-    """
-    if not names:
-        return False
-    for name in names:
-        if not name or not set(name) <= LETTERS:
-            raise StoreError(f"{where}: modules_to_save has the pattern {name[:80]!r}.", "Name modules one by one.")
+def saves_heads(model: nn.Module, names: Sequence[str], where: Path) -> None:
+    """Raise StoreError if `modules_to_save` has names, and they do not mean exactly this model's task heads."""
     every = modules_of(model)
     meant = {id(p) for path in saved_paths(model, names) for p in every[path].parameters()}
     heads = {id(p) for s in site_tree.task_head(model) for p in every[s.path].parameters()}
-    if not meant or meant != heads:
+    if names and (not meant or meant != heads):
         raise StoreError(
             f"{where}: modules_to_save is {', '.join(names)[:200]}; it must name whole task heads.",
             "Load it with peft, or train the adapter without modules_to_save.",
         )
-    return True

@@ -107,6 +107,7 @@ def kept(
     here = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     paths = saved_paths(model, saved or [])
     other = aliases_of(model)
+    placed = {k for path, module in modules_of(model).items() for k in _keys(path, module)}
     given = {*contents.base.values()}
     idle = next((p for p in paths if (keys := _keys(p, model.get_submodule(p))) and not given & {*keys}), None)
     if idle is not None:
@@ -129,7 +130,7 @@ def kept(
                 raise InexpressibleError(f"{key} is a statistic of the base, which adapters do not change here")
             continue
         found[name] = key
-        twins = [] if copied else [k for k, p in here.items() if p is now and k != key and k in _placed(model)]
+        twins = [] if copied else [k for k, p in here.items() if p is now and k != key and k in placed]
         for twin in twins:
             if twin not in given:
                 entries[PREFIX + twin] = entry
@@ -174,10 +175,6 @@ def with_tokens(
         name = f"{PREFIX}{path}.weight"
         entries[name] = Entry(torch.float32, tuple(whole.shape), start, len(data))
         contents.base[name] = f"{path}.weight"
-
-
-def _placed(model: nn.Module) -> set[str]:
-    return {k for path, module in modules_of(model).items() for k in _keys(path, module)}
 
 
 def _equal(tensor: Tensor, now: Tensor) -> bool:
