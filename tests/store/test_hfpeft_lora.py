@@ -23,17 +23,33 @@ from peftree.store.folder import CONFIG, MANIFEST, PEFT
 from peftree.store.hfpeft.pattern import matches, valued, ways
 from store import tools
 
-TIED = {**zoo.LLAMA, "tie_word_embeddings": True}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "num_experts": 4,
+         "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {"num_key_value_heads": 4, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+         "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 4, "q_lora_rank": 4, "v_head_dim": 4,
+         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+    ),
+}  # fmt: skip
 
 
 def build(name: str) -> nn.Module:
     """Return a tiny model; `tied` is a decoder whose head is its embedding."""
-    return zoo._make("LlamaForCausalLM", "LlamaConfig", **TIED) if name == "tied" else zoo.build(name)
+    if name not in MORE:
+        return zoo.build(name)
+    kind, fields = MORE[name]
+    return zoo._make(f"{kind}ForCausalLM", f"{kind}Config", **zoo.LLAMA | fields)
 
 
 def run(name: str, model: nn.Module) -> torch.Tensor:
     """Return its output on its batch."""
-    return tools.output("llama" if name == "tied" else name, model)
+    return tools.output("llama" if name in MORE else name, model)
 
 
 def gap(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -89,6 +105,18 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
             "rank_pattern": {"experts.down_proj": 2},
         },
     ),
+    "stacked experts beside a module of their name": (
+        "qwen2_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj"],
+            "rank_pattern": {"mlp.experts.down_proj": 2},
+        },
+    ),
+    "stacked experts, asked for as modules": (
+        "deepseek_v3",
+        {"target_modules": ["o_proj", "down_proj"], "alpha_pattern": {"down_proj": 7}},
+    ),
     "trained rows of a tied embedding": ("tied", {"target_modules": QV, "trainable_token_indices": [1, 9, 20, 40]}),
     "OLoRA": ("llama", {"target_modules": QV, "init_lora_weights": "olora"}),
     "PiSSA by module": ("llama", {"target_modules": QV, "init_lora_weights": "pissa", "rank_pattern": {"v_proj": 2}}),
@@ -117,6 +145,13 @@ def test_pefts_options_are_read_and_written_again(case: str, tmp_path: Path) -> 
     assert gap(wanted, run(name, bare)) < 1e-5
     peftree.merge(model)
     assert gap(wanted, run(name, model)) < 1e-5
+
+
+def test_a_place_of_a_file_that_no_site_can_hold_is_refused_with_what_helps(tmp_path: Path) -> None:
+    """Who has a file cannot name other sites."""
+    made("deepseek_v3", tmp_path, target_modules="all-linear")
+    with pytest.raises(StoreError, match=r"config.json: .*mlp.gate\) is of kind 'raw'.* Load this adapter with peft\."):
+        store.load(build("deepseek_v3"), tmp_path)
 
 
 LoRA, Full, BitFit = (peftree.get(n) for n in ("lora", "full", "bitfit"))

@@ -62,11 +62,7 @@ def _differences(here: Any, there: Any, name: str) -> Iterator[tuple[str, tuple[
 
 
 def movable(adapter: Adapter) -> nn.Module:
-    """Return the model of an adapter whose values may be replaced now.
-
-    Raises:
-        AdapterError: it is not an adapter, or was detached, or is merged.
-    """
+    """Return the model of an adapter whose values may be replaced now; AdapterError if they may not."""
     model = an_adapter(adapter).graft.model
     if adapter.name in record_of(model).merged:
         raise AdapterError(f"'{adapter.name}' is merged, so its values have no effect.", "Call peftree.unmerge first.")

@@ -178,7 +178,7 @@ def read(
     dialect = _dialect(raw, where)
     entries = _renamed(entries, dialect.root, PREFIX)
     config = parse(dialect.schema, raw, where)
-    with exactly(where):
+    with exactly(where, not ours):
         if manifest is None:
             method, head, entries = _foreign(dialect, config, model, where, data, entries)
         else:
@@ -192,7 +192,7 @@ def read(
         native.check_base(manifest, model, folder, allow_other_base)
     seed = manifest.seed if manifest else 0
     foreign = config if manifest is None else None
-    with exactly(where):
+    with exactly(where, not ours):
         draft = _drafted(dialect, model, method, head, seed, path, data, entries, foreign)
     if manifest is not None:
         _restore(draft, manifest.rest, dialect.rest, folder / MANIFEST)

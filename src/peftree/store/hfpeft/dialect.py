@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic
 from torch import Tensor, nn
 
 from peftree import registry
-from peftree.errors import StoreError
+from peftree.errors import MethodError, SiteError, StoreError
 from peftree.making import Entries
 from peftree.methods.bysite import Meaning
 from peftree.methods.contract import Method
@@ -182,9 +182,11 @@ def refuse(where: Path, what: str, fix: str = "Load this adapter with peft.") ->
 
 
 @contextmanager
-def exactly(where: Path) -> Iterator[None]:
-    """Inside, what has no exact form is refused with the place of the config."""
+def exactly(where: Path, foreign: bool = False) -> Iterator[None]:
+    """Inside, what has no exact form, and in a `foreign` file what no site here can hold, is refused by its config."""
     try:
         yield
-    except InexpressibleError as error:
-        raise refuse(where, error.reason) from None
+    except (InexpressibleError, MethodError, SiteError) as error:
+        if isinstance(error, InexpressibleError) or foreign:
+            raise refuse(where, getattr(error, "reason", error.what.removesuffix("."))) from None
+        raise

@@ -40,14 +40,6 @@ class Link:
     decode: Callable[[Tensor], Sequence[Tensor]]
 
 
-def _same(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0]
-
-
-def _alone(tensor: Tensor) -> Sequence[Tensor]:
-    return [tensor]
-
-
 @dataclass(frozen=True)
 class Part:
     """How one tensor of a PEFT layer is made from tensors of one of our deltas.
@@ -62,8 +54,8 @@ class Part:
     theirs: str
     ours: tuple[str, ...]
     out: int | None = None
-    encode: Callable[[Sequence[Tensor]], Tensor] = _same
-    decode: Callable[[Tensor], Sequence[Tensor]] = _alone
+    encode: Callable[[Sequence[Tensor]], Tensor] = lambda t: t[0]
+    decode: Callable[[Tensor], Sequence[Tensor]] = lambda t: [t]
 
 
 def transposed(theirs: str, ours: str, out: int | None = 0) -> Part:

@@ -168,13 +168,16 @@ def usual(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
 
 
 def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> list[tuple[list[str], T]]:
-    """Return names for the modules with each value: the last name if all modules of that name share the value.
+    """Return names for the places with each value: the last name if all places of that name share the value.
 
     Args:
         model: the base.
         values: values by path.
-        every: all paths of the adapter.
+        every: all paths of the adapter. Those of parameters (stacked experts) keep their whole name where modules have
+            the last one too, since it means these.
     """
+    modules = modules_of(model)
+    leaves = {path.rpartition(".")[2] for path in modules}
     found: list[tuple[list[str], T]] = []
     for value in dict.fromkeys(values.values()):
         mine = [path for path, v in values.items() if v == value]
@@ -183,6 +186,7 @@ def compact(model: nn.Module, values: Mapping[str, T], every: Sequence[str]) -> 
             leaf = path.rpartition(".")[2]
             shared = all(values.get(p) == value for p in every if p.rpartition(".")[2] == leaf)
             around = leaf in _RESERVED or any(f".{leaf}." in f".{p}" for p in every)
+            around |= path not in modules and leaf in leaves
             names[leaf if shared and not around else path] = None
         found.append((list(names), value))
     return found
