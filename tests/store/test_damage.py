@@ -19,9 +19,9 @@ from safetensors.torch import save as pack
 import zoo
 from peftree import adapter as adapters
 from peftree import store
-from peftree.errors import PeftreeError
+from peftree.errors import PeftreeError, StoreError
 from peftree.store import folder as folders
-from peftree.store.folder import MANIFEST, NATIVE, PEFT
+from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT
 from store import tools
 from store.tools import refused
 
@@ -313,6 +313,11 @@ def _torch(name: str) -> Damage:
     return lambda folder: torch.save({"a": torch.zeros(2)}, folder / name)
 
 
+def _only_weights(folder: Path) -> None:
+    store.save(store.load(zoo.build("llama"), folder), folder, format="peft")
+    (folder / CONFIG).unlink()
+
+
 PLACES: dict[str, tuple[Damage, str]] = {
     "a pickle beside it": (_torch("adapter_model.bin"), "pickle; those can run code.*Convert"),
     "a checkpoint beside it": (_torch("pytorch_model.pt"), "pickle"),
@@ -323,6 +328,7 @@ PLACES: dict[str, tuple[Damage, str]] = {
     "a pipe": (_fifo, "link or not a regular file"),
     "a folder as file": (_directory, "link or not a regular file"),
     "no weights": (lambda f: (f / NATIVE).unlink(), "No such file"),
+    "PEFT's config gone": (_only_weights, "lacks adapter_config.json"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "holds no adapter"),
     "both formats": (lambda f: (f / PEFT).write_bytes(b""), "holds both"),
     "a pickle as weights": (lambda f: torch.save({}, f / NATIVE), "SHA-256 differs"),
@@ -382,6 +388,23 @@ def test_no_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "is not a folder")
     refused(tmp_path / "file", "is not a folder")
     refused(tmp_path / "empty", "holds no adapter")
+
+
+@pytest.mark.parametrize("bad", ["", 3, b"x", None])
+def test_what_names_no_folder_is_refused(bad: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(folder)
+    adapter = store.load(zoo.build("llama"), ".")
+    calls: list[Callable[[], Any]] = [
+        lambda: store.load(zoo.build("llama"), bad),
+        lambda: store.save(adapter, bad),
+        lambda: store.export(adapter, bad),
+        lambda: store.export(adapter, bad, "merged"),
+    ]
+    if bad == "":
+        calls += [lambda: store.replace(adapter, bad), lambda: store.from_peft(zoo.build("llama"), bad)]
+    for call in calls:
+        with pytest.raises(StoreError, match=r"does not name a folder.* '\.' is the current folder"):
+            call()
 
 
 def test_a_file_too_large_for_the_model_is_not_read(folder: Path) -> None:

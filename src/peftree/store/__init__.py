@@ -14,7 +14,7 @@ from peftree.errors import AdapterError, StoreError, did_you_mean
 from peftree.store import hfpeft, native, plain
 from peftree.store.build import Draft
 from peftree.store.fingerprint import Fingerprint, fingerprint
-from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, newest, stamp, write_folder
+from peftree.store.folder import CONFIG, MANIFEST, NATIVE, PEFT, listing, named, newest, stamp, write_folder
 from peftree.store.hotswap import copy_in, movable
 from peftree.store.merged import an_adapter, export
 
@@ -96,7 +96,7 @@ def load(
         StoreError: a file is missing, damaged, unsafe, or made for another base or method.
         ConfigError, MethodError, SiteError, AdapterError: the method, a field, a site or the name is invalid.
     """
-    called, draft, kept = _read(model, folder, name, allow_other_base)
+    called, draft, kept = _read(model, named(folder), name, allow_other_base)
     adapter = install(model, called, draft.method, draft.entries, draft.head, draft.seed).requires_grad(trainable)
     hfpeft.remember(adapter, kept, draft.foreign)
     return adapter
@@ -126,12 +126,12 @@ def replace(adapter: Adapter, source: Adapter | str | Path, *, allow_other_base:
         copy_in(adapter, source, f"'{source.name}'", hfpeft.kept_of(source))
         return adapter
     unused = f"r{secrets.token_hex(8)}"  # it is read, not put on
-    _, draft, kept = _read(model, source, unused, allow_other_base)
+    _, draft, kept = _read(model, named(source), unused, allow_other_base)
     copy_in(adapter, draft, f"the adapter in {source}", kept)
     return adapter
 
 
-def _read(model: nn.Module, folder: str | Path, name: str | None, other: bool) -> tuple[str, Draft, dict[str, Any]]:
+def _read(model: nn.Module, folder: Path, name: str | None, other: bool) -> tuple[str, Draft, dict[str, Any]]:
     """Return name, filled draft and kept keys of the adapter in a folder, read again if it is saved meanwhile."""
     for tries in reversed(range(RACES)):
         before = stamp(folder)

@@ -28,6 +28,13 @@ _NOFOLLOW: int = os.__dict__.get("O_NOFOLLOW", 0)
 _NONBLOCK: int = os.__dict__.get("O_NONBLOCK", 0)
 
 
+def named(folder: object) -> Path:
+    """Return the path of a folder that a user named; StoreError if it is no path, or empty."""
+    if not isinstance(folder, str | os.PathLike) or not folder:
+        raise StoreError(f"{folder!r} does not name a folder.", "Pass its path; '.' is the current folder.")
+    return Path(folder)
+
+
 def listing(folder: str | Path) -> set[str]:
     """Return which of peftree's four file names are in `folder`.
 
@@ -139,7 +146,7 @@ def target(folder: str | Path) -> Path:
     Raises:
         StoreError: it is a link or a file.
     """
-    path = Path(os.path.abspath(folder))  # resolve() would follow a link
+    path = Path(os.path.abspath(named(folder)))  # resolve() would follow a link
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise StoreError(f"{path} is a link or a file.", "Save to another folder.")
     try:

@@ -72,9 +72,8 @@ def movable(adapter: Adapter) -> nn.Module:
 
 def copy_in(adapter: Adapter, source: Adapter | Draft, what: str, kept: dict[str, Any]) -> None:
     """Copy the values of `source` into the tensors of `adapter`, after every check has passed."""
-    matched = pairs(adapter, source, what)
     with torch.no_grad():
-        for old, new in matched:
+        for old, new in pairs(adapter, source, what):
             old.copy_(new)
     adapter.seed = source.seed
     hfpeft.remember(adapter, kept, source.foreign if isinstance(source, Draft) else ())

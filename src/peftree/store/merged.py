@@ -48,7 +48,7 @@ def export(
         return write_folder(folder, hfpeft.files(an_adapter(adapter)))
     if to != "merged":
         raise StoreError(f"Cannot export to {to!r}.", "Use to='peft' or to='merged'.")
-    return _merged(an_adapter(adapter), Path(folder), quantized)
+    return _merged(an_adapter(adapter), folder, quantized)
 
 
 def an_adapter(given: Adapter) -> Adapter:
@@ -61,7 +61,7 @@ def an_adapter(given: Adapter) -> Adapter:
     return given
 
 
-def _merged(adapter: Adapter, folder: Path, quantized: str) -> Path:
+def _merged(adapter: Adapter, folder: str | Path, quantized: str) -> Path:
     """Write the merged model to a sibling folder, load it, compare, and move it into place."""
     model = adapter.model
     if model is None or "save_pretrained" not in dir(model):

@@ -14,7 +14,7 @@ from peftree.files import sha256
 from peftree.store import build
 from peftree.store.build import Draft
 from peftree.store.fingerprint import difference
-from peftree.store.folder import MANIFEST, NATIVE, read_file
+from peftree.store.folder import CONFIG, MANIFEST, NATIVE, read_file
 from peftree.store.manifest import Manifest, check_tensors, describe, method_of, read_manifest
 from peftree.store.tensors import Entry, header, pack, view
 
@@ -34,6 +34,8 @@ def read(model: nn.Module, folder: Path, name: str | None, allow_other_base: boo
     """
     path = folder / NATIVE
     manifest = read_manifest(folder / MANIFEST)
+    if manifest.layout == "peft":
+        raise StoreError(f"{folder} lacks {CONFIG}, which was saved there.", "Fetch or save the adapter again.")
     data, entries = read_weights(model, path, manifest)
     method = method_of(manifest, folder / MANIFEST)
     name = manifest.name if name is None else name

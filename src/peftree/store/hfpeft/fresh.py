@@ -15,7 +15,7 @@ from peftree.errors import StoreError
 from peftree.files import read_json
 from peftree.methods.contract import Method
 from peftree.sites.parts import modules_of
-from peftree.store.folder import CONFIG
+from peftree.store.folder import CONFIG, named
 from peftree.store.hfpeft import whole
 from peftree.store.hfpeft.dialect import Dialect, refuse
 from peftree.store.hfpeft.names import matches, saved_paths
@@ -35,7 +35,7 @@ def plain(config: Any) -> tuple[dict[str, Any], Path, bool]:
         StoreError: it is none of these.
     """
     if isinstance(config, str | Path):
-        path = Path(config)
+        path = named(config)
         path = path / CONFIG if path.is_dir() else path
         return read_json(path), path, True
     where = Path(f"the {type(config).__name__}")
