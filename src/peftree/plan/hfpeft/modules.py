@@ -108,7 +108,7 @@ def real(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         return _plain(model, _config(read_adapter(config)), True)
 
 
-_ELSE = "Plan the closest method of peftree in place of the file: method=NAME."
+_ELSE = "In place of the file, plan the closest method of peftree: method=NAME."
 
 
 def _peft() -> Any:

@@ -88,7 +88,7 @@ def _tell_of_reads(adapter: Adapter, work: Work) -> None:
         warnings.warn(
             f"PEFT will give other outputs: the model reads the weight of {', '.join(found[:SHOWN])}{more} without "
             "calling the module, where PEFT changes nothing. Merge the adapter for other programs (peftree.merge, or "
-            "peftree.export with to='merged'), or adapt other sites. For peftree alone, save with format='native'.",
+            "peftree.export with to='merged'), or adapt other sites. For peftree only: format='native'.",
             PeftreeWarning, stacklevel=4,
         )  # fmt: skip
 
