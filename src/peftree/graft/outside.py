@@ -30,7 +30,7 @@ class Outside(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        looks = func in _LOOKS
+        looks = func in _LOOKS or (func is Tensor.to and args[1:] == ("meta",))  # which accelerate does after a pass
         args, kwargs = _pytree.tree_map_only(cls, lambda t: t.own if looks else t.value(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
