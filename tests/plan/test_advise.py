@@ -371,7 +371,7 @@ CASES = {
     "an old name": (["{model}", "data={data}", "--memory", "1GB", "length=40"], "Write max_length"),
     "small budget": (["{model}", "data={data}", "--memory", "1KB"], "below the weights"),
     "bad write": (["{model}", "data={data}", "--memory", "1GB", "--write", "{data}"], "is not a folder"),
-    "wrong task": (["{model}", "data={data}", "--memory", "1GB", "task=generation"], "no column"),
+    "wrong task": (["{model}", "data={data}", "--memory", "1GB", "task=text-regression"], "no column"),
 }
 
 
