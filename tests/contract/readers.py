@@ -137,7 +137,7 @@ READERS: list[tuple[str, type[Method], str, set[str]]] = [
     ("padding", reader(CountsPadding), "encoder", set()),
     ("causal", reader(LooksAhead), "decoder", {"turns"}),
     ("padding", reader(LooksAround), "decoder", {"causal", "turns", "heaps"}),
-    ("rows", reader(NormsTheBatch), "decoder", {"padding"}),
+    ("rows", reader(NormsTheBatch), "decoder", {"padding", "drops"}),
     ("turns", reader(CountsFromHere), "decoder", set()),
     ("last_position", reader(ShortTable), "decoder", set()),
     ("heaps", reader(WantsRows), "decoder", set()),

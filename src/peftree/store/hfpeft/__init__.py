@@ -111,8 +111,8 @@ class Work:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The modules that the method adapts, without those that are trained as a whole."""
-        return tuple(dict.fromkeys(site.path for _, site, _ in (*self.view.entries, *self.view.shifts)))
+        """The modules that the method adapts, but those that train as a whole, and heads, which losses read too."""
+        return tuple(dict.fromkeys(s.path for _, s, _ in (*self.view.entries, *self.view.shifts) if s.role != "head"))
 
     def links(self) -> list[Link]:
         """Return the links of every tensor."""
