@@ -92,7 +92,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError if it has a key twice."""
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
@@ -128,7 +129,7 @@ def parse_object(raw: bytes, depth: int = 16) -> dict[str, Any]:
     text = raw.decode("utf-8")
     if _depth(text) > depth:
         raise ValueError(f"nested deeper than {depth}")
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
     return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftree
 import zoo
 from contract.case import Case, fits
-from contract.trained import comes_back
+from contract.trained import comes_back, in_groups
 from contract.values import others
 from peftree import registry
 from peftree.errors import PeftreeError
@@ -185,9 +185,7 @@ def late(case: Case) -> None:
         adapter.before_step(step, LONG, optimizer)
         optimizer.step()
         adapter.step(step, LONG, optimizer, [lambda: case.loss(model)])
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    assert not strangers, f"after {LONG} steps {strangers[0]} is trainable, and in no group of the optimizer"
+    in_groups(model, optimizer, LONG)
     assert torch.isfinite(case.run(model.eval())).all(), f"after {LONG} steps the output is not finite"
     comes_back(case, model, adapter, f"after {LONG} steps")
 
@@ -207,7 +205,7 @@ def rates(case: Case) -> None:
 
 
 def resumes(case: Case) -> None:
-    """A run that ends after some steps and goes on from its checkpoint ends as one that did not stop."""
+    """A run that stops after some steps and continues from its checkpoint ends as one that did not stop."""
     ends = []
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder) / f"checkpoint-{STEPS // 2}"

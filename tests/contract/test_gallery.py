@@ -424,7 +424,7 @@ def taps(self: Any, x: Tensor, y: Tensor, frozen: Frozen) -> Tensor:
 
 
 def by_hash(self: Any, place: Place) -> LowRank:
-    """A projection that is drawn anew in each process and not saved."""
+    """A projection that each process draws for itself and not saved."""
     delta = SoundDelta(place, *lora_factors(place, self.r), 1.0)
     draw = torch.Generator().manual_seed(hash(place.site.path) % 2**31)
     basis = torch.eye(self.r) if place.abstract else torch.randn(self.r, self.r, generator=draw)

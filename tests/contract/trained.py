@@ -34,10 +34,15 @@ def train(case: Case, model: nn.Module, adapter: Any, steps: int = STEPS, rate: 
         adapter.before_step(step, steps, optimizer)
         optimizer.step()
         adapter.step(step, steps, optimizer, [lambda: case.loss(model)])
-        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        still = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in moved]
-        assert not still, f"after step {step} {still[0]} is trainable, and in no group of the optimizer"
+        in_groups(model, optimizer, step)
     model.eval()
+
+
+def in_groups(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Whether all that is trainable after a step is the optimizer's."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    still = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in moved]
+    assert not still, f"after step {step} {still[0]} is trainable, and in no group of the optimizer"
 
 
 def comes_back(case: Case, model: nn.Module, adapter: Any, when: str) -> None:

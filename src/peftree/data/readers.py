@@ -16,6 +16,7 @@ from peftree.data import hub
 from peftree.data.layouts import folder_error, unread
 from peftree.data.picture import Held, broken, opened
 from peftree.errors import DataError, did_you_mean
+from peftree.files import no_duplicates
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 PACKED = tuple(f"{suffix}.gz" for suffix in FORMATS)
@@ -109,22 +110,12 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line, object_pairs_hook=_once)
+                record = json.loads(line, object_pairs_hook=no_duplicates)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: {error}.", "Write one JSON object per line.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number} is not a JSON object.", "Write one object per line.")
             yield f"{path}:{number}", record
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; ValueError if it has a key twice."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -135,7 +126,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _jsonl(path)
         return
     try:
-        found = json.loads(text, object_pairs_hook=_once)
+        found = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}.", "Write an array of JSON objects.") from None
     for number, record in enumerate(found, 1):
